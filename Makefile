@@ -1,0 +1,53 @@
+# Set-up happens once, into $(VENV); every target below brings it about. Another Python beside it:
+#     make test PYTHON=python3.12 VENV=.venv312
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard *.py) $(wildcard tools/*.py)
+
+.PHONY: help $(VENV) demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## one line
+	@echo "make demo (train and report on generated images) | test | lint | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
+
+$(VENV): $(STAMP)
+
+# The stamp is written last: whatever fails before it is done again by the next make.
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON): Python 3.10, 3.11 or 3.12 is needed; name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || \
+	    echo "$(PYTHON): newer than Python 3.12, the newest that constraints.txt was checked with; trying it" >&2
+	@rm -f $@
+	@echo "Installing into $(VENV) (once; about 6 GB on Linux, where PyTorch brings its CUDA libraries)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+ifneq ($(origin PYTHON),file)  # asked for by name: an environment of another version must not stand in for it
+$(VENV) demo test lint: same-python
+.PHONY: same-python
+VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+same-python: $(STAMP)
+	@want=$$($(PYTHON) $(VERSION)) && have=$$($(BIN)/python $(VERSION)) && [ "$$want" = "$$have" ] || \
+	    { echo "$(VENV) holds Python $$have, PYTHON=$(PYTHON) is $$want: add VENV=.venv$$want" >&2; exit 1; }
+endif
+
+demo: $(STAMP)
+	$(BIN)/python baseline.py --demo --overwrite --output_dir runs/demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy $(SOURCES)
+
+clean:
+	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

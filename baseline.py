@@ -1,0 +1,452 @@
+"""Fine-tune CLIP with two residual heads on human scores of AI-generated images.
+
+    python baseline.py --demo                            # works without data or network
+    python baseline.py --partial_freeze --freeze_layers 18
+    python baseline.py --help
+
+`run(config)` is the whole story: data, model, optimiser, epochs, the test fold once, results.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # --help and mistakes in the flags answer here, before torch is imported, which takes seconds.
+    from configs import one_line_errors, parse_args
+
+    with one_line_errors():
+        parse_args()
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import backbones
+import checkpoint
+import data
+import demo
+import engine
+import losses
+import metrics
+import models
+from configs import TrainingConfig, one_line_errors, parse_args, with_options
+
+MOS_COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
+
+
+def run(config: TrainingConfig) -> dict[str, Any]:
+    """Train as configured and return what `results.json` holds (empty under `dry_run`).
+
+    Raises:
+        ValueError: data or options that cannot work; nothing has been written then.
+        engine.NonFiniteLoss: training broke down.
+    """
+    started = time.perf_counter()
+    runtime = engine.start_runtime(config.device, config.amp)
+    engine.seed_everything(config.seed)
+
+    config = with_options(config, demo_paths(config) if config.demo else {})
+    examples = read_examples(config)
+    backbone = backbones.load_backbone(config.clip_model, config.clip_pretrained, image_size=config.image_size)
+    arguments = model_arguments(config, backbone.embed_dim)
+    model = models.build_model(backbone.clip, **arguments)
+    models.freeze_backbone(
+        model.clip, everything=config.freeze_clip, num_layers=config.freeze_layers if config.partial_freeze else None
+    )
+    model.to(runtime.device)
+    feed, num_truncated = build_feed(config, examples, backbone, runtime)
+    loaders = build_loaders(config, examples, runtime)
+    num_steps = engine.num_optimizer_steps(
+        len(examples.rows("train")),
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        epochs=config.epochs,
+    )
+    print(plan(config, examples, model, runtime, num_steps=num_steps, num_truncated=num_truncated))
+    if config.dry_run:
+        return {}
+
+    folder = Path(config.output_dir) if config.output_dir else new_run_dir(config)
+    checkpoint.prepare_run_folder(folder, overwrite=config.overwrite)
+    write_inputs(folder, config, examples, runtime)
+    optimizer = engine.build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
+    schedule = engine.build_schedule(
+        optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=config.warmup_ratio
+    )
+    average = engine.WeightAverage(model, config.ema_decay)
+    compute_losses = build_losses(config, examples)
+
+    def predict(fold: str) -> dict[str, np.ndarray]:
+        return engine.predict(average.weights, feed.batches(loaders[fold]), models.score_batch, runtime=runtime)
+
+    history: list[dict[str, float]] = []
+    for epoch in range(1, config.epochs + 1):
+        epoch_started = time.perf_counter()
+        lr = optimizer.param_groups[0]["lr"]
+        with tqdm(total=len(examples.rows("train")), unit="img", leave=False, disable=None) as bar:
+            trained = engine.train_epoch(
+                model,
+                feed.batches(loaders["train"]),
+                compute_losses,
+                optimizer=optimizer,
+                schedule=schedule,
+                runtime=runtime,
+                average=average,
+                accumulation=config.gradient_accumulation_steps,
+                max_grad_norm=config.max_grad_norm,
+                after_step=bar.update,
+            )
+        train_seconds = time.perf_counter() - epoch_started
+        validated = evaluate(predict("val"), "val", examples, config)
+        history.append(
+            {
+                "epoch": epoch,
+                **trained,
+                **{f"val_{name}": value for name, value in validated.items()},
+                "lr": lr,
+                "images_per_s": len(examples.rows("train")) / train_seconds,
+                "seconds": time.perf_counter() - epoch_started,
+            }
+        )
+        print(epoch_line(history[-1], config.epochs), flush=True)
+        checkpoint.write_csv(folder / "metrics.csv", pd.DataFrame(history))
+        selection = [row[f"val_{config.select_by}"] for row in history]
+        if engine.best_epoch(selection) == epoch:
+            save_scorer(folder / checkpoint.BEST_DIR, average.weights, backbone, arguments, config, examples)
+        if engine.should_stop(
+            selection, patience=config.early_stopping_patience, min_delta=config.early_stopping_min_delta
+        ):
+            print(f"no gain in {config.early_stopping_patience} epochs: stopped early")
+            break
+
+    # The test fold is read here for the first and only time, with the weights that validation has chosen.
+    _, best_state, _ = checkpoint.load_weights(folder / checkpoint.BEST_DIR)
+    average.weights.load_state_dict(best_state)
+    predictions = {fold: predict(fold) for fold in ("train_eval", "val", "test")}
+    results = {
+        "best_epoch": engine.best_epoch(selection),
+        "epochs": len(history),
+        "val": evaluate(predictions["val"], "val", examples, config),
+        "test": evaluate(predictions["test"], "test", examples, config),
+        "floors": floors(examples),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    checkpoint.write_csv(folder / "predictions.csv", prediction_table(predictions, examples))
+    checkpoint.write_json(folder / checkpoint.RESULTS_FILE, results)
+    print(results_table(results, examples))
+    print(f"run folder: {folder}")
+    return results
+
+
+def demo_paths(config: TrainingConfig) -> dict[str, str]:
+    """Draw the demo set (once) and return where it is, as options."""
+    csv_path, image_dir = demo.write_demo_set(Path(config.cache_dir) / "demo")
+    return {"data_csv_path": str(csv_path), "image_base_dir": str(image_dir)}
+
+
+def read_examples(config: TrainingConfig) -> data.Examples:
+    """The data set that the options name. Raises ValueError."""
+    examples = data.load_examples(
+        config.data_csv_path,
+        config.image_base_dir,
+        data.Columns(
+            name=config.name_column,
+            prompt=config.prompt_column,
+            quality=config.quality_column,
+            consistency=config.consistency_column,
+            explanation=config.explanation_column,
+            group=config.group_column,
+        ),
+        split_by=config.split_by,
+        test_size=config.test_size,
+        val_size=config.val_size,
+        seed=config.seed,
+        ranges={"q": config.mos_range_q, "c": config.mos_range_c},
+    )
+    task = config.select_by.rpartition("_")[2]
+    if task in data.TASKS and task not in examples.scales:
+        raise ValueError(f"--select_by {config.select_by}: the data has no {data.TASKS[task]} scores")
+    if config.use_explanations and not (examples.table["explanation"] != "").any():
+        raise ValueError(f"--use_explanations: column {config.explanation_column!r} is missing or empty")
+    return examples
+
+
+def model_arguments(config: TrainingConfig, embed_dim: int) -> dict[str, Any]:
+    """The arguments of `models.build_model`, as JSON values."""
+    sizes = {"layers": config.refinement_layers, "heads": config.refinement_heads, "dim": config.refinement_dim}
+    return {
+        "embed_dim": embed_dim,
+        "residual": config.use_residual_learning,
+        "scale_q": config.residual_scale_q,
+        "scale_c": config.residual_scale_c,
+        "hidden_q": config.hidden_dim_q,
+        "hidden_c": config.hidden_dim_c,
+        "dropout": config.dropout,
+        "refinement": sizes if config.use_refinement else None,
+        "predict_rationale": config.use_explanations,
+    }
+
+
+def build_feed(
+    config: TrainingConfig, examples: data.Examples, backbone: backbones.Backbone, runtime: engine.Runtime
+) -> tuple[data.Feed, int]:
+    """The feed of batches, and the number of texts cut because they exceed the context length."""
+    num_truncated = 0
+
+    def tokenize(texts: Sequence[str]) -> Tensor:
+        nonlocal num_truncated
+        tokens, cut = backbones.tokenize(backbone.tokenizer, texts, backbone.context_length)
+        num_truncated += cut
+        return tokens
+
+    def text_table(column: str) -> data.TextTable | None:
+        texts = examples.table[column]
+        return data.TextTable(texts, tokenize, runtime.device) if (texts != "").any() else None
+
+    rationales = text_table("explanation") if config.use_explanations else None
+    feed = data.Feed(
+        device=runtime.device,
+        mean=backbone.mean,
+        std=backbone.std,
+        targets=examples.unit_targets(),
+        prompts=text_table("prompt"),
+        rationales=(rationales, (examples.table["explanation"] != "").to_numpy()) if rationales else None,
+    )
+    return feed, num_truncated
+
+
+def build_loaders(
+    config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime
+) -> dict[str, torch.utils.data.DataLoader]:
+    """Loaders by name: "train" is augmented and shuffled; "train_eval", "val" and "test" are plain and in order."""
+    images = data.ImageSet(
+        examples.table["path"], image_size=config.image_size, crop_scale_min=config.crop_scale_min, seed=config.seed
+    )
+    num_workers = runtime.default_workers if config.num_workers is None else config.num_workers
+    return {
+        name: data.image_loader(
+            images,
+            examples.rows(name.removesuffix("_eval")),
+            batch_size=config.batch_size if name == "train" else 2 * config.batch_size,
+            shuffle=name == "train",
+            num_workers=num_workers,
+            pin_memory=runtime.device.type != "cpu",
+        )
+        for name in ("train", "train_eval", "val", "test")
+    }
+
+
+def score_terms(
+    scores: Mapping[str, Tensor], targets: Mapping[str, Tensor], config: TrainingConfig, examples: data.Examples
+) -> dict[str, Tensor]:
+    """Named losses of label-unit scores: "loss_q", "loss_c" and their weighted sum "loss"."""
+    return losses.score_losses(
+        {task: scores[task] for task in examples.scales},
+        targets,
+        weights={"q": config.w_q, "c": config.w_c},
+        terms=config.loss_terms,
+        smoothing=config.label_smoothing,
+        means=examples.train_means(),
+    )
+
+
+def build_losses(config: TrainingConfig, examples: data.Examples) -> Any:
+    """The function (model, batch) -> named losses that training minimises."""
+
+    def compute(model: nn.Module, batch: data.Batch) -> dict[str, Tensor]:
+        scores = model(batch.images_B3SS, batch.tokens_PN, batch.prompt_of_B)
+        terms = score_terms(scores, batch.targets, config, examples)
+        if batch.has_rationale_B is not None and batch.has_rationale_B.any():
+            with torch.no_grad():
+                target_RE = model.encode_text(batch.rationale_tokens_RN)
+            target_BE = torch.zeros_like(scores["rationale"])
+            target_BE[batch.has_rationale_B] = target_RE
+            terms["loss_exp"] = losses.rationale_loss(scores["rationale"], target_BE, batch.has_rationale_B)
+            terms["loss"] = terms["loss"] + config.w_exp * terms["loss_exp"]
+        return terms
+
+    return compute
+
+
+def evaluate(
+    scores: Mapping[str, np.ndarray], fold: str, examples: data.Examples, config: TrainingConfig
+) -> dict[str, float]:
+    """Losses (label units) and agreement (MOS units) of a fold's scores: "loss", "srocc_q", ..., "main"."""
+    rows = examples.rows(fold)
+    tensors = {task: torch.from_numpy(values) for task, values in scores.items()}
+    targets = {task: torch.from_numpy(values[rows]) for task, values in examples.unit_targets().items()}
+    terms = {name: float(value) for name, value in score_terms(tensors, targets, config, examples).items()}
+    in_mos = {task: scale.to_mos(scores[task]) for task, scale in examples.scales.items()}
+    return {**terms, **agreements(in_mos, fold, examples)}
+
+
+def agreements(in_mos: Mapping[str, np.ndarray], fold: str, examples: data.Examples) -> dict[str, float]:
+    """Agreement of a fold's predictions (MOS units) with the labels that exist: "srocc_q", ..., "main"."""
+    found = {}
+    for task in examples.scales:
+        mos = examples.mos(task, fold)
+        known = ~np.isnan(mos)
+        for name, value in metrics.agreement(in_mos[task][known], mos[known]).items():
+            found[f"{name}_{task}"] = value
+    return {**found, "main": metrics.main_score(found)}
+
+
+def floors(examples: data.Examples) -> dict[str, dict[str, float]]:
+    """What predictors that look at no pixel reach on the test fold: the training mean and each generator's mean."""
+    groups = examples.table["group"].to_numpy()
+    predictors = {"mean": np.zeros(len(groups)), "generator_mean": groups}
+    found = {}
+    for name, codes in predictors.items():
+        predicted = {}
+        for task in examples.scales:
+            mos = examples.mos(task, "train")
+            known = examples.rows("train")[~np.isnan(mos)]
+            predicted[task] = metrics.group_mean_predictor(
+                codes[known], examples.table[task].to_numpy()[known], codes[examples.rows("test")]
+            )
+        found[name] = agreements(predicted, "test", examples)
+    return found
+
+
+def new_run_dir(config: TrainingConfig) -> Path:
+    """runs/<time>-<short name>, not yet taken."""
+    model = Path(config.clip_model.partition(":")[2] or config.clip_model).name
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model.lower()}-{config.freezing}"
+    taken = 1
+    while (folder := Path("runs") / (name if taken == 1 else f"{name}-{taken}")).exists():
+        taken += 1
+    return folder
+
+
+def write_inputs(folder: Path, config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime) -> None:
+    """Write what the run starts from: config.json and splits.csv."""
+    config = with_options(config, {"output_dir": str(folder)})
+    provenance = {
+        **checkpoint.environment(),
+        "machine": runtime.describe(),
+        "data_fingerprint": examples.fingerprint,
+        "mos_scales": {task: [scale.low, scale.high] for task, scale in examples.scales.items()},
+    }
+    checkpoint.write_json(folder / "config.json", {**config.to_json(), "provenance": provenance})
+    checkpoint.write_csv(folder / "splits.csv", pd.DataFrame({"name": examples.table["name"], "split": examples.folds}))
+
+
+def save_scorer(
+    folder: Path,
+    model: nn.Module,
+    backbone: backbones.Backbone,
+    arguments: Mapping[str, Any],
+    config: TrainingConfig,
+    examples: data.Examples,
+) -> None:
+    """Write a checkpoint that `predict.Scorer.load` can score with, without anything else."""
+    description = {
+        "clip": backbone.config,
+        "image_size": config.image_size,
+        "model": dict(arguments),
+        "scales": {task: {"low": scale.low, "high": scale.high} for task, scale in examples.scales.items()},
+    }
+    checkpoint.save_weights(
+        folder, model.state_dict(), description, lambda path: backbones.save_tokenizer(backbone.tokenizer, path)
+    )
+
+
+def prediction_table(scores: Mapping[str, Mapping[str, np.ndarray]], examples: data.Examples) -> pd.DataFrame:
+    """One row per image in MOS units; the columns of a task without scores are empty."""
+    parts = []
+    for name, predicted in scores.items():
+        fold = name.removesuffix("_eval")
+        rows = examples.rows(fold)
+        part = pd.DataFrame({"row": rows, "name": examples.table["name"].to_numpy()[rows], "split": fold})
+        for task, (mos_column, pred_column) in MOS_COLUMNS.items():
+            part[mos_column] = examples.mos(task, fold)
+            known = task in examples.scales
+            part[pred_column] = examples.scales[task].to_mos(predicted[task]) if known else np.nan
+        parts.append(part)
+    return pd.concat(parts).sort_values("row").drop(columns="row")
+
+
+def plan(
+    config: TrainingConfig,
+    examples: data.Examples,
+    model: models.ScoreModel,
+    runtime: engine.Runtime,
+    *,
+    num_steps: int,
+    num_truncated: int,
+) -> str:
+    """What is about to be trained, in a few lines."""
+    table = examples.table
+    scores = ", ".join(
+        f"{data.TASKS[task]} {table[task].min():g}..{table[task].max():g} ({table[task].notna().sum()})"
+        for task in examples.scales
+    )
+    counts = models.count_parameters(model)
+    parts = ", ".join(
+        f"{name} {trained / 1e6:.2f}M of {(trained + frozen) / 1e6:.2f}M" for name, (trained, frozen) in counts.items()
+    )
+    sizes = ", ".join(f"{fold} {len(examples.rows(fold))}" for fold in data.FOLDS)
+    own = (table["split"] != "").any()
+    lines = [
+        ("data", f"{len(table)} images, {table['prompt'].nunique()} prompts; {scores}"),
+        ("split", f"{sizes} ({'as the CSV says' if own else 'by ' + config.split_by})"),
+        ("backbone", f"{config.clip_model} ({config.clip_pretrained}), {config.image_size} px, {config.freezing}"),
+        ("trained", parts),
+        (
+            "schedule",
+            f"{config.epochs} epochs, {num_steps} steps of {config.batch_size * config.gradient_accumulation_steps}, "
+            f"lr {config.lr:g} {config.scheduler}, loss {config.loss}, seed {config.seed}",
+        ),
+        ("machine", runtime.describe()),
+    ]
+    if num_truncated:
+        lines.append(("note", f"{num_truncated} text(s) exceed CLIP's context length and were cut"))
+    return "\n".join(f"{title:<10}{text}" for title, text in lines)
+
+
+def epoch_line(row: Mapping[str, float], epochs: int) -> str:
+    """One line on an epoch."""
+    tasks = [task for task in data.TASKS if f"val_srocc_{task}" in row]
+
+    def pair(name: str) -> str:
+        return " ".join(f"{task} {row[f'{name}_{task}']:.3f}" for task in tasks)
+
+    return (
+        f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f} ({pair('loss')})  "
+        f"val {row['val_loss']:.4f}  SROCC {pair('val_srocc')}  PLCC {pair('val_plcc')}  "
+        f"lr {row['lr']:.1e}  {row['images_per_s']:.0f} img/s  {row['seconds']:.1f} s"
+    )
+
+
+def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
+    """The test fold's scores beside the floors."""
+    columns = {"srocc": "SROCC", "plcc": "PLCC", "plcc_fit": "PLCC fitted", "krocc": "KROCC", "rmse": "RMSE (MOS)"}
+    rows = {"trained model": results["test"], **{k.replace("_", " "): v for k, v in results["floors"].items()}}
+    lines = [
+        f"test fold: {len(examples.rows('test'))} images, weights of epoch {results['best_epoch']} of "
+        f"{results['epochs']}, {results['seconds']:.0f} s in all",
+        f"{'':<28}" + "".join(f"{title:>12}" for title in columns.values()),
+    ]
+    for task in examples.scales:
+        for place, (name, row) in enumerate(rows.items()):
+            title = data.TASKS[task] if place == 0 else ""
+            lines.append(f"{title:<12} {name:<15}" + "".join(f"{row[f'{key}_{task}']:>12.3f}" for key in columns))
+    return "\n".join([*lines, f"main score (mean of SROCC and PLCC): {results['test']['main']:.3f}"])
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse the command line and run; returns the results. Mistakes are one line and exit code 2."""
+    with one_line_errors(engine.NonFiniteLoss):
+        return run(parse_args(argv))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

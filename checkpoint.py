@@ -1,0 +1,140 @@
+"""The one writer and the one reader of run folders, knowing nothing of images or CLIP.
+
+Every file appears whole or not at all: it is written beside its place, synced, then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+RESULTS_FILE = "results.json"
+BEST_DIR = "best"
+WEIGHTS_FILE = "model.safetensors"
+DESCRIPTION_FILE = "scorer.json"
+RUN_FILES = ("config.json", "splits.csv", "metrics.csv", RESULTS_FILE, "predictions.csv")
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then move it to `path` in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write strict JSON (no NaN)."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write UTF-8 CSV without an index; numbers with six decimals at most."""
+    write_whole(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g", encoding="utf-8"))
+
+
+def prepare_run_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make the folder of a new run.
+
+    Raises:
+        ValueError: it holds a finished run and `overwrite` is off, or something that is no run.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
+    if (folder / RESULTS_FILE).exists() and not overwrite:
+        raise ValueError(f"--output_dir {folder}: holds a finished run; choose another or pass --overwrite")
+    if folder.exists():
+        strange = sorted(item.name for item in folder.iterdir() if item.name not in (*RUN_FILES, BEST_DIR))
+        if strange and not (folder / "config.json").exists():
+            raise ValueError(f"--output_dir {folder}: holds other things ({strange[0]}); choose a new or empty folder")
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / BEST_DIR, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def save_weights(
+    folder: Path, state: Mapping[str, Tensor], description: Mapping[str, Any], extra: Callable[[Path], None]
+) -> None:
+    """Write a self-contained checkpoint folder in one step; `extra` may add files to it. No pickle anywhere."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        # safetensors refuses shared memory, and a view would drag its whole base along: copy to plain tensors.
+        plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+        write_whole(temporary / WEIGHTS_FILE, lambda path: save_file(plain, path))
+        write_json(temporary / DESCRIPTION_FILE, description)
+        extra(temporary)
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote: its folder, weights and description. A run folder stands for the `best` in it.
+
+    Raises:
+        ValueError: it is no checkpoint, or a damaged one.
+    """
+    if not (folder / DESCRIPTION_FILE).exists() and (folder / BEST_DIR).is_dir():
+        folder = folder / BEST_DIR
+    try:
+        description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder}: not a checkpoint, {Path(error.filename or WEIGHTS_FILE).name} is missing"
+        ) from None
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+        raise ValueError(f"{folder}: damaged checkpoint ({error})") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{folder}: damaged checkpoint ({DESCRIPTION_FILE} is not a JSON object)")
+    return folder, state, description
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python and the packages that matter, and the git revision of the code ("" outside git)."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"versions": versions, "git_revision": git_revision()}
+
+
+def git_revision() -> str:
+    """The commit this code is at, with "+changes" if it was edited since; "" if that cannot be told."""
+    here = Path(__file__).parent
+    try:
+        commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+        revision, changes = (
+            subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return revision + ("+changes" if changes else "")

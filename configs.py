@@ -1,0 +1,542 @@
+"""Every option of the trainer: one dataclass field each, from which flags, help, checks and JSON follow.
+
+No torch here: `python baseline.py --help` and every usage error answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity")
+
+GROUPS = {
+    "data": "what to train on, and how it is split",
+    "backbone": "which CLIP, and how much of it is trained",
+    "heads": "the residual heads on top of CLIP",
+    "loss": "what is minimised",
+    "optimisation": "how it is minimised, and which epoch is kept",
+    "meta": "about the run itself",
+}
+
+# Facts about a place, not about an experiment: a saved config does not carry them into the next run.
+NOT_SAVED = ("config", "output_dir", "overwrite", "dry_run")
+
+
+def option(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    within: str | None = None,
+    recommended: str | None = None,
+    choices: Sequence[str] | None = None,
+    metavar: str | Sequence[str] | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    `within` is an interval such as "(0, 1]" that the value (each value, for pairs) must lie in;
+    `recommended` is advice shown in `--help`, never enforced.
+    """
+    metadata = {
+        "group": group,
+        "help": help,
+        "within": within,
+        "recommended": recommended,
+        "choices": tuple(choices) if choices else None,
+        "metavar": metavar,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """All options of one training run. Construction checks every value and raises ValueError naming the flag."""
+
+    # data
+    data_csv_path: str = option("data/data.csv", "data", "table of image names, prompts and scores (UTF-8 CSV)")
+    image_base_dir: str = option("data/images", "data", "folder that the image names are relative to")
+    image_size: int = option(224, "data", "pixels per side that CLIP sees", within="[16, 4096]", recommended="224-336")
+    crop_scale_min: float = option(
+        0.8,
+        "data",
+        "RandomResizedCrop keeps at least this share of the area",
+        within="(0, 1]",
+        recommended="0.6-1.0",
+    )
+    test_size: float = option(
+        0.2, "data", "share of prompts (or images) for the test fold", within="(0, 1)", recommended="0.1-0.3"
+    )
+    val_size: float = option(
+        0.1, "data", "share of prompts (or images) for validation", within="(0, 1)", recommended="0.1-0.2"
+    )
+    split_by: str = option(
+        "prompt",
+        "data",
+        "what must not be shared between folds; a CSV column 'split' wins",
+        choices=("prompt", "image"),
+    )
+    seed: int = option(42, "data", "seed of splits, weights, augmentation and order", within="[0, 4294967295]")
+    num_workers: int | None = option(None, "data", "image-reading processes (default: by machine)", within="[0, 256]")
+    mos_range_q: tuple[float, float] | None = option(
+        None,
+        "data",
+        "lowest and highest possible quality score (default: those of the training fold)",
+        metavar=("LO", "HI"),
+    )
+    mos_range_c: tuple[float, float] | None = option(None, "data", "the same for consistency", metavar=("LO", "HI"))
+    name_column: str = option("name", "data", "CSV column of image file names", metavar="COLUMN")
+    prompt_column: str = option("prompt", "data", "CSV column of prompts", metavar="COLUMN")
+    quality_column: str = option("mos_quality", "data", "CSV column of quality scores", metavar="COLUMN")
+    consistency_column: str = option("mos_align", "data", "CSV column of consistency scores", metavar="COLUMN")
+    explanation_column: str = option("explanation", "data", "CSV column of rationale texts", metavar="COLUMN")
+    group_column: str | None = option(
+        None,
+        "data",
+        "CSV column naming the generator (default: file name up to its last underscore)",
+        metavar="COLUMN",
+    )
+
+    # backbone
+    clip_model: str = option(
+        "ViT-L-14",
+        "backbone",
+        "an open_clip name, local-dir:PATH, hf-hub:ORG/NAME, or 'tiny' (embedded, for trials)",
+    )
+    clip_pretrained: str = option(
+        "openai", "backbone", "pretrained tag, a weights file, 'none' (random), or 'assets' (for tiny)"
+    )
+    freeze_clip: bool = option(False, "backbone", "train the heads only (best below 500-1,000 images)")
+    partial_freeze: bool = option(
+        False, "backbone", "freeze embeddings and the first --freeze_layers blocks (best at 1K-5K images)"
+    )
+    freeze_layers: int = option(
+        8,
+        "backbone",
+        "blocks frozen under --partial_freeze",
+        within="[0, 256]",
+        recommended="8-10 of 12 (ViT-B), 18-20 of 24 (ViT-L/14), 20-22 (ViT-L/14@336)",
+    )
+
+    # heads
+    use_residual_learning: bool = option(True, "heads", "plain sigmoid heads instead of base + bounded delta")
+    residual_scale_q: float = option(
+        0.2,
+        "heads",
+        "largest change the head makes to quality (labels span 0..1)",
+        within="[0, 1]",
+        recommended="0.1 (<1K images), 0.2 (1K-5K), 0.3-0.5 (more)",
+    )
+    residual_scale_c: float = option(
+        0.2, "heads", "the same for consistency", within="[0, 1]", recommended="as residual_scale_q"
+    )
+    hidden_dim_q: int = option(
+        128, "heads", "hidden width of the quality head", within="[1, 65536]", recommended="64-512"
+    )
+    hidden_dim_c: int = option(
+        256, "heads", "hidden width of the consistency head", within="[1, 65536]", recommended="64-512"
+    )
+    dropout: float = option(0.1, "heads", "dropout in the heads", within="[0, 1)", recommended="0.0-0.3")
+    use_refinement: bool = option(
+        False,
+        "heads",
+        "correct the coarse consistency score with a small transformer (older design; needs --no_residual_learning)",
+    )
+    refinement_layers: int = option(4, "heads", "its layers", within="[1, 64]")
+    refinement_heads: int = option(8, "heads", "its attention heads", within="[1, 256]")
+    refinement_dim: int = option(256, "heads", "its width, a multiple of --refinement_heads", within="[1, 65536]")
+
+    # loss
+    w_q: float = option(0.5, "loss", "weight of the quality loss", within="[0, 1000]", recommended="0.3-0.7")
+    w_c: float = option(0.5, "loss", "weight of the consistency loss", within="[0, 1000]", recommended="0.3-0.7")
+    w_exp: float = option(0.1, "loss", "weight of the explanation loss", within="[0, 1000]", recommended="0.05-0.3")
+    use_explanations: bool = option(False, "loss", "also predict the rationale's text embedding where there is one")
+    label_smoothing: float = option(
+        0.0,
+        "loss",
+        "share by which targets are pulled toward their mean",
+        within="[0, 1)",
+        recommended="0.0-0.1",
+    )
+    loss: str = option("mse", "loss", f"of {', '.join(LOSS_NAMES)}; several as in mse+0.5*plcc", metavar="EXPR")
+
+    # optimisation
+    epochs: int = option(20, "optimisation", "passes over the training fold", within="[1, 100000]", recommended="10-50")
+    batch_size: int = option(32, "optimisation", "images per step", within="[1, 65536]", recommended="8-128")
+    lr: float = option(
+        3e-5,
+        "optimisation",
+        "peak learning rate",
+        within="(0, 10]",
+        recommended="1e-3 frozen, 3e-5..1e-4 partly frozen, 1e-5..3e-5 full",
+    )
+    weight_decay: float = option(
+        1e-4,
+        "optimisation",
+        "AdamW decay, none on biases and norms",
+        within="[0, 10]",
+        recommended="1e-5..1e-3",
+    )
+    warmup_ratio: float = option(
+        0.05,
+        "optimisation",
+        "share of the steps with rising learning rate",
+        within="[0, 1)",
+        recommended="0.1 small data, 0.05 large, 0.01 frozen",
+    )
+    scheduler: str = option(
+        "cosine",
+        "optimisation",
+        "learning rate after warm-up",
+        choices=("cosine", "linear", "step", "constant", "cyclic"),
+    )
+    max_grad_norm: float = option(
+        1.0,
+        "optimisation",
+        "clip the gradient norm here; 0 = off",
+        within="[0, 1e9]",
+        recommended="0.5-1.0, or 0",
+    )
+    gradient_accumulation_steps: int = option(
+        1, "optimisation", "batches per optimiser step", within="[1, 65536]", recommended="1-8"
+    )
+    early_stopping_patience: int = option(
+        0,
+        "optimisation",
+        "stop after this many epochs without gain; 0 = off",
+        within="[0, 100000]",
+        recommended="5",
+    )
+    early_stopping_min_delta: float = option(
+        0.001, "optimisation", "smallest rise that counts as gain", within="[0, 1]"
+    )
+    amp: str = option(
+        "auto",
+        "optimisation",
+        "mixed precision; auto: bf16 or fp16 on a GPU, off on a CPU",
+        choices=("auto", "bf16", "fp16", "off"),
+    )
+    select_by: str = option(
+        "main",
+        "optimisation",
+        "validation score that picks the epoch; main = mean of SROCC and PLCC over both tasks",
+        choices=("main", "srocc_q", "srocc_c"),
+    )
+    ema_decay: float = option(
+        0.0,
+        "optimisation",
+        "average the weights with this decay; 0 = off",
+        within="[0, 1)",
+        recommended="0.99-0.9999",
+    )
+
+    # meta
+    output_dir: str | None = option(None, "meta", "run folder (default: runs/<time>-<short name>)", metavar="DIR")
+    overwrite: bool = option(False, "meta", "replace the finished run in --output_dir")
+    cache_dir: str = option(".cache", "meta", "folder for what is computed once, such as the demo set", metavar="DIR")
+    config: str | None = option(None, "meta", "start from a saved config.json; flags override it", metavar="FILE")
+    demo: bool = option(False, "meta", "draw a demo set and train on it: works without data or network")
+    dry_run: bool = option(False, "meta", "build everything, print the plan, train nothing")
+    device: str = option("auto", "meta", "where to compute", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        for name, spec in OPTIONS.items():
+            spec.check(getattr(self, name))
+        check_together(self)
+
+    @property
+    def loss_terms(self) -> tuple[tuple[float, str], ...]:
+        """`loss` as (weight, name) pairs."""
+        return parse_loss(self.loss)
+
+    @property
+    def freezing(self) -> str:
+        """Short name of the freezing mode: "frozen", "partial8" or "full"."""
+        return "frozen" if self.freeze_clip else f"partial{self.freeze_layers}" if self.partial_freeze else "full"
+
+    def to_json(self) -> dict[str, Any]:
+        """Every option as JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+# What --demo stands for: a small, fast run that shows the whole program. Explicit flags win.
+DEMO_SETTINGS: dict[str, Any] = {
+    "clip_model": "tiny",
+    "clip_pretrained": "assets",
+    "partial_freeze": True,
+    "freeze_layers": 18,
+    "epochs": 15,
+    "lr": 1e-3,
+    "mos_range_q": (1.0, 5.0),
+    "mos_range_c": (1.0, 5.0),
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag, derived from a field of TrainingConfig."""
+
+    name: str
+    kind: type
+    optional: bool
+    pair: bool
+    default: Any
+    metadata: Mapping[str, Any]
+
+    @property
+    def flag(self) -> str:
+        """The flag that changes the default."""
+        if self.kind is bool and self.default is True:
+            return "--no_" + self.name.removeprefix("use_")
+        return "--" + self.name
+
+    def check(self, value: Any) -> None:
+        """Raise ValueError unless `value` has the type and lies in the interval or the choices."""
+        if value is None and self.optional:
+            return
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        values = value if self.pair else (value,)
+        if self.pair and (not isinstance(value, tuple) or len(value) != 2):
+            raise ValueError(f"--{self.name} {value!r}: must be two numbers, LO HI")
+        for item in values:
+            allowed = (int, float) if self.kind is float else (self.kind,)
+            if not isinstance(item, allowed) or (isinstance(item, bool) and self.kind is not bool):
+                raise ValueError(f"--{self.name} {item!r}: must be {expected}")
+            if self.kind is float and not math.isfinite(item):
+                raise ValueError(f"--{self.name} {item}: must be finite")
+            if self.metadata["within"] and not inside(item, self.metadata["within"]):
+                raise ValueError(f"--{self.name} {item}: must be in {self.metadata['within']}")
+            if self.metadata["choices"] and item not in self.metadata["choices"]:
+                raise ValueError(f"--{self.name} {item}: must be one of {', '.join(self.metadata['choices'])}")
+
+    def add_to(self, parser: argparse._ArgumentGroup) -> None:
+        """Add the flag; absent flags leave no trace in the namespace."""
+        text = self.metadata["help"]
+        if self.metadata["recommended"]:
+            text += f" [recommended: {self.metadata['recommended']}]"
+        if self.kind is bool:
+            # Both directions exist, so that a flag can undo what a saved config or the demo switched on.
+            undo = "--use_" + self.flag.removeprefix("--no_") if self.default else "--no_" + self.name
+            parser.add_argument(
+                self.flag,
+                dest=self.name,
+                action="store_const",
+                const=not self.default,
+                default=argparse.SUPPRESS,
+                help=f"{text} (default: off)",
+            )
+            parser.add_argument(
+                undo,
+                dest=self.name,
+                action="store_const",
+                const=self.default,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+            return
+        if self.default is not None:
+            text += f" (default: {self.default})"
+        parser.add_argument(
+            self.flag,
+            dest=self.name,
+            type=self.kind,
+            default=argparse.SUPPRESS,
+            nargs=2 if self.pair else None,
+            choices=self.metadata["choices"],
+            metavar=self.metadata["metavar"] if not self.metadata["choices"] else None,
+            help=text.replace("%", "%%"),
+        )
+
+
+def inside(value: float, interval: str) -> bool:
+    """Whether `value` lies in an interval written as "(0, 1]"."""
+    low, high = (float(part) for part in interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    return above and below
+
+
+def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
+    """Read a loss expression: "mse+0.5*plcc" -> ((1.0, "mse"), (0.5, "plcc")). Raises ValueError."""
+    terms = []
+    # A '+' inside a number such as 1e+2 does not separate terms.
+    for term in re.split(r"(?<![\deE][eE])\+", text.replace(" ", "")):
+        weight, star, name = term.rpartition("*")
+        try:
+            value = float(weight) if star else 1.0
+        except ValueError:
+            value = math.nan
+        if name not in LOSS_NAMES or not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"--loss {text}: {term!r} is not [WEIGHT*]NAME with a positive weight and a name of "
+                f"{', '.join(LOSS_NAMES)}"
+            )
+        terms.append((value, name))
+    return tuple(terms)
+
+
+def check_together(config: TrainingConfig) -> None:
+    """Rules between options. Raises ValueError."""
+    parse_loss(config.loss)
+    if config.freeze_clip and config.partial_freeze:
+        raise ValueError("--freeze_clip and --partial_freeze exclude each other: choose one")
+    if config.use_refinement and config.use_residual_learning:
+        raise ValueError("--use_refinement is the older design and needs --no_residual_learning")
+    if config.refinement_dim % config.refinement_heads:
+        raise ValueError(
+            f"--refinement_dim {config.refinement_dim}: must be a multiple of --refinement_heads "
+            f"{config.refinement_heads}"
+        )
+    if config.w_q + config.w_c == 0:
+        raise ValueError("--w_q 0 --w_c 0: at least one of the two must be above 0")
+    if config.test_size + config.val_size >= 1:
+        raise ValueError(
+            f"--test_size {config.test_size} --val_size {config.val_size}: must leave a training fold (sum below 1)"
+        )
+    for flag, pair in (("--mos_range_q", config.mos_range_q), ("--mos_range_c", config.mos_range_c)):
+        if pair and pair[0] >= pair[1]:
+            raise ValueError(f"{flag} {pair[0]} {pair[1]}: LO must be below HI")
+
+
+def derive_options() -> dict[str, Option]:
+    """Read the fields of TrainingConfig into Options, in order."""
+    hints = get_type_hints(TrainingConfig)
+    options = {}
+    for item in fields(TrainingConfig):
+        hint = hints[item.name]
+        kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
+        pair = getattr(kinds[0], "__args__", None)
+        assert item.default is not MISSING
+        options[item.name] = Option(
+            name=item.name,
+            kind=pair[0] if pair else kinds[0],
+            optional=item.default is None,
+            pair=bool(pair),
+            default=item.default,
+            metadata=item.metadata,
+        )
+    return options
+
+
+OPTIONS = derive_options()
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ValueErrors of one line, with the nearest flag for a misspelt one."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        raise ValueError(message + (f" (did you mean {near[0]}?)" if near else "; see --help"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of baseline.py."""
+    parser = OneLineParser(
+        prog="baseline.py",
+        usage="python baseline.py [flags]",
+        description="Fine-tune CLIP to predict how people score AI-generated images: perceptual quality and "
+        "consistency with the prompt.",
+        epilog="Try it now: python baseline.py --demo",
+        allow_abbrev=False,
+    )
+    groups = {name: parser.add_argument_group(name, description) for name, description in GROUPS.items()}
+    for spec in OPTIONS.values():
+        spec.add_to(groups[spec.metadata["group"]])
+    return parser
+
+
+def load_options(path: str | Path) -> dict[str, Any]:
+    """Read options from a saved config.json, or a hand-written one with any of its keys.
+
+    Raises:
+        ValueError: the file is missing, is not a JSON object, or has a key that is no option.
+    """
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"--config {path}: not a readable JSON file ({error})") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"--config {path}: must be a JSON object of options")
+    saved.pop("provenance", None)
+    for key in saved:
+        if key not in OPTIONS:
+            near = difflib.get_close_matches(key, OPTIONS, n=1)
+            raise ValueError(f"--config {path}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" * bool(near)))
+    return {
+        key: tuple(value) if OPTIONS[key].pair and isinstance(value, list) else value
+        for key, value in saved.items()
+        if key not in NOT_SAVED
+    }
+
+
+def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """Command line -> config. Precedence: flags, then --config, then --demo, then defaults.
+
+    Raises:
+        ValueError: an unknown flag, or a value that breaks its rule.
+    """
+    parser = build_parser()
+    flags = vars(parser.parse_args(argv))
+    flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
+    saved = load_options(flags["config"]) if "config" in flags else {}
+    if flags.get("demo"):
+        for name in ("data_csv_path", "image_base_dir"):
+            if name in flags:
+                raise ValueError(f"--demo draws its own data: drop it or --{name}")
+    demo = DEMO_SETTINGS if flags.get("demo", saved.get("demo", False)) else {}
+    return with_options(TrainingConfig(), {**demo, **saved, **flags})
+
+
+def with_options(config: TrainingConfig, changes: Mapping[str, Any]) -> TrainingConfig:
+    """`config` with some options changed and checked again."""
+    return replace(config, **changes)
+
+
+def build_predict_parser() -> argparse.ArgumentParser:
+    """The command line of predict.py."""
+    parser = OneLineParser(
+        prog="predict.py",
+        usage="python predict.py --checkpoint RUN/best (IMAGE... | --csv FILE | --image_dir DIR) [flags]",
+        description="Score images with a trained run, in the MOS units of its training data.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="RUN/best, or RUN itself")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
+    parser.add_argument("--prompt", metavar="TEXT", help="what the images should show; without it: quality alone")
+    parser.add_argument("--csv", metavar="FILE", help="table of image names and prompts")
+    parser.add_argument("--image_dir", metavar="DIR", help="folder of the CSV's names; alone: score all images in it")
+    parser.add_argument("--name_column", default="name", metavar="COLUMN", help="(default: name)")
+    parser.add_argument("--prompt_column", default="prompt", metavar="COLUMN", help="(default: prompt)")
+    parser.add_argument("--out", metavar="FILE", help="write name,pred_quality,pred_align there instead of printing")
+    parser.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
+    parser.add_argument("--num_workers", type=int, default=0, help="image-reading processes (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    return parser
+
+
+@contextmanager
+def one_line_errors(*failures: type[Exception]) -> Iterator[None]:
+    """For command lines: a user's mistake (or the file system's) becomes one line and exit code 2, `failures` 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except failures as error:
+        print(f"failed: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,532 @@
+"""From a CSV and a folder of images to batches: reading, checking, splitting, scaling, loading.
+
+Scores live on [0, 1] inside (`LabelScale`) and on the data set's own MOS scale everywhere a person looks.
+A missing score is NaN from here on; it is masked in the loss and left out of every statistic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from sklearn.model_selection import GroupShuffleSplit
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+FOLDS = ("train", "val", "test")
+TASKS = {"q": "quality", "c": "consistency"}
+
+NO_DATA = """no data at {path}. Three ways on:
+  see it work now, without data:  python baseline.py --demo
+  AGIQA-3K (2,982 images, MIT), from github.com/lcysyzxdxc/AGIQA-3k-Database:
+                                  its data.csv as data/data.csv, its images into data/images
+  your own images:                --data_csv_path CSV (name,prompt,mos_quality,mos_align) --image_base_dir DIR"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """How the CSV names what we read."""
+
+    name: str = "name"
+    prompt: str = "prompt"
+    quality: str = "mos_quality"
+    consistency: str = "mos_align"
+    explanation: str = "explanation"
+    group: str | None = None
+
+
+def read_table(csv_path: str | Path, image_dir: str | Path, columns: Columns, *, scored: bool = True) -> pd.DataFrame:
+    """Read and check a CSV of images.
+
+    Args:
+        csv_path: UTF-8 CSV (with or without BOM) with a header.
+        image_dir: the folder that the names are relative to.
+        scored: whether at least one score column must exist.
+
+    Returns:
+        One row per image: name, path, prompt ("" if none), explanation ("" if none), q and c (MOS, float64,
+        NaN where missing), group (generator), split ("" if the CSV has none), and row (as a spreadsheet counts).
+
+    Raises:
+        ValueError: one line naming the file, the row or the column, and the rule.
+    """
+    raw = read_csv(csv_path)
+    if not Path(image_dir).is_dir():
+        raise ValueError(f"--image_base_dir {image_dir}: no such folder")
+
+    def texts(column: str | None) -> pd.Series:
+        return raw[column].str.strip() if column in raw.columns else pd.Series("", index=raw.index)
+
+    if columns.name not in raw.columns:
+        raise ValueError(missing_column(csv_path, columns.name, raw.columns, "--name_column"))
+    if columns.group is not None and columns.group not in raw.columns:
+        raise ValueError(missing_column(csv_path, columns.group, raw.columns, "--group_column"))
+    table = pd.DataFrame(
+        {
+            "name": texts(columns.name),
+            "prompt": texts(columns.prompt),
+            "explanation": texts(columns.explanation),
+            "q": parse_scores(raw, columns.quality, csv_path),
+            "c": parse_scores(raw, columns.consistency, csv_path),
+            "split": texts("split"),
+            "row": np.arange(len(raw)) + 2,
+        }
+    )
+    table["group"] = texts(columns.group) if columns.group else table["name"].map(generator_of)
+    if scored and table[["q", "c"]].isna().all(axis=None):
+        raise ValueError(
+            f"{csv_path}: no scores in column {columns.quality!r} or {columns.consistency!r}; "
+            "name yours with --quality_column, --consistency_column"
+        )
+    no_prompt = table[table["c"].notna() & (table["prompt"] == "")]
+    if len(no_prompt):
+        raise ValueError(
+            f"{csv_path} row {no_prompt['row'].iloc[0]}: a consistency score without a prompt (column "
+            f"{columns.prompt!r}); {len(no_prompt)} such row(s)"
+        )
+    table["path"] = check_names(table, Path(image_dir), csv_path)
+    return table
+
+
+def read_csv(path: str | Path) -> pd.DataFrame:
+    """All cells of a UTF-8 CSV as text. Raises ValueError."""
+    try:
+        raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+    except FileNotFoundError:
+        raise ValueError(
+            NO_DATA.format(path=path) if str(path) == "data/data.csv" else f"{path}: no such file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as 'CSV UTF-8'") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path}: not a readable CSV ({str(error).strip()})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if raw.empty:
+        raise ValueError(f"{path}: has a header at most, no rows")
+    if not isinstance(raw.index, pd.RangeIndex):
+        raise ValueError(f"{path}: rows have more cells than the header; put texts with commas in double quotes")
+    return raw.fillna("")  # a row that ends early
+
+
+def missing_column(path: str | Path, column: str, present: Sequence[str], flag: str) -> str:
+    """The message for a column that is not there."""
+    return f"{path}: no column {column!r} among {', '.join(map(repr, present))}; name yours with {flag}"
+
+
+def parse_scores(raw: pd.DataFrame, column: str, path: str | Path) -> pd.Series:
+    """A score column as floats; an empty cell (or no such column) is NaN. Raises ValueError for anything else."""
+    if column not in raw.columns:
+        return pd.Series(np.nan, index=raw.index)
+    text = raw[column].str.strip()
+    numbers = pd.to_numeric(text, errors="coerce").astype(float)
+    wrong = (text != "") & ~np.isfinite(numbers)
+    if wrong.any():
+        first = wrong.idxmax()
+        raise ValueError(
+            f"{path} row {first + 2}: {column} is {text[first]!r}, must be a finite number or empty; "
+            f"{wrong.sum()} such row(s)"
+        )
+    return numbers
+
+
+def generator_of(name: str) -> str:
+    """The generator an image came from: its file name up to the last underscore ("" if it has none)."""
+    return PurePosixPath(name).name.rpartition("_")[0]
+
+
+def first_five(items: Sequence[object]) -> str:
+    """The first five of a list, and that there are more."""
+    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
+
+
+def check_names(table: pd.DataFrame, image_dir: Path, csv_path: str | Path) -> list[Path]:
+    """Paths of all images. Raises ValueError for empty, repeated, escaping or missing names."""
+    empty = table.loc[table["name"] == "", "row"]
+    if len(empty):
+        raise ValueError(f"{csv_path} row {empty.iloc[0]}: the image name is empty; {len(empty)} such row(s)")
+    repeated = table.loc[table["name"].duplicated(), "name"].tolist()
+    if repeated:
+        raise ValueError(f"{csv_path}: {len(repeated)} image name(s) occur more than once: {first_five(repeated)}")
+    root = image_dir.resolve()
+    paths = [image_dir / name for name in table["name"]]
+    outside = [
+        name
+        for name, path in zip(table["name"], paths, strict=True)
+        if PureWindowsPath(name).is_absolute() or not path.resolve().is_relative_to(root)
+    ]
+    if outside:
+        raise ValueError(f"{csv_path}: {len(outside)} image name(s) leave {image_dir}: {first_five(outside)}")
+    missing = [name for name, path in zip(table["name"], paths, strict=True) if not path.is_file()]
+    if missing:
+        raise ValueError(f"{image_dir}: {len(missing)} of {len(paths)} images are missing: {first_five(missing)}")
+    return paths
+
+
+def check_images(paths: Sequence[Path]) -> list[str]:
+    """Read every image once; return their SHA-256 content hashes.
+
+    JPEGs are decoded at an eighth of their size: that still reads the file to its end, so a truncated one shows.
+
+    Raises:
+        ValueError: some cannot be read; all are counted, the first five named.
+    """
+
+    def check(path: Path) -> tuple[str, str]:
+        try:
+            content = path.read_bytes()
+            with Image.open(BytesIO(content)) as image:
+                image.draft("RGB", (1, 1))
+                image.load()
+            return hashlib.sha256(content).hexdigest(), ""
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            return "", f"{path.name} ({str(error) or type(error).__name__})"
+
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(check, paths, chunksize=8))
+    broken = [problem for _, problem in results if problem]
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(paths)} images cannot be read: {first_five(broken)}")
+    return [digest for digest, _ in results]
+
+
+def load_image(path: str | Path | Image.Image) -> Image.Image:
+    """Any image as upright 8-bit RGB: EXIF rotation applied, transparency on white, 16-bit scaled down.
+
+    Raises:
+        OSError: not an image, or truncated. ValueError: a pixel format without a known range.
+    """
+    with Image.open(path) if not isinstance(path, Image.Image) else path.copy() as source:
+        image = ImageOps.exif_transpose(source)
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white rather than scale
+            return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
+                "RGB"
+            )
+        if image.mode == "F":
+            raise ValueError(f"{path}: floating-point pixels have no known range; save it with 8 bits")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image.convert("RGB")
+
+
+def assign_folds(table: pd.DataFrame, *, split_by: str, test_size: float, val_size: float, seed: int) -> np.ndarray:
+    """The fold of each row: "train", "val" or "test".
+
+    The CSV's own `split` wins. Otherwise whole prompts (compared without regard to case and spacing) or single
+    images are drawn at random, so that `test_size` and `val_size` are shares of all prompts (or images).
+
+    Raises:
+        ValueError: an unknown fold name, too few prompts or images, or a fold that lacks scores of a task.
+    """
+    if (table["split"] != "").any():
+        wrong = table[~table["split"].isin(FOLDS)]
+        if len(wrong):
+            raise ValueError(
+                f"row {wrong['row'].iloc[0]}: split is {wrong['split'].iloc[0]!r}, must be train, val or test; "
+                f"{len(wrong)} such row(s)"
+            )
+        folds = table["split"].to_numpy(dtype=str)
+    else:
+        folds = draw_folds(split_units(table, split_by), split_by, test_size, val_size, seed)
+    check_folds(table, folds)
+    return folds
+
+
+def split_units(table: pd.DataFrame, split_by: str) -> np.ndarray:
+    """A number for each row; rows with the same number stay in one fold. Raises ValueError."""
+    if split_by == "image":
+        return np.arange(len(table))
+    if (table["prompt"] == "").any():
+        row = table.loc[table["prompt"] == "", "row"].iloc[0]
+        raise ValueError(f"row {row} has no prompt, so --split_by prompt cannot place it; use --split_by image")
+    return pd.factorize(table["prompt"].str.casefold().str.split().str.join(" "))[0]
+
+
+def draw_folds(units: np.ndarray, split_by: str, test_size: float, val_size: float, seed: int) -> np.ndarray:
+    """Random folds of whole units. Raises ValueError if there are too few units for three folds."""
+    count = len(np.unique(units))
+    num_test, num_val = max(1, round(count * test_size)), max(1, round(count * val_size))
+    if count - num_test - num_val < 1:
+        raise ValueError(
+            f"{count} {split_by}(s) cannot fill three folds with --test_size {test_size} --val_size {val_size}; "
+            "add data or lower these"
+        )
+    folds = np.full(len(units), "train", dtype="<U5")
+    rest = np.arange(len(units))
+    for fold, size in (("test", num_test), ("val", num_val)):
+        splitter = GroupShuffleSplit(n_splits=1, test_size=size, random_state=seed)
+        keep, chosen = next(splitter.split(rest, groups=units[rest]))
+        folds[rest[chosen]] = fold
+        rest = rest[keep]
+    return folds
+
+
+def check_folds(table: pd.DataFrame, folds: np.ndarray) -> None:
+    """Raise ValueError unless every fold can be trained on or measured: two scores of each task that has any."""
+    for task, title in TASKS.items():
+        if table[task].isna().all():
+            continue
+        for fold in FOLDS:
+            count = table.loc[folds == fold, task].notna().sum()
+            if count < 2:
+                raise ValueError(
+                    f"the {fold} fold has {count} image(s) with a {title} score, needs at least 2; "
+                    "change --test_size, --val_size or the CSV's split column"
+                )
+
+
+@dataclass(frozen=True)
+class LabelScale:
+    """The MOS scale of one score: `low`..`high` in MOS units are 0..1 inside."""
+
+    low: float
+    high: float
+
+    def to_unit(self, mos: np.ndarray) -> np.ndarray:
+        """MOS units -> label units."""
+        return (mos - self.low) / (self.high - self.low)
+
+    def to_mos(self, unit: np.ndarray) -> np.ndarray:
+        """Label units -> MOS units, clamped to the scale: this is what people see and what is measured."""
+        return self.low + np.clip(unit, 0.0, 1.0) * (self.high - self.low)
+
+
+def label_scale(mos: np.ndarray, folds: np.ndarray, given: tuple[float, float] | None, flag: str) -> LabelScale:
+    """The scale of a score: as given, or from the lowest to the highest in the training fold.
+
+    Raises:
+        ValueError: a score lies outside the given range, or all training scores are equal.
+    """
+    if given:
+        outside = (mos < given[0]) | (mos > given[1])
+        if outside.any():
+            raise ValueError(
+                f"{flag} {given[0]} {given[1]}: {outside.sum()} score(s) lie outside, such as {mos[outside][0]}"
+            )
+        return LabelScale(*given)
+    train = mos[folds == "train"]
+    low, high = float(np.nanmin(train)), float(np.nanmax(train))
+    if low == high:
+        raise ValueError(f"every training score is {low}: nothing to learn; check the score column or set {flag}")
+    return LabelScale(low, high)
+
+
+def fingerprint(csv_path: str | Path, image_hashes: Sequence[str]) -> str:
+    """SHA-256 over the CSV and every image's content: equal data, equal fingerprint."""
+    digest = hashlib.sha256(Path(csv_path).read_bytes())
+    for item in image_hashes:
+        digest.update(item.encode())
+    return digest.hexdigest()
+
+
+class ImageSet(Dataset):
+    """Images as (3, S, S) uint8, S = image_size.
+
+    Indexed by (epoch, index): the augmentation of a sample depends on these and the seed alone, not on the
+    worker that draws it. Epoch `None` is the evaluation view: short side to S (bicubic), centre crop, as in CLIP.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path | Image.Image], *, image_size: int, crop_scale_min: float, seed: int
+    ) -> None:
+        self.paths = list(paths)
+        self.seed = seed
+        self.train_view = v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    image_size, scale=(crop_scale_min, 1.0), interpolation=v2.InterpolationMode.BICUBIC
+                ),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+            ]
+        )
+        self.eval_view = v2.Compose(
+            [
+                v2.Resize(image_size, interpolation=v2.InterpolationMode.BICUBIC),
+                v2.CenterCrop(image_size),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int | None, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        image = load_image(self.paths[index])
+        if epoch is None:
+            return self.eval_view(image), index
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
+            return self.train_view(image), index
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their prompts and labels, on the device."""
+
+    images_B3SS: Tensor  # normalised float32
+    targets: dict[str, Tensor]  # task -> (B,) label units, NaN where missing
+    tokens_PN: Tensor | None = None  # the batch's distinct prompts
+    prompt_of_B: Tensor | None = None  # (B,) row of tokens_PN
+    rationale_tokens_RN: Tensor | None = None  # rationales of those images that have one
+    has_rationale_B: Tensor | None = None  # (B,) bool; R of them are true
+
+    def __len__(self) -> int:
+        return len(self.images_B3SS)
+
+
+class TextTable:
+    """The texts of a table, each distinct one tokenised once. Row r has text number `text_of_row[r]`."""
+
+    def __init__(self, texts: Sequence[str], tokenize: Callable[[Sequence[str]], Tensor], device: torch.device) -> None:
+        codes, distinct = pd.factorize(np.asarray(texts, dtype=object))
+        self.tokens_UN = tokenize(list(distinct)).to(device)
+        self.text_of_row = torch.from_numpy(codes).to(device)
+
+    def select(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (B,) -> their distinct texts (P, N) and the number of each row's text among these (B,)."""
+        chosen_P, place_B = torch.unique(self.text_of_row[rows_B], return_inverse=True)
+        return self.tokens_UN[chosen_P], place_B
+
+
+class Feed:
+    """Turns what a loader yields into Batches: moves to the device, normalises, adds prompts and labels."""
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        mean: Sequence[float],
+        std: Sequence[float],
+        targets: Mapping[str, np.ndarray],
+        prompts: TextTable | None,
+        rationales: tuple[TextTable, np.ndarray] | None = None,
+    ) -> None:
+        self.device = device
+        self.scale = torch.tensor(std, device=device).mul(255).reciprocal().view(1, 3, 1, 1)
+        self.shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(1, 3, 1, 1)
+        self.targets = {task: torch.from_numpy(values).to(device, torch.float32) for task, values in targets.items()}
+        self.prompts = prompts
+        self.rationales = rationales and (rationales[0], torch.from_numpy(rationales[1]).to(device))
+
+    def batches(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """One Batch for each ((B, 3, S, S) uint8, (B,) rows) of the loader."""
+        for pixels, rows in loader:
+            rows_B = rows.to(self.device, non_blocking=True)
+            images = pixels.to(self.device, non_blocking=True).float() * self.scale - self.shift
+            tokens, place = self.prompts.select(rows_B) if self.prompts else (None, None)
+            rationale_tokens = has_rationale = None
+            if self.rationales:
+                table, present = self.rationales
+                has_rationale = present[rows_B]
+                rationale_tokens = table.tokens_UN[table.text_of_row[rows_B[has_rationale]]]
+            yield Batch(
+                images_B3SS=images,
+                targets={task: values[rows_B] for task, values in self.targets.items()},
+                tokens_PN=tokens,
+                prompt_of_B=place,
+                rationale_tokens_RN=rationale_tokens,
+                has_rationale_B=has_rationale,
+            )
+
+
+class EpochOrder(Sampler[tuple[int | None, int]]):
+    """Yields (epoch, index): all indices, shuffled anew in each epoch when `shuffle`."""
+
+    def __init__(self, indices: np.ndarray, *, seed: int, shuffle: bool) -> None:
+        self.indices = np.asarray(indices)
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int | None, int]]:
+        if not self.shuffle:
+            yield from ((None, int(index)) for index in self.indices)
+            return
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)
+        yield from ((self.epoch, int(index)) for index in order)
+        self.epoch += 1
+
+
+def image_loader(
+    images: ImageSet,
+    indices: np.ndarray,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader:
+    """Batches of ((B, 3, S, S) uint8, (B,) int64 index into the table)."""
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=EpochOrder(indices, seed=images.seed, shuffle=shuffle),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A checked data set: images, prompts and scores with their folds and scales."""
+
+    table: pd.DataFrame  # as `read_table` returns it
+    folds: np.ndarray  # (n,) of FOLDS
+    scales: dict[str, LabelScale]  # task -> MOS scale; the tasks that have scores
+    fingerprint: str
+
+    def rows(self, fold: str) -> np.ndarray:
+        """Row numbers of a fold."""
+        return np.flatnonzero(self.folds == fold)
+
+    def mos(self, task: str, fold: str) -> np.ndarray:
+        """MOS of a fold's rows, NaN where missing."""
+        return self.table[task].to_numpy()[self.rows(fold)]
+
+    def unit_targets(self) -> dict[str, np.ndarray]:
+        """Task -> (n,) labels on [0, 1], NaN where missing."""
+        return {task: scale.to_unit(self.table[task].to_numpy()) for task, scale in self.scales.items()}
+
+    def train_means(self) -> dict[str, float]:
+        """Task -> mean training label on [0, 1]."""
+        return {task: float(np.nanmean(values[self.rows("train")])) for task, values in self.unit_targets().items()}
+
+
+def load_examples(
+    csv_path: str | Path,
+    image_dir: str | Path,
+    columns: Columns,
+    *,
+    split_by: str,
+    test_size: float,
+    val_size: float,
+    seed: int,
+    ranges: Mapping[str, tuple[float, float] | None],
+) -> Examples:
+    """Read, check, split and scale a data set. Raises ValueError: see the functions it is made of."""
+    table = read_table(csv_path, image_dir, columns)
+    folds = assign_folds(table, split_by=split_by, test_size=test_size, val_size=val_size, seed=seed)
+    scales = {
+        task: label_scale(table[task].to_numpy(), folds, ranges[task], f"--mos_range_{task}")
+        for task in TASKS
+        if table[task].notna().any()
+    }
+    hashes = check_images(table["path"])
+    return Examples(table, folds, scales, fingerprint(csv_path, hashes))

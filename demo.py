@@ -1,0 +1,444 @@
+"""Draw the demo set: captions of coloured shapes, flawed pictures of them, and the scores people might give.
+
+Every prompt is drawn by eight made-up generators. Each picture is marred twice, independently:
+
+- consistency: some attributes of the drawn scene (colour, kind, count, texture, ...) differ from the prompt;
+- quality: the pixels are blurred, noisy, over-compressed, banded or faded.
+
+Both are turned into mean opinion scores (MOS) in 1..5 with a little rater noise.
+
+    python demo.py FOLDER        # writes FOLDER/data.csv and FOLDER/images/
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+CSV_COLUMNS = ("name", "prompt", "mos_quality", "mos_align", "explanation")
+IMAGE_SIZE = 256
+RATER_NOISE = 0.12  # standard deviation of a mean opinion score, in MOS points
+
+COLOURS = {  # name -> sRGB; the first six are the demo's, the rest are for pretraining
+    "red": (215, 35, 35), "green": (40, 160, 60), "blue": (40, 70, 215), "yellow": (240, 215, 40),
+    "purple": (140, 45, 170), "orange": (245, 135, 25), "pink": (245, 130, 185), "cyan": (50, 200, 215),
+    "brown": (120, 75, 40), "white": (250, 250, 250), "black": (25, 25, 25), "grey": (128, 128, 128),
+}  # fmt: skip
+COUNT_WORDS = {1: "a", 2: "two", 3: "three", 4: "four"}
+PENALTIES = {"colour": 1.0, "kind": 0.9, "count": 0.6, "texture": 0.8, "backdrop": 1.0}
+
+# How much a degradation at full strength takes from the quality, 0..1.
+ANNOYANCE = {"blur": 1.0, "noise": 0.95, "compression": 0.95, "banding": 0.85, "fading": 0.8}
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` equal shapes; `size` is "", "small" or "large"."""
+
+    count: int
+    colour: str
+    kind: str
+    size: str = ""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says and a picture shows: one or two groups of shapes on a background."""
+
+    groups: tuple[Group, ...]
+    texture: str
+    backdrop: str
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What may occur in a scene and how captions are worded."""
+
+    kinds: tuple[str, ...]
+    colours: tuple[str, ...]  # of shapes and of backgrounds
+    textures: tuple[str, ...]
+    sizes: tuple[str, ...]
+    max_count: int  # of equal shapes where they are alone
+    templates: tuple[str, ...]
+
+
+DEMO_VOCABULARY = Vocabulary(
+    kinds=("circle", "square", "triangle", "star", "ring"),
+    colours=tuple(COLOURS)[:6],
+    textures=("plain", "striped", "checkered", "dotted", "gradient"),
+    sizes=("",),
+    max_count=3,
+    templates=(
+        "{things} on a {texture} {backdrop} background",
+        "a picture of {things} on a {texture} {backdrop} background",
+        "{things} in front of a {texture} {backdrop} wall",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A made-up text-to-image model: exponents below 1 make its flaws more severe, above 1 milder."""
+
+    name: str
+    suffix: str
+    quality_exponent: float
+    consistency_exponent: float
+    habits: tuple[str, ...]  # degradations it is prone to
+
+
+GENERATORS = (
+    Generator("alpha", ".jpg", 0.62, 1.25, ("blur", "blur")),
+    Generator("beta", ".jpg", 0.75, 0.75, ("noise", "noise")),
+    Generator("gamma", ".png", 1.00, 0.60, ("banding", "banding")),
+    Generator("delta", ".jpg", 1.60, 1.10, ("compression",)),
+    Generator("delta_fast", ".jpg", 0.80, 0.65, ("compression", "noise")),
+    Generator("epsilon", ".jpg", 1.25, 1.60, ("fading", "fading")),
+    Generator("zeta", ".jpg", 1.40, 0.90, ()),
+    Generator("eta_v2", ".jpg", 1.10, 1.45, ("blur", "fading")),
+)
+
+
+# ------------------------------------------------------------------------------------- scenes and captions
+
+
+def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> Scene:
+    """A scene of one or two groups with no colour or kind used twice, at most four shapes in all."""
+    num_groups = int(rng.integers(1, 3))
+    backdrop = _pick(rng, vocabulary.colours)
+    colours = rng.permutation([name for name in vocabulary.colours if name != backdrop])[:num_groups]
+    kinds = rng.permutation(vocabulary.kinds)[:num_groups]
+    counts = 1 + rng.integers(vocabulary.max_count if num_groups == 1 else 2, size=num_groups)
+    sizes = [_pick(rng, vocabulary.sizes) for _ in range(num_groups)]
+    groups = tuple(map(Group, counts.tolist(), colours.tolist(), kinds.tolist(), sizes))
+    return Scene(groups, _pick(rng, vocabulary.textures), backdrop)
+
+
+def caption(scene: Scene, template: str) -> str:
+    """The scene in words, such as "a red circle and two blue squares on a striped green background"."""
+    things = " and ".join(_describe(group) for group in scene.groups)
+    return template.format(things=things, texture=scene.texture, backdrop=scene.backdrop)
+
+
+def slots(scene: Scene) -> list[tuple[str, int]]:
+    """Every attribute that can be drawn wrong, as (name, group number); background ones have number -1."""
+    per_group = [(name, i) for i in range(len(scene.groups)) for name in ("colour", "kind", "count")]
+    return [*per_group, ("texture", -1), ("backdrop", -1)]
+
+
+def alter(scene: Scene, slot: tuple[str, int], rng: np.random.Generator, vocabulary: Vocabulary) -> Scene:
+    """The same scene with one attribute changed; colours stay visible against the background."""
+    name, index = slot
+    if name == "texture":
+        return replace(scene, texture=_other(rng, vocabulary.textures, [scene.texture]))
+    if name == "backdrop":
+        taken = [scene.backdrop, *(group.colour for group in scene.groups)]
+        return replace(scene, backdrop=_other(rng, vocabulary.colours, taken))
+    group = scene.groups[index]
+    if name == "colour":
+        taken = [scene.backdrop, *(other.colour for other in scene.groups)]
+        group = replace(group, colour=_other(rng, vocabulary.colours, taken))
+    elif name == "kind":
+        group = replace(group, kind=_other(rng, vocabulary.kinds, [other.kind for other in scene.groups]))
+    else:
+        limit = vocabulary.max_count if len(scene.groups) == 1 else 2
+        group = replace(group, count=_other(rng, range(1, limit + 1), [group.count]))
+    return replace(scene, groups=(*scene.groups[:index], group, *scene.groups[index + 1 :]))
+
+
+def _describe(group: Group) -> str:
+    words = [COUNT_WORDS[group.count], group.size, group.colour, group.kind]
+    if group.count > 1:
+        words[3] += "es" if group.kind.endswith("s") else "s"
+    elif (group.size or group.colour)[0] in "aeiou":
+        words[0] = "an"
+    return " ".join(word for word in words if word)
+
+
+def _pick(rng: np.random.Generator, options: Sequence):
+    return options[int(rng.integers(len(options)))]
+
+
+def _other(rng: np.random.Generator, options: Sequence, taken: Sequence):
+    return _pick(rng, [option for option in options if option not in taken])
+
+
+# ------------------------------------------------------------------------------------------------- drawing
+
+
+def draw_scene(scene: Scene, rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
+    """An undamaged picture of the scene, uint8 (size, size, 3); places, angles and lighting are random."""
+    background = Image.fromarray(_background(scene, rng, size)).resize((2 * size, 2 * size), Image.NEAREST)
+    draw = ImageDraw.Draw(background)
+    shapes = [group for group in scene.groups for _ in range(group.count)]
+    for group, (x, y, radius) in zip(shapes, _places(len(shapes), rng), strict=True):
+        radius *= {"": 1.0, "small": 0.7, "large": 1.2}[group.size]
+        _draw_shape(draw, group, 2 * size * x, 2 * size * y, 2 * size * radius, rng)
+    pixels = np.asarray(background.reduce(2), dtype=np.float32)
+    # Smooth lighting gives flat areas a slope, without which banding would not show.
+    angle, axis = rng.uniform(0, 2 * math.pi), np.linspace(-1, 1, size, dtype=np.float32)
+    light = 1 + 0.14 * (math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None])
+    return np.clip(pixels * light[..., None], 0, 255).astype(np.uint8)
+
+
+def _background(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
+    """The textured background in two tints of the backdrop colour, uint8 (size, size, 3)."""
+    colour = np.array(COLOURS[scene.backdrop], dtype=np.float32)
+    tints = colour * 0.45 + 255 * 0.55, colour * 0.8 + 255 * 0.04
+    angle, period = rng.uniform(-0.5, 0.5) + _pick(rng, (0, math.pi / 2)), rng.uniform(0.11, 0.17)
+    axis = np.arange(size, dtype=np.float32) / size * (2 * math.pi / period)
+    u = math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None] + np.float32(rng.uniform(0, 6))
+    v = math.cos(angle) * axis[:, None] - math.sin(angle) * axis[None, :] + np.float32(rng.uniform(0, 6))
+    if scene.texture == "gradient":
+        ramp = u - u.mean()
+        mix = 0.5 + _pick(rng, (-0.5, 0.5)) * ramp / np.abs(ramp).max()
+    else:
+        patterns: dict[str, Callable[[], np.ndarray]] = {
+            "plain": lambda: np.full_like(u, -1.0),
+            "striped": lambda: np.sin(u),
+            "checkered": lambda: 2 * np.sin(u) * np.sin(v),
+            "dotted": lambda: np.cos(u) + np.cos(v) - 0.6,
+            "wavy": lambda: np.sin(u + 1.5 * np.sin(v / 2)),
+            "grid": lambda: np.maximum(np.cos(u), np.cos(v)) - 0.85,
+        }
+        mix = np.clip(0.5 + 0.12 * period * size * patterns[scene.texture](), 0, 1)  # edges about 1 px wide
+    return (tints[0] + mix[..., None] * (tints[1] - tints[0])).astype(np.uint8)
+
+
+def _places(num_shapes: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """(x, y, radius) of each shape as fractions of the side; none overlap, all clear a centre crop's edge."""
+    layouts = {
+        1: [[(0.5, 0.5)]],
+        2: [[(0.29, 0.5), (0.71, 0.5)], [(0.5, 0.29), (0.5, 0.71)], [(0.3, 0.3), (0.7, 0.7)]],
+        3: [[(0.29, 0.3), (0.71, 0.3), (0.5, 0.71)], [(0.29, 0.7), (0.71, 0.7), (0.5, 0.29)]],
+        4: [[(0.29, 0.29), (0.71, 0.29), (0.29, 0.71), (0.71, 0.71)]],
+    }
+    centres = rng.permutation(_pick(rng, layouts[num_shapes]))
+    radius, jitter = (0.28, 0.06) if num_shapes == 1 else (0.175, 0.02)
+    moved = centres + rng.uniform(-jitter, jitter, centres.shape)
+    return [(float(x), float(y), radius * rng.uniform(0.88, 1.05)) for x, y in moved]
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, group: Group, x: float, y: float, radius: float, rng: np.random.Generator
+) -> None:
+    """A filled shape with a dark outline, whose edges give blur something to spoil."""
+    turn, line, dark = rng.uniform(-0.2, 0.2), 0.09 * radius, (20, 20, 20)
+    colour = COLOURS[group.colour]
+    if group.kind == "ring":
+        for inset, paint in ((0.0, dark), (line, colour)):
+            r = radius - inset
+            width = round(0.42 * radius - 2 * inset)
+            draw.ellipse((x - r, y - r, x + r, y + r), outline=paint, width=width)
+        return
+    for r, paint in ((radius, dark), (radius - 1.3 * line, colour)):
+        draw.polygon([(x + r * px, y + r * py) for px, py in _outline(group.kind, turn)], fill=paint)
+
+
+def _outline(kind: str, turn: float) -> list[tuple[float, float]]:
+    """Corners of a shape in the unit circle, turned by `turn` radians from upright."""
+    corners = {"circle": 48, "triangle": 3, "star": 10, "hexagon": 6, "cross": 12}.get(kind, 4)
+    angles = turn - math.pi / 2 + np.arange(corners) * (2 * math.pi / corners)
+    radii = np.ones(corners)
+    if kind == "square":
+        angles = angles + math.pi / 4
+    elif kind == "star":
+        radii[1::2] = 0.42
+    elif kind == "cross":  # arms from two long corners, then one short inner corner
+        arm = 0.33
+        angles = turn + np.repeat(np.arange(4) * math.pi / 2, 3) + np.tile([-arm, arm, math.pi / 4], 4)
+        radii = np.tile([1.0, 1.0, math.sqrt(2) * math.sin(arm)], 4)
+    x, y = radii * np.cos(angles), radii * np.sin(angles)
+    if kind == "diamond":
+        x = x * 0.55
+    return list(zip(x.tolist(), y.tolist(), strict=True))
+
+
+# --------------------------------------------------------------------------------------------- degradation
+
+
+def random_levels(severity: float, rng: np.random.Generator, habits: Sequence[str] = ()) -> dict[str, float]:
+    """Strengths in 0..1 of one or two degradations that together annoy by about `severity` (0..1)."""
+    if severity < 0.04:
+        return {}
+    kinds = list(dict.fromkeys(str(kind) for kind in rng.permutation([*ANNOYANCE, *habits])))[:2]
+    share = 1.0 if rng.random() < 0.5 else float(rng.uniform(0.5, 1.0))
+    parts = [1 - (1 - severity) ** share, 1 - (1 - severity) ** (1 - share)]
+    pairs = zip(kinds, parts, strict=True)
+    return {kind: min(1.0, part / ANNOYANCE[kind]) for kind, part in pairs if part >= 0.04}
+
+
+def total_severity(levels: dict[str, float]) -> float:
+    """Overall annoyance in 0..1: what one degradation leaves of the quality, the next one reduces further."""
+    return 1 - math.prod(1 - ANNOYANCE[kind] * level for kind, level in levels.items())
+
+
+def degrade(image: np.ndarray, levels: dict[str, float], rng: np.random.Generator) -> np.ndarray:
+    """The image, uint8 (H, W, 3), after the degradations named, each with a strength in 0..1."""
+    pixels = image
+    if fading := levels.get("fading"):
+        pixels = _to_uint8(150 + (pixels.astype(np.float32) - 150) * (1 - 0.8 * fading))
+    if blur := levels.get("blur"):
+        radius = (0.5 + 5.0 * blur) * image.shape[0] / IMAGE_SIZE
+        pixels = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
+    if noise := levels.get("noise"):
+        grain = rng.standard_normal(pixels.shape, dtype=np.float32)
+        pixels = _to_uint8(pixels + (4 + 64 * noise) * grain)
+    if banding := levels.get("banding"):
+        step = 255 / (1 + 11 * (1 - banding) ** 1.5)
+        pixels = _to_uint8(np.round(pixels / step) * step)
+    if compression := levels.get("compression"):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=round(2 + 38 * (1 - compression) ** 2))
+        pixels = np.asarray(Image.open(buffer))
+    return pixels
+
+
+def _to_uint8(pixels: np.ndarray) -> np.ndarray:
+    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+
+
+# -------------------------------------------------------------------------------------------- the demo set
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One row of the demo set before it is drawn: `severity` and `mismatch` are in 0..1."""
+
+    name: str
+    prompt: str
+    shown: Scene
+    levels: dict[str, float]
+    severity: float
+    mismatch: float
+    mos_quality: float
+    mos_align: float
+    explanation: str
+
+
+def demo_scenes(num_prompts: int = 80, seed: int = 0) -> list[Scene]:
+    """The scenes the demo's prompts describe, all different."""
+    rng = np.random.default_rng([seed, 1])
+    scenes: dict[Scene, None] = {}
+    while len(scenes) < num_prompts:
+        scenes[random_scene(rng, DEMO_VOCABULARY)] = None
+    return list(scenes)
+
+
+def plan_demo_set(num_prompts: int = 80, seed: int = 0) -> list[Draft]:
+    """Decide every row of the demo set; rows come prompt by prompt, one per generator."""
+    rng = np.random.default_rng([seed, 2])
+    drafts = []
+    for number, scene in enumerate(demo_scenes(num_prompts, seed)):
+        prompt = caption(scene, _pick(rng, DEMO_VOCABULARY.templates))
+        drafts += [_plan_row(generator, number, scene, prompt, rng) for generator in GENERATORS]
+    return drafts
+
+
+def _plan_row(maker: Generator, number: int, scene: Scene, prompt: str, rng: np.random.Generator) -> Draft:
+    levels = random_levels(float(rng.random() ** maker.quality_exponent), rng, maker.habits)
+    shown, mismatch, faults = _misdraw(scene, float(rng.random() ** maker.consistency_exponent), rng)
+    severity = total_severity(levels)
+    faults += [f"The picture shows {kind}." for kind, level in levels.items() if level > 0.3]
+    return Draft(
+        name=f"{maker.name}_{number:03d}{maker.suffix}",
+        prompt=prompt,
+        shown=shown,
+        levels=levels,
+        severity=severity,
+        mismatch=mismatch,
+        mos_quality=_opinion(severity, rng),
+        mos_align=_opinion(mismatch, rng),
+        explanation=" ".join(faults) if rng.random() < 0.8 else "",
+    )
+
+
+def _misdraw(scene: Scene, target: float, rng: np.random.Generator) -> tuple[Scene, float, list[str]]:
+    """Draw about `target` (0..1) of the scene's weight wrong: (what is shown, wrong share, faults)."""
+    order = [slots(scene)[i] for i in rng.permutation(len(slots(scene)))]
+    total = sum(PENALTIES[name] for name, _ in order)
+    shown, wrong, faults = scene, 0.0, []
+    lost = sum(PENALTIES[name] for name, index in order if index == 1)
+    if lost and lost < target * total and rng.random() < 0.4:
+        shown, wrong = replace(scene, groups=scene.groups[:1]), lost
+        faults = [f"The {scene.groups[1].kind} is missing."]
+        order = [slot for slot in order if slot[1] != 1]
+    for slot in order:
+        if wrong + PENALTIES[slot[0]] / 2 <= target * total:
+            shown, wrong = alter(shown, slot, rng, DEMO_VOCABULARY), wrong + PENALTIES[slot[0]]
+            faults.append(_fault(slot, scene, shown))
+    return shown, wrong / total, faults
+
+
+def _fault(slot: tuple[str, int], asked: Scene, shown: Scene) -> str:
+    name, i = slot
+    if i < 0:
+        return f"The background is {getattr(shown, name)} instead of {getattr(asked, name)}."
+    was, now = asked.groups[i], shown.groups[i]
+    if name == "count":
+        return f"The number of {was.kind} shapes is {now.count} instead of {was.count}."
+    return f"The {was.kind} is {'a ' * (name == 'kind')}{getattr(now, name)} instead of {getattr(was, name)}."
+
+
+def _opinion(flaw: float, rng: np.random.Generator) -> float:
+    """Mean opinion score in 1..5 for a flaw of 0..1; the first small flaws cost a little more."""
+    score = 4.85 - 3.7 * flaw**0.9 + RATER_NOISE * rng.standard_normal()
+    return round(min(5.0, max(1.0, float(score))), 3)
+
+
+def write_demo_set(folder: Path, *, num_prompts: int = 80, seed: int = 0) -> tuple[Path, Path]:
+    """Draw the demo set into `folder`, unless it is there, and return (CSV file, image folder).
+
+    The folder appears whole or not at all: it is drawn beside its place and then renamed, so neither a crash
+    nor a second process drawing the same set leaves half of one.
+
+    Raises:
+        ValueError: `folder` holds something else, or `num_prompts` is below 1.
+    """
+    folder = Path(folder)
+    paths = folder / "data.csv", folder / "images"
+    if paths[0].exists():
+        return paths
+    if num_prompts < 1:
+        raise ValueError(f"num_prompts is {num_prompts}, but at least 1 prompt is needed")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is in use but holds no data.csv; remove it or name another demo folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        staged = Path(scratch) / "set"
+        (staged / "images").mkdir(parents=True)
+        _draw_demo_set(staged, plan_demo_set(num_prompts, seed), seed)
+        try:
+            os.replace(staged, folder)
+        except OSError:  # another process was quicker
+            if not paths[0].exists():
+                raise
+    return paths
+
+
+def _draw_demo_set(staged: Path, drafts: list[Draft], seed: int) -> None:
+    for index, draft in enumerate(drafts):
+        rng = np.random.default_rng([seed, 3, index])
+        image = Image.fromarray(degrade(draw_scene(draft.shown, rng), draft.levels, rng))
+        options = {"quality": 95} if draft.name.endswith(".jpg") else {"compress_level": 1}
+        image.save(staged / "images" / draft.name, **options)
+    with open(staged / "data.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(CSV_COLUMNS)
+        writer.writerows([getattr(draft, column) for column in CSV_COLUMNS] for draft in drafts)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python demo.py FOLDER")
+    print(*write_demo_set(Path(sys.argv[1])), sep="\n")

@@ -1,0 +1,216 @@
+"""How well predicted scores agree with human mean opinion scores (MOS).
+
+Every function takes `pred` and `mos` of shape (N,), any real dtype, in any units: the correlations ignore
+units and `rmse` answers in the units of `mos`. The protocol is that of VQEG and of the NTIRE challenges:
+SROCC, PLCC both raw and after a fitted logistic, KROCC, and RMSE after the same logistic.
+
+Two conventions hold throughout. Values that are constant, or fewer than two, order nothing: their
+correlation is reported as 0.0, never NaN and never with a warning, so that a collapsed model reads as useless
+and can still be compared. A NaN or an infinity is a fault upstream and raises ValueError, as do unequal
+lengths.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, special, stats
+
+Array = NDArray[np.float64]
+
+# A logistic this many times wider than the data is a straight line to about one part in 1e7.
+_LINE_WIDTH = 1e3
+# ln(width / std of pred) stays within this, so that neither exp() nor the division by the width overflows.
+_MAX_LOG_WIDTH = 7.0
+
+
+def srocc(pred: ArrayLike, mos: ArrayLike) -> float:
+    """Spearman's rank correlation in [-1, 1], ties given their average rank; 0.0 where nothing is ordered."""
+    return _correlation(stats.spearmanr, *_pair(pred, mos))
+
+
+def plcc(pred: ArrayLike, mos: ArrayLike) -> float:
+    """Pearson's linear correlation in [-1, 1] of the raw predictions; 0.0 where either side is constant."""
+    return _correlation(stats.pearsonr, *_pair(pred, mos))
+
+
+def krocc(pred: ArrayLike, mos: ArrayLike) -> float:
+    """Kendall's rank correlation tau-b in [-1, 1], which corrects for ties; 0.0 where nothing is ordered."""
+    return _correlation(stats.kendalltau, *_pair(pred, mos))
+
+
+def fit_logistic(pred: ArrayLike, mos: ArrayLike) -> Array:
+    """Least-squares parameters (b1, b2, b3, b4) of VQEG's monotone map from `pred` to `mos`.
+
+        y = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|))
+
+    b1 and b2 are the limits in MOS units, b3 the middle and |b4| the width in units of `pred`. Where `pred`
+    falls as `mos` rises, b1 < b2 and the map falls too: PLCC and RMSE after it look as good as for a `pred`
+    that rises, and only the raw SROCC and PLCC show the sign.
+
+    Finite input always gets an answer. The best straight line, written as a very wide logistic, is returned
+    when no fit beats it and for fewer than five pairs, which four parameters could join exactly. A side that
+    is constant, or whose variance over- or underflows, gives the constant mean of `mos` (b1 = b2), and no
+    pairs at all give the constant 0.
+
+    Source: VQEG, Final report on the validation of objective models of video quality assessment, 2000.
+    """
+    x, y = _pair(pred, mos)
+    if x.size == 0:
+        return np.array([0.0, 0.0, 0.0, 1.0])
+    with np.errstate(all="ignore"):
+        x_mean, x_std, y_mean, y_std = x.mean(), x.std(), y.mean(), y.std()
+        if _is_constant(x) or _is_constant(y) or not (0 < x_std < np.inf and 0 < y_std < np.inf):
+            return np.array([y_mean, y_mean, x_mean, 1.0])
+        # Standardised, the starting values and the tolerances suit every MOS scale.
+        b1, b2, b3, b4 = _fit_standardised((x - x_mean) / x_std, (y - y_mean) / y_std)
+        return np.array([y_mean + y_std * b1, y_mean + y_std * b2, x_mean + x_std * b3, x_std * b4])
+
+
+def apply_logistic(params: ArrayLike, pred: ArrayLike) -> Array:
+    """Map `pred` (N,) to MOS units (N,) with the parameters that `fit_logistic` returns."""
+    b1, b2, b3, b4 = np.asarray(params, dtype=np.float64)
+    x = np.asarray(pred, dtype=np.float64)
+    width = max(abs(b4), np.finfo(np.float64).tiny)  # a width of 0 is the step function, not 0 / 0
+    with np.errstate(all="ignore"):
+        return b2 + (b1 - b2) * special.expit((x - b3) / width)
+
+
+def plcc_fit(pred: ArrayLike, mos: ArrayLike) -> float:
+    """PLCC after the fitted logistic, in [0, 1]; never below |PLCC| but for rounding."""
+    return plcc(apply_logistic(fit_logistic(pred, mos), pred), mos)
+
+
+def rmse(pred: ArrayLike, mos: ArrayLike) -> float:
+    """Root mean squared error in MOS units *after* the fitted logistic; offset and scale of `pred` are free.
+
+    Raises ValueError for no pairs: an error of 0.0 there would read as perfect.
+    """
+    return _rms(apply_logistic(fit_logistic(pred, mos), pred), mos)
+
+
+def agreement(pred: ArrayLike, mos: ArrayLike) -> dict[str, float]:
+    """All five measures: srocc, plcc, plcc_fit, krocc, and rmse in MOS units. The logistic is fitted once."""
+    fitted = apply_logistic(fit_logistic(pred, mos), pred)
+    return {
+        "srocc": srocc(pred, mos),
+        "plcc": plcc(pred, mos),
+        "plcc_fit": plcc(fitted, mos),
+        "krocc": krocc(pred, mos),
+        "rmse": _rms(fitted, mos),
+    }
+
+
+def main_score(results: Mapping[str, float]) -> float:
+    """NTIRE's main score (SROCC + raw PLCC) / 2, averaged over the tasks in `results`.
+
+    A task T is any key `srocc_T` whose T has no underscore (`srocc_q`, `srocc_c`), and needs its `plcc_T`;
+    all other keys are ignored.
+    """
+    tasks = [key[len("srocc_") :] for key in results if key.startswith("srocc_")]
+    tasks = [task for task in tasks if task and "_" not in task]
+    if not tasks:
+        raise ValueError(f"main_score needs a srocc_<task> key such as srocc_q, got {sorted(results)}")
+    for task in tasks:
+        if f"plcc_{task}" not in results:
+            raise ValueError(f"main_score has srocc_{task} but no plcc_{task}")
+    return float(np.mean([(results[f"srocc_{task}"] + results[f"plcc_{task}"]) / 2 for task in tasks]))
+
+
+def group_mean_predictor(
+    train_groups: Sequence[Hashable], train_mos: ArrayLike, test_groups: Sequence[Hashable]
+) -> Array:
+    """Predict without looking at a pixel: each test item gets the mean MOS of its group in train.
+
+    A group is whatever is known beforehand, such as the generator. Groups unseen in train get the overall
+    train mean. Takes (N,), (N,) and (M,), returns (M,) in the units of `train_mos`. No training items, or
+    unequal lengths, are a ValueError.
+    """
+    mos = _vector(train_mos, "train_mos")
+    if mos.size == 0 or len(train_groups) != mos.size:
+        raise ValueError(f"need one group for each of 1 or more MOS, got {len(train_groups)} and {mos.size}")
+    members: dict[Hashable, list[float]] = {}
+    for group, score in zip(train_groups, mos, strict=True):
+        members.setdefault(group, []).append(float(score))
+    means = {group: float(np.mean(scores)) for group, scores in members.items()}
+    overall = float(mos.mean())
+    return np.array([means.get(group, overall) for group in test_groups], dtype=np.float64)
+
+
+def _vector(values: ArrayLike, name: str) -> Array:
+    """`values` as a finite float64 vector, or ValueError."""
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {vector.shape}")
+    if not np.isfinite(vector).all():
+        raise ValueError(f"{name} has {int((~np.isfinite(vector)).sum())} non-finite values of {vector.size}")
+    return vector
+
+
+def _pair(pred: ArrayLike, mos: ArrayLike) -> tuple[Array, Array]:
+    """Both sides as finite float64 vectors of one length, or ValueError."""
+    x, y = _vector(pred, "pred"), _vector(mos, "mos")
+    if x.size != y.size:
+        raise ValueError(f"pred and mos must have one length, got {x.size} and {y.size}")
+    return x, y
+
+
+def _is_constant(x: Array) -> bool:
+    return bool(x.min() == x.max())
+
+
+def _correlation(measure: Callable[..., Any], x: Array, y: Array) -> float:
+    """`measure(x, y)[0]`, or 0.0 where it is undefined."""
+    if x.size < 2 or _is_constant(x) or _is_constant(y):
+        return 0.0
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        # SciPy warns of nearly constant input, which is what a collapsed model yields.
+        warnings.simplefilter("ignore")
+        value = float(measure(x, y)[0])
+    return value if np.isfinite(value) else 0.0
+
+
+def _rms(fitted: ArrayLike, mos: ArrayLike) -> float:
+    error = np.asarray(fitted, dtype=np.float64) - np.asarray(mos, dtype=np.float64)
+    if error.size == 0:
+        raise ValueError("RMSE needs at least one pair of pred and mos, got none")
+    return float(np.sqrt(np.mean(error**2)))
+
+
+def _fit_standardised(x: Array, y: Array) -> Array:
+    """The better of a straight line and the fitted logistic, for x and y of mean 0 and std 1."""
+
+    def squared_error(params: Array) -> float:
+        return float(np.sum((apply_logistic(params, x) - y) ** 2))
+
+    slope = float(np.mean(x * y))
+    width = _LINE_WIDTH * float(np.abs(x).max())
+    # expit(u) = 1/2 + u/4 - ..., so limits of +-2 * slope * width give that slope in the middle.
+    candidates = [np.array([2 * slope * width, -2 * slope * width, 0.0, width])]
+    if x.size > 4:
+        limits = (y.max(), y.min()) if slope >= 0 else (y.min(), y.max())
+        candidates.append(_least_squares(x, y, np.array([*limits, 0.0, 0.0])))
+    return min(candidates, key=squared_error)  # the line comes first: it wins ties, and over NaN
+
+
+def _least_squares(x: Array, y: Array, start: Array) -> Array:
+    """Levenberg-Marquardt from `start` = (b1, b2, b3, ln b4), whose logarithm keeps the width positive."""
+
+    def width_of(theta: Array) -> float:
+        return float(np.exp(np.clip(theta[3], -_MAX_LOG_WIDTH, _MAX_LOG_WIDTH)))
+
+    def residuals(theta: Array) -> Array:
+        return theta[1] + (theta[0] - theta[1]) * special.expit((x - theta[2]) / width_of(theta)) - y
+
+    def jacobian(theta: Array) -> Array:
+        u = (x - theta[2]) / width_of(theta)
+        rise = special.expit(u)
+        slope = (theta[0] - theta[1]) * rise * special.expit(-u)
+        return np.stack([rise, 1 - rise, -slope / width_of(theta), -slope * u], axis=1)
+
+    theta = optimize.least_squares(residuals, start, jac=jacobian, method="lm", max_nfev=100).x
+    return np.array([*theta[:3], width_of(theta)])

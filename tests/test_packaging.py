@@ -1,0 +1,84 @@
+"""What the code imports, what the requirements ask for and what the constraints pin agree."""
+
+import ast
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ("3.10", "3.11", "3.12")
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open-clip-torch"}
+
+
+def read_requirements(name: str) -> dict[str, list[Requirement]]:
+    """Requirements by canonical name, those of an included file (-r) with them."""
+    found: dict[str, list[Requirement]] = {}
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        entry = line.split("#")[0].strip()
+        if entry.startswith("-r "):
+            found.update(read_requirements(entry.removeprefix("-r ").strip()))
+        elif entry:
+            requirement = Requirement(entry)
+            found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return found
+
+
+def imported_distributions(path: Path) -> set[str]:
+    """Third-party distributions that a file imports anywhere, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    ours = {module.stem for folder in (ROOT, path.parent) for module in folder.glob("*.py")}
+    ours |= {package.parent.name for package in ROOT.glob("*/__init__.py")} | {"tests", "tools"}
+    roots = {name.split(".")[0] for name in names} - ours - set(sys.stdlib_module_names)
+    return {canonicalize_name(DISTRIBUTIONS.get(root, root)) for root in roots}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "requirements"),
+    [
+        ("*.py", "requirements.txt"),
+        ("tools/*.py", "requirements.txt"),
+        ("tests/*.py", "requirements-dev.txt"),
+    ],
+)
+def test_every_import_is_required(pattern: str, requirements: str) -> None:
+    asked = read_requirements(requirements).keys()
+    missing = {path.name: imported_distributions(path) - asked for path in ROOT.glob(pattern)}
+    missing = {name: distributions for name, distributions in missing.items() if distributions}
+    assert not missing, f"add to {requirements}: {missing}"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_is_pinned_once_within_its_range(python: str) -> None:
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    pins = read_requirements("constraints.txt")
+    for name, requirements in read_requirements("requirements-dev.txt").items():
+        pinned = [pin for pin in pins.get(name, []) if not pin.marker or pin.marker.evaluate(environment)]
+        assert len(pinned) == 1, f"constraints.txt pins {name} {len(pinned)} times on Python {python}"
+        for requirement in requirements:
+            version = str(pinned[0].specifier).removeprefix("==")
+            assert requirement.specifier.contains(version), f"{requirement} refuses {pinned[0]}"
+
+
+def test_constraints_are_exact() -> None:
+    for pins in read_requirements("constraints.txt").values():
+        for pin in pins:
+            assert re.fullmatch(r"==[\d.]+", str(pin.specifier)), f"constraints.txt: {pin} is not one release"
+
+
+def test_continuous_integration_runs_tests_and_lint() -> None:
+    script = ROOT / ".ci" / "run"
+    commands = script.read_text(encoding="utf-8")
+    assert os.access(script, os.X_OK)
+    for target in ("test", "lint"):
+        assert re.search(rf"^(step )?make {target}\b", commands, re.MULTILINE)
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

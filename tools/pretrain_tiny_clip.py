@@ -1,0 +1,317 @@
+"""Pretrain the tiny CLIP in assets/tiny-clip on drawn scenes, so that demo, tests and docs need no download.
+
+The loss is CLIP's, plus hard negatives: every image also sees captions that differ from its own in one or
+two attributes or in the words for its quality. So the cosine falls by degrees as more of the prompt is drawn
+wrong, and the image embedding has to hold how damaged the picture is.
+
+    python tools/pretrain_tiny_clip.py                # from scratch
+    python tools/pretrain_tiny_clip.py --check        # only measure the weights that are there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from scipy.stats import spearmanr
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import demo  # noqa: E402  (the repository root has to be on the path first)
+
+FOLDER = ROOT / "assets" / "tiny-clip"
+SEED = 20_000  # the demo draws with seed 0
+Levels = dict[str, float]
+Sample = tuple[np.ndarray, demo.Scene, Levels]
+
+WIDE_VOCABULARY = demo.Vocabulary(
+    kinds=(*demo.DEMO_VOCABULARY.kinds, "diamond", "cross", "hexagon"),
+    colours=tuple(demo.COLOURS),
+    textures=(*demo.DEMO_VOCABULARY.textures, "wavy", "grid"),
+    sizes=("", "", "", "small", "large"),
+    max_count=4,
+    templates=(
+        *demo.DEMO_VOCABULARY.templates,
+        "an image of {things} against a {texture} {backdrop} background",
+        "a drawing of {things} over a {texture} {backdrop} backdrop",
+        "a {texture} {backdrop} background with {things}",
+        "{things}, {texture} {backdrop} background",
+    ),
+)
+DEGRADATION_WORDS = {
+    "blur": ("blurry", "blurred"),
+    "noise": ("noisy", "grainy"),
+    "compression": ("compressed", "blocky"),
+    "banding": ("banded", "posterised"),
+    "fading": ("faded", "washed out"),
+}
+GRADE_WORDS = ("slightly ", "", "heavily ", "extremely ")  # severity quarter -> adverb
+QUALITY_WORDS = ("excellent", "good", "fair", "poor", "bad")  # severity fifth -> adjective
+CLEAN_WORDS = ("sharp", "clean", "sharp clean", "pristine")
+
+
+# -------------------------------------------------------------------------------------- scenes and captions
+
+
+def draw_sample(rng: np.random.Generator, excluded: frozenset[demo.Scene] = frozenset()) -> Sample:
+    """A damaged picture, uint8 (256, 256, 3), the scene it shows and its degradation strengths."""
+    vocabulary = WIDE_VOCABULARY if rng.random() < 0.5 else demo.DEMO_VOCABULARY
+    while (scene := demo.random_scene(rng, vocabulary)) in excluded:
+        pass
+    levels = demo.random_levels(float(rng.random()), rng)
+    return demo.degrade(demo.draw_scene(scene, rng), levels, rng), scene, levels
+
+
+def quality_phrase(levels: Levels, rng: np.random.Generator) -> str:
+    """Words for how the picture looks, such as "heavily compressed" or "poor quality"."""
+    severity = demo.total_severity(levels)
+    if rng.random() < 0.4:
+        return QUALITY_WORDS[min(4, int(5 * severity))] + " quality"
+    if severity < 0.1:
+        return str(rng.choice(CLEAN_WORDS))
+    worst = max(levels, key=lambda kind: demo.ANNOYANCE[kind] * levels[kind])
+    return GRADE_WORDS[min(3, int(4 * severity))] + str(rng.choice(DEGRADATION_WORDS[worst]))
+
+
+def training_caption(scene: demo.Scene, levels: Levels | None, rng: np.random.Generator) -> str:
+    """A true caption in any wording; with `levels` it also says how good the picture is."""
+    text = demo.caption(scene, str(rng.choice(WIDE_VOCABULARY.templates)))
+    if levels is None:
+        return text
+    phrase = quality_phrase(levels, rng)
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase} {rng.choice(('picture', 'image'))} of {text}"
+
+
+def captions_of(scene: demo.Scene, levels: Levels, num_wrong: int, rng: np.random.Generator) -> list[str]:
+    """A true caption followed by `num_wrong` false ones, each wrong in one or two things."""
+    named = levels if rng.random() < 0.5 else None
+    captions = [training_caption(scene, named, rng)]
+    while len(captions) <= num_wrong:
+        if named is not None and len(captions) <= num_wrong // 3:
+            other = demo.random_levels(float(rng.random()), rng)
+            if abs(demo.total_severity(other) - demo.total_severity(levels)) > 0.25:
+                captions.append(training_caption(scene, other, rng))
+            continue
+        wrong = scene
+        for i in rng.permutation(len(demo.slots(scene)))[: 2 if len(captions) == num_wrong else 1]:
+            wrong = demo.alter(wrong, demo.slots(scene)[i], rng, WIDE_VOCABULARY)
+        captions.append(training_caption(wrong, named, rng))
+    return captions
+
+
+def _draw_chunk(job: tuple[int, int]) -> list[Sample]:
+    seed, count = job
+    rng, excluded = np.random.default_rng([SEED, seed]), frozenset(demo.demo_scenes())
+    return [draw_sample(rng, excluded) for _ in range(count)]
+
+
+def draw_pool(num_images: int, first_seed: int = 0) -> tuple[torch.Tensor, list[demo.Scene], list[Levels]]:
+    """Images, uint8 (num_images, 3, 256, 256), with their scenes and degradations; drawn by two processes."""
+    jobs = [(first_seed + i, min(250, num_images - 250 * i)) for i in range(math.ceil(num_images / 250))]
+    images = torch.empty(num_images, 3, demo.IMAGE_SIZE, demo.IMAGE_SIZE, dtype=torch.uint8)
+    scenes, all_levels = [], []
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for chunk in pool.imap(_draw_chunk, jobs):
+            for image, scene, levels in chunk:
+                images[len(scenes)] = torch.from_numpy(image).permute(2, 0, 1)
+                scenes.append(scene)
+                all_levels.append(levels)
+    return images, scenes, all_levels
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer()
+
+
+@lru_cache(maxsize=4096)
+def _word_tokens(word: str) -> tuple[int, ...]:
+    return tuple(_tokenizer().encode(word))
+
+
+def tokenize(captions: list[str]) -> torch.Tensor:
+    """Token numbers (B, longest): as open_clip's, but padded only to the longest, each word encoded once."""
+    start, end = [_tokenizer().sot_token_id], [_tokenizer().eot_token_id]
+    rows = [start + [t for word in text.split() for t in _word_tokens(word)] + end for text in captions]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+
+
+def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """Unit text embeddings (B, E); the mask is causal, so leaving out the padding changes nothing."""
+    length = tokens.shape[1]
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    x = x[torch.arange(len(x)), tokens.argmax(dim=-1)]
+    return F.normalize(x @ model.text_projection, dim=-1)
+
+
+def encode_images(
+    model: open_clip.CLIP, images: torch.Tensor, rng: np.random.Generator | None = None
+) -> torch.Tensor:
+    """Unit image embeddings (B, E) of uint8 (B, 3, 256, 256); with `rng`, views are augmented.
+
+    Both views that programs use are trained: the picture scaled to 224 pixels, and a crop at full resolution.
+    """
+    pixels = images.float() / 255
+    if rng is not None and rng.random() < 0.5:
+        top, left = rng.integers(0, images.shape[-1] - 224 + 1, size=2)
+        pixels = pixels[..., top : top + 224, left : left + 224]
+    else:
+        pixels = F.interpolate(pixels, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    if rng is not None:
+        flipped = torch.from_numpy(rng.random(len(pixels)) < 0.5)
+        pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
+    return model.encode_image((pixels - mean) / std, normalize=True)
+
+
+def contrastive_loss(model: open_clip.CLIP, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """CLIP loss of (B, E) and (B * (1 + negatives), E), each true caption followed by its false ones."""
+    logits = model.logit_scale.exp() * image @ text.T
+    stride = len(text) // len(image)
+    target = torch.arange(len(image))
+    return (F.cross_entropy(logits, target * stride) + F.cross_entropy(logits[:, ::stride].T, target)) / 2
+
+
+def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
+    """Train in place; measure on held-out scenes and save every `args.save_every_steps` steps."""
+    started = time.perf_counter()
+    images, scenes, levels = draw_pool(args.num_images)
+    held_out = draw_pool(1024, first_seed=1_000_000)
+    print(f"drew {args.num_images} scenes in {time.perf_counter() - started:.0f} s", flush=True)
+    rng = np.random.default_rng([SEED, 1])
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(step / 200, 0.5 + 0.5 * math.cos(math.pi * step / args.num_steps)),
+    )
+    order, running = np.array([], dtype=int), 0.0
+    for step in range(1, args.num_steps + 1):
+        if len(order) < args.batch_size:
+            order = rng.permutation(args.num_images)
+        batch, order = order[: args.batch_size], order[args.batch_size :]
+        per_image = (captions_of(scenes[i], levels[i], args.num_negatives, rng) for i in batch)
+        captions = [text for group in per_image for text in group]
+        image = encode_images(model, images[torch.from_numpy(batch)], rng)
+        loss = contrastive_loss(model, image, encode_text(model, tokenize(captions)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        model.logit_scale.data.clamp_(0, math.log(100))
+        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+        if step % 50 == 0:
+            print(f"step {step} loss {running:.3f} {time.perf_counter() - started:.0f} s", flush=True)
+        if step % args.save_every_steps == 0 or step == args.num_steps:
+            print(json.dumps(measure_held_out(model, *held_out)), flush=True)
+            save(model)
+
+
+def save(model: open_clip.CLIP) -> None:
+    state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+    file = FOLDER / "open_clip_model.safetensors"
+    save_file(state, file)
+    file.chmod(0o644)  # save_file makes it readable to its owner only
+
+
+# ---------------------------------------------------------------------------------------------- measurement
+
+
+@torch.no_grad()
+def measure_held_out(
+    model: open_clip.CLIP, images: torch.Tensor, scenes: list[demo.Scene], levels: list[Levels]
+) -> dict[str, float]:
+    """How often the true caption wins: over 63 other scenes', and over itself with one attribute altered."""
+    model.eval()
+    rng, among_others, against_altered = np.random.default_rng([SEED, 2]), [], []
+    for i in range(0, len(images), 64):
+        image = encode_images(model, images[i : i + 64])
+        altered = []
+        for scene in scenes[i : i + 64]:
+            slot = demo.slots(scene)[int(rng.integers(len(demo.slots(scene))))]
+            altered.append(demo.alter(scene, slot, rng, WIDE_VOCABULARY))
+        template = demo.DEMO_VOCABULARY.templates[0]
+        true, false = (
+            encode_text(model, tokenize([demo.caption(scene, template) for scene in group]))
+            for group in (scenes[i : i + 64], altered)
+        )
+        cosines = image @ true.T
+        among_others.append(cosines.argmax(1) == torch.arange(len(image)))
+        against_altered.append(cosines.diagonal() > (image * false).sum(1))
+    model.train()
+    names = "among_64_captions", "against_one_altered_attribute"
+    return {
+        name: round(torch.cat(hits).float().mean().item(), 4)
+        for name, hits in zip(names, (among_others, against_altered), strict=True)
+    }
+
+
+@torch.no_grad()
+def measure_demo(model: open_clip.CLIP) -> dict[str, float]:
+    """On the demo set, untrained: SROCC of the cosine with consistency, and of a ridge probe with quality."""
+    model.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        _, image_dir = demo.write_demo_set(Path(folder) / "demo")
+        drafts = demo.plan_demo_set()
+        pixels = [torch.from_numpy(np.array(Image.open(image_dir / draft.name))) for draft in drafts]
+    embeddings = [encode_images(model, p.permute(2, 0, 1)[None]) for p in pixels]
+    image = torch.cat(embeddings)
+    text = encode_text(model, tokenize([draft.prompt for draft in drafts]))
+    quality, align = (np.array([getattr(d, name) for d in drafts]) for name in ("mos_quality", "mos_align"))
+    folds = np.arange(len(drafts)) // len(demo.GENERATORS) % 5  # rows come prompt by prompt
+    features, predicted = image.numpy().astype(np.float64), np.zeros(len(drafts))
+    for fold in range(5):
+        known, asked = folds != fold, folds == fold
+        centre, mean = features[known].mean(0), quality[known].mean()
+        x = features[known] - centre
+        weights = np.linalg.solve(x.T @ x + 0.1 * np.eye(x.shape[1]), x.T @ (quality[known] - mean))
+        predicted[asked] = (features[asked] - centre) @ weights + mean
+    return {
+        "zero_shot_srocc_align": round(float(spearmanr((image * text).sum(1).numpy(), align)[0]), 4),
+        "ridge_probe_srocc_quality": round(float(spearmanr(predicted, quality)[0]), 4),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--num-images", type=int, default=24_000, help="scenes drawn and kept in memory")
+    parser.add_argument("--num-steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--num-negatives", type=int, default=6, help="false captions per image")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--save-every-steps", type=int, default=250)
+    parser.add_argument("--check", action="store_true", help="measure the saved weights and stop")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(2)
+    torch.manual_seed(SEED)
+    model = open_clip.create_model(f"local-dir:{FOLDER}", load_weights=args.check)
+    if not args.check:
+        train(model, args)
+        model = open_clip.create_model(f"local-dir:{FOLDER}")  # as stored, in half precision
+    print(json.dumps(measure_held_out(model, *draw_pool(1024, first_seed=1_000_000)) | measure_demo(model)))
+
+
+if __name__ == "__main__":
+    main()
