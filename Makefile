@@ -33,7 +33,8 @@ $(VENV) demo test lint: same-python
 .PHONY: same-python
 VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 same-python: $(STAMP)
-	@want=$$($(PYTHON) $(VERSION)) && have=$$($(BIN)/python $(VERSION)) && [ "$$want" = "$$have" ] || \
+	@want=$$($(PYTHON) $(VERSION)) || exit 1; have=$$($(BIN)/python $(VERSION)) || exit 1; \
+	    [ "$$want" = "$$have" ] || \
 	    { echo "$(VENV) holds Python $$have, PYTHON=$(PYTHON) is $$want: add VENV=.venv$$want" >&2; exit 1; }
 endif
 

@@ -6,8 +6,6 @@ Every prompt is drawn by eight made-up generators. Each picture is marred twice,
 - quality: the pixels are blurred, noisy, over-compressed, banded or faded.
 
 Both are turned into mean opinion scores (MOS) in 1..5 with a little rater noise.
-
-    python demo.py FOLDER        # writes FOLDER/data.csv and FOLDER/images/
 """
 
 from __future__ import annotations
@@ -16,15 +14,16 @@ import csv
 import io
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+T = TypeVar("T")
 CSV_COLUMNS = ("name", "prompt", "mos_quality", "mos_align", "explanation")
 IMAGE_SIZE = 256
 RATER_NOISE = 0.12  # standard deviation of a mean opinion score, in MOS points
@@ -43,7 +42,7 @@ ANNOYANCE = {"blur": 1.0, "noise": 0.95, "compression": 0.95, "banding": 0.85, "
 
 @dataclass(frozen=True)
 class Group:
-    """`count` equal shapes; `size` is "", "small" or "large"."""
+    """`count` equal shapes; `size` is empty, small or large."""
 
     count: int
     colour: str
@@ -62,7 +61,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What may occur in a scene and how captions are worded."""
+    """What may occur in a scene, and how captions word it."""
 
     kinds: tuple[str, ...]
     colours: tuple[str, ...]  # of shapes and of backgrounds
@@ -109,9 +108,6 @@ GENERATORS = (
 )
 
 
-# ------------------------------------------------------------------------------------- scenes and captions
-
-
 def random_scene(rng: np.random.Generator, vocabulary: Vocabulary) -> Scene:
     """A scene of one or two groups with no colour or kind used twice, at most four shapes in all."""
     num_groups = int(rng.integers(1, 3))
@@ -132,22 +128,21 @@ def caption(scene: Scene, template: str) -> str:
 
 def slots(scene: Scene) -> list[tuple[str, int]]:
     """Every attribute that can be drawn wrong, as (name, group number); background ones have number -1."""
-    per_group = [(name, i) for i in range(len(scene.groups)) for name in ("colour", "kind", "count")]
-    return [*per_group, ("texture", -1), ("backdrop", -1)]
+    own = [(name, i) for i in range(len(scene.groups)) for name in ("colour", "kind", "count")]
+    return [*own, ("texture", -1), ("backdrop", -1)]
 
 
 def alter(scene: Scene, slot: tuple[str, int], rng: np.random.Generator, vocabulary: Vocabulary) -> Scene:
     """The same scene with one attribute changed; colours stay visible against the background."""
     name, index = slot
+    colours = [scene.backdrop, *(group.colour for group in scene.groups)]
     if name == "texture":
         return replace(scene, texture=_other(rng, vocabulary.textures, [scene.texture]))
     if name == "backdrop":
-        taken = [scene.backdrop, *(group.colour for group in scene.groups)]
-        return replace(scene, backdrop=_other(rng, vocabulary.colours, taken))
+        return replace(scene, backdrop=_other(rng, vocabulary.colours, colours))
     group = scene.groups[index]
     if name == "colour":
-        taken = [scene.backdrop, *(other.colour for other in scene.groups)]
-        group = replace(group, colour=_other(rng, vocabulary.colours, taken))
+        group = replace(group, colour=_other(rng, vocabulary.colours, colours))
     elif name == "kind":
         group = replace(group, kind=_other(rng, vocabulary.kinds, [other.kind for other in scene.groups]))
     else:
@@ -165,26 +160,23 @@ def _describe(group: Group) -> str:
     return " ".join(word for word in words if word)
 
 
-def _pick(rng: np.random.Generator, options: Sequence):
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def _other(rng: np.random.Generator, options: Sequence, taken: Sequence):
+def _other(rng: np.random.Generator, options: Sequence[T], taken: Sequence[T]) -> T:
     return _pick(rng, [option for option in options if option not in taken])
-
-
-# ------------------------------------------------------------------------------------------------- drawing
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
     """An undamaged picture of the scene, uint8 (size, size, 3); places, angles and lighting are random."""
-    background = Image.fromarray(_background(scene, rng, size)).resize((2 * size, 2 * size), Image.NEAREST)
-    draw = ImageDraw.Draw(background)
+    canvas = Image.fromarray(_background(scene, rng, size).repeat(2, axis=0).repeat(2, axis=1))
+    draw = ImageDraw.Draw(canvas)
     shapes = [group for group in scene.groups for _ in range(group.count)]
     for group, (x, y, radius) in zip(shapes, _places(len(shapes), rng), strict=True):
         radius *= {"": 1.0, "small": 0.7, "large": 1.2}[group.size]
         _draw_shape(draw, group, 2 * size * x, 2 * size * y, 2 * size * radius, rng)
-    pixels = np.asarray(background.reduce(2), dtype=np.float32)
+    pixels = np.asarray(canvas.reduce(2), dtype=np.float32)
     # Smooth lighting gives flat areas a slope, without which banding would not show.
     angle, axis = rng.uniform(0, 2 * math.pi), np.linspace(-1, 1, size, dtype=np.float32)
     light = 1 + 0.14 * (math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None])
@@ -233,16 +225,14 @@ def _draw_shape(
     draw: ImageDraw.ImageDraw, group: Group, x: float, y: float, radius: float, rng: np.random.Generator
 ) -> None:
     """A filled shape with a dark outline, whose edges give blur something to spoil."""
-    turn, line, dark = rng.uniform(-0.2, 0.2), 0.09 * radius, (20, 20, 20)
-    colour = COLOURS[group.colour]
-    if group.kind == "ring":
-        for inset, paint in ((0.0, dark), (line, colour)):
+    turn, line = rng.uniform(-0.2, 0.2), 0.09 * radius
+    for inset, paint in ((0.0, (20, 20, 20)), (line, COLOURS[group.colour])):
+        if group.kind == "ring":
             r = radius - inset
-            width = round(0.42 * radius - 2 * inset)
-            draw.ellipse((x - r, y - r, x + r, y + r), outline=paint, width=width)
-        return
-    for r, paint in ((radius, dark), (radius - 1.3 * line, colour)):
-        draw.polygon([(x + r * px, y + r * py) for px, py in _outline(group.kind, turn)], fill=paint)
+            draw.ellipse((x - r, y - r, x + r, y + r), outline=paint, width=round(0.42 * radius - 2 * inset))
+        else:
+            r = radius - 1.3 * inset
+            draw.polygon([(x + r * px, y + r * py) for px, py in _outline(group.kind, turn)], fill=paint)
 
 
 def _outline(kind: str, turn: float) -> list[tuple[float, float]]:
@@ -264,9 +254,6 @@ def _outline(kind: str, turn: float) -> list[tuple[float, float]]:
     return list(zip(x.tolist(), y.tolist(), strict=True))
 
 
-# --------------------------------------------------------------------------------------------- degradation
-
-
 def random_levels(severity: float, rng: np.random.Generator, habits: Sequence[str] = ()) -> dict[str, float]:
     """Strengths in 0..1 of one or two degradations that together annoy by about `severity` (0..1)."""
     if severity < 0.04:
@@ -274,8 +261,7 @@ def random_levels(severity: float, rng: np.random.Generator, habits: Sequence[st
     kinds = list(dict.fromkeys(str(kind) for kind in rng.permutation([*ANNOYANCE, *habits])))[:2]
     share = 1.0 if rng.random() < 0.5 else float(rng.uniform(0.5, 1.0))
     parts = [1 - (1 - severity) ** share, 1 - (1 - severity) ** (1 - share)]
-    pairs = zip(kinds, parts, strict=True)
-    return {kind: min(1.0, part / ANNOYANCE[kind]) for kind, part in pairs if part >= 0.04}
+    return {k: min(1.0, part / ANNOYANCE[k]) for k, part in zip(kinds, parts, strict=True) if part >= 0.04}
 
 
 def total_severity(levels: dict[str, float]) -> float:
@@ -283,17 +269,15 @@ def total_severity(levels: dict[str, float]) -> float:
     return 1 - math.prod(1 - ANNOYANCE[kind] * level for kind, level in levels.items())
 
 
-def degrade(image: np.ndarray, levels: dict[str, float], rng: np.random.Generator) -> np.ndarray:
+def degrade(pixels: np.ndarray, levels: dict[str, float], rng: np.random.Generator) -> np.ndarray:
     """The image, uint8 (H, W, 3), after the degradations named, each with a strength in 0..1."""
-    pixels = image
     if fading := levels.get("fading"):
         pixels = _to_uint8(150 + (pixels.astype(np.float32) - 150) * (1 - 0.8 * fading))
     if blur := levels.get("blur"):
-        radius = (0.5 + 5.0 * blur) * image.shape[0] / IMAGE_SIZE
+        radius = (0.5 + 5.0 * blur) * len(pixels) / IMAGE_SIZE
         pixels = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
     if noise := levels.get("noise"):
-        grain = rng.standard_normal(pixels.shape, dtype=np.float32)
-        pixels = _to_uint8(pixels + (4 + 64 * noise) * grain)
+        pixels = _to_uint8(pixels + (4 + 64 * noise) * rng.standard_normal(pixels.shape, dtype=np.float32))
     if banding := levels.get("banding"):
         step = 255 / (1 + 11 * (1 - banding) ** 1.5)
         pixels = _to_uint8(np.round(pixels / step) * step)
@@ -306,9 +290,6 @@ def degrade(image: np.ndarray, levels: dict[str, float], rng: np.random.Generato
 
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
-
-
-# -------------------------------------------------------------------------------------------- the demo set
 
 
 @dataclass(frozen=True)
@@ -338,7 +319,7 @@ def demo_scenes(num_prompts: int = 80, seed: int = 0) -> list[Scene]:
 def plan_demo_set(num_prompts: int = 80, seed: int = 0) -> list[Draft]:
     """Decide every row of the demo set; rows come prompt by prompt, one per generator."""
     rng = np.random.default_rng([seed, 2])
-    drafts = []
+    drafts: list[Draft] = []
     for number, scene in enumerate(demo_scenes(num_prompts, seed)):
         prompt = caption(scene, _pick(rng, DEMO_VOCABULARY.templates))
         drafts += [_plan_row(generator, number, scene, prompt, rng) for generator in GENERATORS]
@@ -347,27 +328,20 @@ def plan_demo_set(num_prompts: int = 80, seed: int = 0) -> list[Draft]:
 
 def _plan_row(maker: Generator, number: int, scene: Scene, prompt: str, rng: np.random.Generator) -> Draft:
     levels = random_levels(float(rng.random() ** maker.quality_exponent), rng, maker.habits)
-    shown, mismatch, faults = _misdraw(scene, float(rng.random() ** maker.consistency_exponent), rng)
     severity = total_severity(levels)
+    shown, mismatch, faults = _misdraw(scene, float(rng.random() ** maker.consistency_exponent), rng)
     faults += [f"The picture shows {kind}." for kind, level in levels.items() if level > 0.3]
-    return Draft(
-        name=f"{maker.name}_{number:03d}{maker.suffix}",
-        prompt=prompt,
-        shown=shown,
-        levels=levels,
-        severity=severity,
-        mismatch=mismatch,
-        mos_quality=_opinion(severity, rng),
-        mos_align=_opinion(mismatch, rng),
-        explanation=" ".join(faults) if rng.random() < 0.8 else "",
-    )
+    name = f"{maker.name}_{number:03d}{maker.suffix}"
+    scores = _opinion(severity, rng), _opinion(mismatch, rng)
+    explanation = " ".join(faults) if rng.random() < 0.8 else ""
+    return Draft(name, prompt, shown, levels, severity, mismatch, *scores, explanation)
 
 
 def _misdraw(scene: Scene, target: float, rng: np.random.Generator) -> tuple[Scene, float, list[str]]:
     """Draw about `target` (0..1) of the scene's weight wrong: (what is shown, wrong share, faults)."""
     order = [slots(scene)[i] for i in rng.permutation(len(slots(scene)))]
     total = sum(PENALTIES[name] for name, _ in order)
-    shown, wrong, faults = scene, 0.0, []
+    shown, wrong, faults = scene, 0.0, list[str]()
     lost = sum(PENALTIES[name] for name, index in order if index == 1)
     if lost and lost < target * total and rng.random() < 0.4:
         shown, wrong = replace(scene, groups=scene.groups[:1]), lost
@@ -392,20 +366,16 @@ def _fault(slot: tuple[str, int], asked: Scene, shown: Scene) -> str:
 
 def _opinion(flaw: float, rng: np.random.Generator) -> float:
     """Mean opinion score in 1..5 for a flaw of 0..1; the first small flaws cost a little more."""
-    score = 4.85 - 3.7 * flaw**0.9 + RATER_NOISE * rng.standard_normal()
-    return round(min(5.0, max(1.0, float(score))), 3)
+    return round(float(np.clip(4.85 - 3.7 * flaw**0.9 + RATER_NOISE * rng.standard_normal(), 1, 5)), 3)
 
 
 def write_demo_set(folder: Path, *, num_prompts: int = 80, seed: int = 0) -> tuple[Path, Path]:
     """Draw the demo set into `folder`, unless it is there, and return (CSV file, image folder).
 
     The folder appears whole or not at all: it is drawn beside its place and then renamed, so neither a crash
-    nor a second process drawing the same set leaves half of one.
-
-    Raises:
-        ValueError: `folder` holds something else, or `num_prompts` is below 1.
+    nor a second process drawing the same set leaves half of one. Raises ValueError if `folder` holds something
+    else or `num_prompts` is below 1.
     """
-    folder = Path(folder)
     paths = folder / "data.csv", folder / "images"
     if paths[0].exists():
         return paths
@@ -430,15 +400,8 @@ def _draw_demo_set(staged: Path, drafts: list[Draft], seed: int) -> None:
     for index, draft in enumerate(drafts):
         rng = np.random.default_rng([seed, 3, index])
         image = Image.fromarray(degrade(draw_scene(draft.shown, rng), draft.levels, rng))
-        options = {"quality": 95} if draft.name.endswith(".jpg") else {"compress_level": 1}
-        image.save(staged / "images" / draft.name, **options)
+        image.save(staged / "images" / draft.name, quality=95, compress_level=1)  # of JPEG, of PNG
     with open(staged / "data.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
         writer.writerows([getattr(draft, column) for column in CSV_COLUMNS] for draft in drafts)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python demo.py FOLDER")
-    print(*write_demo_set(Path(sys.argv[1])), sep="\n")
