@@ -1,14 +1,17 @@
 """Where a CLIP comes from: names, tags, folders and files in, one internal form out.
 
 The internal form is open_clip's `CustomTextCLIP`, whose two towers are separate modules, `visual` and `text`.
-Nothing is ever replaced silently: what cannot be loaded is refused in one line.
+Activation, sizes, normalisation and tokenizer follow the source of the weights. Nothing is ever replaced
+silently: what cannot be loaded is refused in one line.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +19,21 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
-from torch import Tensor, nn
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from torch import Tensor
 
+LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
 TINY_DIR = Path(__file__).parent / "assets" / "tiny-clip"
-CONFIG_FILE = "open_clip_config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 TOKENIZER_DIR = "tokenizer"
 DEFAULT_PREPROCESS = {
     "mean": list(open_clip.constants.OPENAI_DATASET_MEAN),
     "std": list(open_clip.constants.OPENAI_DATASET_STD),
 }
+OFFLINE_WAYS = (
+    "Without a network: --clip_pretrained WEIGHTS_FILE, --clip_model local-dir:FOLDER (open_clip or transformers "
+    "form), or --clip_model tiny --clip_pretrained assets"
+)
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -34,124 +42,329 @@ Tokenizer = Callable[[Sequence[str]], Tensor]
 class Backbone:
     """A CLIP with all that is needed to feed it and to build it again."""
 
-    clip: nn.Module
+    clip: open_clip.CustomTextCLIP
     tokenizer: Tokenizer
     config: dict[str, Any]  # open_clip's own form: {"model_cfg": {...}, "preprocess_cfg": {"mean", "std"}}
 
     @property
     def embed_dim(self) -> int:
+        """Width of the joint embedding."""
         return self.config["model_cfg"]["embed_dim"]
 
     @property
-    def context_length(self) -> int:
-        return self.clip.context_length
-
-    @property
-    def mean(self) -> list[float]:
-        return self.config["preprocess_cfg"]["mean"]
-
-    @property
-    def std(self) -> list[float]:
-        return self.config["preprocess_cfg"]["std"]
+    def activation(self) -> str:
+        """The activation of the transformer blocks."""
+        return "QuickGELU" if self.config["model_cfg"].get("quick_gelu") else "GELU"
 
 
-def load_backbone(name: str, pretrained: str, *, image_size: int) -> Backbone:
+@dataclass(frozen=True)
+class Source:
+    """A resolved name: the architecture, and how to get weights and tokenizer when they are wanted."""
+
+    config: dict[str, Any]
+    read_state: Callable[[], Mapping[str, Tensor]]
+    tokenizer: Callable[[], Tokenizer]
+
+
+def load_backbone(name: str, pretrained: str, *, image_size: int, weights: bool = True) -> Backbone:
     """Build the CLIP called `name` with the weights `pretrained`.
 
     Args:
-        name: an open_clip name, "local-dir:PATH", "hf-hub:ORG/NAME" or "tiny".
-        pretrained: a tag, the path of a weights file, "none" (random, from the global seed) or, for tiny, "assets".
-            Ignored where the name brings its own weights, unless "none".
+        name: an open_clip name ("ViT-L-14", also "ViT-L/14@336"), "local-dir:PATH" or "hf-hub:ORG/NAME" in
+            open_clip's or transformers' form, a hub id "ORG/NAME", or "tiny".
+        pretrained: a tag, a weights file, "none" (random, from the global seed) or, for tiny, "assets". A folder or
+            hub repository brings its own weights; only "none" matters there.
         image_size: pixels per side; the position table is interpolated to it.
+        weights: False builds the architecture at random, for weights that will be loaded from elsewhere.
 
     Raises:
         ValueError: an unknown name or tag, weights that do not fit, no network, or an unusable image size.
     """
+    source = resolve(name, pretrained)
+    state = source.read_state() if weights and pretrained != "none" else None
+    tokenizer = source.tokenizer()
+    clip = build_clip(source.config, image_size=image_size)
+    if state is not None:
+        load_state(clip, state, f"{name} ({pretrained})")
+    return Backbone(clip=clip, tokenizer=tokenizer, config=source.config)
+
+
+def resolve(name: str, pretrained: str) -> Source:
+    """Find out what a name means. Raises ValueError."""
     if name == "tiny":
         if pretrained not in ("none", "assets"):
             raise ValueError(f"--clip_model tiny --clip_pretrained {pretrained}: tiny has 'assets' or 'none' (random)")
-        name = f"{LOCAL_DIR_PREFIX}{TINY_DIR}"
-    if name.startswith(LOCAL_DIR_PREFIX):
-        config, weights = read_local_dir(Path(name.removeprefix(LOCAL_DIR_PREFIX)))
-    elif name.startswith(HF_HUB_PREFIX):
-        config, weights = fetch_hub(name)
-    else:
-        config, weights = find_named(name, pretrained)
-    clip = build_clip(config, image_size=image_size)
-    if pretrained != "none":
-        load_weights(clip, weights, name)
-    return Backbone(clip=clip, tokenizer=build_tokenizer(name), config=config)
-
-
-def read_local_dir(folder: Path) -> tuple[dict[str, Any], Path | None]:
-    """Config and weights file of a folder in open_clip's form. Raises ValueError."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ValueError(f"--clip_model {LOCAL_DIR_PREFIX}{folder}: there is no {path}")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        config = {
-            "model_cfg": saved["model_cfg"],
-            "preprocess_cfg": {**DEFAULT_PREPROCESS, **saved.get("preprocess_cfg", {})},
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not an open_clip config with a model_cfg ({error!r})") from None
-    found = open_clip.factory._find_checkpoint_in_dir(folder)
-    return config, Path(found) if found else None
-
-
-def fetch_hub(name: str) -> tuple[dict[str, Any], Path]:
-    """Config and weights of an open_clip model on the Hugging Face hub. Raises ValueError."""
-    model_id = name.removeprefix(HF_HUB_PREFIX)
-    saved = download(name, lambda: open_clip.factory._get_hf_config(model_id))
-    weights = download(name, lambda: open_clip.pretrained.download_pretrained_from_hf(model_id))
-    config = {
-        "model_cfg": saved["model_cfg"],
-        "preprocess_cfg": {**DEFAULT_PREPROCESS, **saved.get("preprocess_cfg", {})},
-    }
-    return config, Path(weights)
-
-
-def find_named(name: str, pretrained: str) -> tuple[dict[str, Any], Path | None]:
-    """Config and weights file of a built-in open_clip name (also written with slashes). Raises ValueError."""
+        return from_folder(TINY_DIR)
+    if name.startswith(LOCAL_DIR):
+        return from_folder(Path(name.removeprefix(LOCAL_DIR)))
     key = name.replace("/", "-").replace("@", "-")
+    if key in open_clip.list_models():
+        return from_name(key, pretrained)
+    if Path(name).is_dir():
+        return from_folder(Path(name))
+    if name.startswith(HF_HUB) or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return from_hub(name.removeprefix(HF_HUB))
+    near = difflib.get_close_matches(key, open_clip.list_models(), n=3)
+    raise ValueError(
+        f"--clip_model {name}: not an open_clip model{'; near: ' + ', '.join(near) if near else ''}. "
+        "Also possible: tiny, local-dir:PATH, hf-hub:ORG/NAME"
+    )
+
+
+def from_name(key: str, pretrained: str) -> Source:
+    """A built-in open_clip architecture with a tag or a weights file. Raises ValueError."""
     model_cfg = open_clip.get_model_config(key)
-    if model_cfg is None:
-        near = difflib.get_close_matches(key, open_clip.list_models(), n=3)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise ValueError(
-            f"--clip_model {name}: not an open_clip model{hint}. Also: tiny, local-dir:PATH, hf-hub:ORG/NAME"
-        )
-    config = {"model_cfg": model_cfg, "preprocess_cfg": dict(DEFAULT_PREPROCESS)}
-    if pretrained == "none":
-        return config, None
-    if Path(pretrained).is_file():
-        return config, Path(pretrained)
+    preprocess = dict(DEFAULT_PREPROCESS)
     tag = open_clip.get_pretrained_cfg(key, pretrained)
-    if not tag:
+    if tag:
+        # The activation and the normalisation belong to the weights, not to the architecture's name.
+        model_cfg["quick_gelu"] = tag.get("quick_gelu", False)
+        preprocess = {"mean": list(tag["mean"]), "std": list(tag["std"])}
+    elif pretrained != "none" and not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(key)) or "none"
-        raise ValueError(
-            f"--clip_pretrained {pretrained}: neither a file nor a tag of {key}; its tags: {tags}; 'none' for random"
-        )
-    # The activation and the normalisation belong to the weights, not to the architecture's name.
-    model_cfg["quick_gelu"] = tag.get("quick_gelu", False)
-    config["preprocess_cfg"] = {"mean": list(tag["mean"]), "std": list(tag["std"])}
-    return config, Path(download(f"{name} ({pretrained})", lambda: open_clip.download_pretrained(tag)))
+        raise ValueError(f"--clip_pretrained {pretrained}: neither a file nor a tag of {key} (tags: {tags})")
+
+    def read_state() -> Mapping[str, Tensor]:
+        what = f"{key} ({pretrained})"
+        path = download(what, lambda: open_clip.download_pretrained(tag)) if tag else pretrained
+        return read_weights(Path(path))
+
+    return Source(
+        {"model_cfg": model_cfg, "preprocess_cfg": preprocess},
+        read_state,
+        lambda: download(f"the tokenizer of {key}", lambda: open_clip.get_tokenizer(key)),
+    )
 
 
-def download(what: str, fetch: Callable[[], Any]) -> Any:
-    """Run a download; any failure becomes one line that names the ways without a network."""
+def from_folder(folder: Path) -> Source:
+    """A folder in open_clip's or transformers' form. Raises ValueError."""
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return from_open_clip_files(str(folder), LOCAL_DIR, folder / OPEN_CLIP_CONFIG, lambda: find_weights(folder))
+    if (folder / "config.json").is_file():
+        return from_transformers(str(folder))
+    raise ValueError(f"--clip_model {LOCAL_DIR}{folder}: there is neither {OPEN_CLIP_CONFIG} nor config.json in it")
+
+
+def from_hub(model_id: str) -> Source:
+    """A repository of the Hugging Face hub, in open_clip's or transformers' form. Raises ValueError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def config_file() -> str | None:
+        try:
+            return hf_hub_download(model_id, OPEN_CLIP_CONFIG)
+        except EntryNotFoundError as error:
+            if isinstance(error, OSError):  # LocalEntryNotFoundError: there is no network either
+                raise
+            return None
+
+    path = download(f"{HF_HUB}{model_id}", config_file)
+    if path is None:
+        return from_transformers(model_id)
+    fetch = open_clip.pretrained.download_pretrained_from_hf
+    return from_open_clip_files(
+        model_id, HF_HUB, Path(path), lambda: download(f"{HF_HUB}{model_id}", lambda: Path(fetch(model_id)))
+    )
+
+
+def from_open_clip_files(place: str, scheme: str, config_path: Path, weights_path: Callable[[], Path]) -> Source:
+    """A folder or hub repository in open_clip's form. Raises ValueError."""
     try:
-        return fetch()
-    except Exception as error:  # hub, HTTP and socket libraries share no base class; the cause is kept
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"cannot download {what}: {reason[:160]}. Without a network: --clip_pretrained WEIGHTS_FILE, "
-            "--clip_model local-dir:FOLDER, or --clip_model tiny --clip_pretrained assets"
-        ) from error
+        saved = json.loads(config_path.read_text(encoding="utf-8"))
+        preprocess = {**DEFAULT_PREPROCESS, **saved.get("preprocess_cfg", {})}
+        config = {"model_cfg": saved["model_cfg"], "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std")}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{config_path}: not an open_clip config with a model_cfg ({error!r})") from None
+    name = scheme + place
+    return Source(
+        config,
+        lambda: read_weights(weights_path()),
+        lambda: download(f"the tokenizer of {name}", lambda: open_clip.get_tokenizer(name)),
+    )
 
 
-def build_clip(config: dict[str, Any], *, image_size: int) -> nn.Module:
+def find_weights(folder: Path) -> Path:
+    """The weights file of a folder in open_clip's form, safetensors preferred. Raises ValueError."""
+    for pattern in ("open_clip_model.safetensors", "*.safetensors", "*.pt", "*.pth", "*.bin"):
+        for path in sorted(folder.glob(pattern)):
+            return path
+    raise ValueError(f"{folder}: no weights file in it; --clip_pretrained none starts at random")
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """Tensors of a .safetensors or a pickled file; never runs code from it. Raises ValueError."""
+    try:
+        state = open_clip.factory.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors errors share no base; the cause is kept
+        reason = first_line(error)
+        if "TorchScript" in str(error):
+            reason = "a TorchScript archive, which can hold code: save its state_dict() as .safetensors"
+        raise ValueError(f"{path}: cannot be read as weights ({reason})") from error
+    if "vision_model.embeddings.class_embedding" in state:
+        return state_from_transformers(state)
+    return state
+
+
+def load_state(clip: open_clip.CustomTextCLIP, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Load tensors in open_clip's form strictly; position tables are interpolated to the built size.
+
+    Raises:
+        ValueError: names or shapes do not fit.
+    """
+    state = dict(tensors)
+    if "positional_embedding" in state:
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        own = getattr(clip, name, None)
+        if name in state and own is not None:
+            state[name] = state[name].reshape(own.shape)
+    state.pop("text.transformer.embeddings.position_ids", None)  # older exports of Hugging Face text towers
+    try:
+        resize_pos_embed(state, clip)
+        resize_text_pos_embed(state, clip)
+        clip.load_state_dict(state, strict=True)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise ValueError(f"the weights do not fit {what}: {first_line(error, skip=1)}") from error
+
+
+def from_transformers(place: str) -> Source:
+    """A CLIPModel of the transformers library, from a folder or the hub. Raises ValueError."""
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    found = download(place, lambda: CLIPConfig.get_config_dict(place)[0])
+    if found.get("model_type") != "clip":
+        raise ValueError(f"{place}: is a {found.get('model_type')!r} model, only 'clip' can be read in this form")
+    parsed = CLIPConfig.from_dict(found)
+    config = {"model_cfg": config_from_transformers(parsed, place), "preprocess_cfg": read_preprocess(place)}
+
+    def read_state() -> Mapping[str, Tensor]:
+        model, report = download(
+            place, lambda: CLIPModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        )
+        if report["missing_keys"] or report["mismatched_keys"]:
+            names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+            raise ValueError(f"{place}: {len(names)} weights are missing or misshapen, such as {names[0]}")
+        return state_from_transformers(model.state_dict())
+
+    return Source(config, read_state, lambda: TransformersTokenizer.load(place, parsed.text_config))
+
+
+def config_from_transformers(config: Any, place: str) -> dict[str, Any]:
+    """A transformers CLIPConfig as an open_clip model_cfg. Raises ValueError for what open_clip cannot express."""
+    vision, text = config.vision_config, config.text_config
+    if vision.hidden_act != text.hidden_act or vision.hidden_act not in ("gelu", "quick_gelu"):
+        raise ValueError(f"{place}: activations {vision.hidden_act!r} and {text.hidden_act!r} are not supported")
+    # Exports from before the tokenizer's own end token was recorded say 2 and pool at the highest token instead.
+    legacy = text.eos_token_id == 2
+    return {
+        "embed_dim": config.projection_dim,
+        "quick_gelu": vision.hidden_act == "quick_gelu",
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.hidden_size,
+            "layers": vision.num_hidden_layers,
+            "head_width": vision.hidden_size // vision.num_attention_heads,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+            "norm_kwargs": {"eps": vision.layer_norm_eps},
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "layers": text.num_hidden_layers,
+            "mlp_ratio": text.intermediate_size / text.hidden_size,
+            "norm_kwargs": {"eps": text.layer_norm_eps},
+            "pool_type": "argmax" if legacy else "eos",
+            "eos_id": text.eos_token_id,
+        },
+    }
+
+
+def state_from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a transformers CLIPModel under open_clip's names."""
+    found = {
+        "logit_scale": state["logit_scale"],
+        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
+        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
+        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T,
+        "text.token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "text.positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        "text.text_projection": state["text_projection.weight"].T,
+    }
+    norms = {
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+        "text.ln_final": "text_model.final_layer_norm",
+    }
+    parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for tower, theirs in (("visual", "vision_model"), ("text", "text_model")):
+        depth = 1 + max(int(key.split(".")[3]) for key in state if key.startswith(f"{theirs}.encoder.layers."))
+        for index in range(depth):
+            block, layer = f"{tower}.transformer.resblocks.{index}", f"{theirs}.encoder.layers.{index}"
+            norms |= {f"{block}.{own}": f"{layer}.{part}" for own, part in parts.items()}
+            norms[f"{block}.attn.out_proj"] = f"{layer}.self_attn.out_proj"
+            for kind in ("weight", "bias"):
+                qkv = [state[f"{layer}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+                found[f"{block}.attn.in_proj_{kind}"] = torch.cat(qkv)
+    for own, theirs in norms.items():
+        found |= {f"{own}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    return found
+
+
+def read_preprocess(place: str) -> dict[str, list[float]]:
+    """Image mean and std of a folder or hub repository in transformers' form; CLIP's own where it names none."""
+    from transformers.utils import cached_file
+
+    path = cached_file(place, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    saved = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return {
+        "mean": saved.get("image_mean", DEFAULT_PREPROCESS["mean"]),
+        "std": saved.get("image_std", DEFAULT_PREPROCESS["std"]),
+    }
+
+
+class TransformersTokenizer:
+    """A transformers CLIP tokenizer called as open_clip calls its own: texts -> (P, context_length), padded with 0."""
+
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+
+    @classmethod
+    def load(cls, place: str, text_config: Any) -> Tokenizer:
+        """From a folder or the hub; CLIP's standard tokenizer where a folder has none and the vocabulary fits."""
+        from transformers import AutoTokenizer
+
+        if Path(place).is_dir() and not any(Path(place).glob("*token*")) and not (Path(place) / "vocab.json").exists():
+            standard = open_clip.SimpleTokenizer(context_length=text_config.max_position_embeddings)
+            if standard.vocab_size != text_config.vocab_size:
+                raise ValueError(f"{place}: no tokenizer files, and its vocabulary is not CLIP's; add tokenizer.json")
+            return standard
+        tokenizer = download(f"the tokenizer of {place}", lambda: AutoTokenizer.from_pretrained(place))
+        return cls(tokenizer, text_config.max_position_embeddings)
+
+    def __call__(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
+        """Texts -> (P, N) int64; too long ones are cut and keep their end token."""
+        encoded = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=context_length or self.context_length,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"] * encoded["attention_mask"]
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
+
+def build_clip(config: dict[str, Any], *, image_size: int) -> open_clip.CustomTextCLIP:
     """A randomly initialised CustomTextCLIP; writes `image_size` into the config. Raises ValueError."""
     model_cfg = config["model_cfg"]
     if "multimodal_cfg" in model_cfg:
@@ -168,45 +381,50 @@ def build_clip(config: dict[str, Any], *, image_size: int) -> nn.Module:
     try:
         return open_clip.CustomTextCLIP(**plain)
     except (TypeError, KeyError, AssertionError, RuntimeError, OSError) as error:
-        raise ValueError(f"cannot build a CLIP from its config: {error}") from error
+        raise ValueError(f"cannot build a CLIP from its config: {first_line(error)}. {OFFLINE_WAYS}") from error
 
 
-def load_weights(clip: nn.Module, path: Path | None, name: str) -> None:
-    """Load a weights file strictly. Raises ValueError: missing, unreadable, or of another architecture."""
-    if path is None:
-        raise ValueError(
-            f"--clip_model {name}: no weights file in that folder; --clip_pretrained none starts at random"
-        )
+def download(what: str, fetch: Callable[[], Any]) -> Any:
+    """Run what may need a network; any failure becomes one line that names the ways without one."""
+    noisy = logging.getLogger("huggingface_hub")
+    level = noisy.level
+    noisy.setLevel(logging.CRITICAL)  # its retries are told in our one line
     try:
-        open_clip.load_checkpoint(clip, str(path), strict=True, weights_only=True)
-    except Exception as error:  # pickle, zip, safetensors and key errors share no base class; the cause is kept
-        raise ValueError(
-            f"{path}: not weights of {name} in open_clip's form ({str(error).splitlines()[0][:160]})"
-        ) from error
+        return fetch()
+    except Exception as error:  # hub, HTTP and socket errors share no base; the cause is kept
+        raise ValueError(f"cannot get {what}: {first_line(error)}. {OFFLINE_WAYS}") from error
+    finally:
+        noisy.setLevel(level)
 
 
-def build_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that goes with a model name. Raises ValueError if it must be downloaded and cannot be."""
-    plain = name if ":" in name else name.replace("/", "-").replace("@", "-")
-    return download(f"the tokenizer of {name}", lambda: open_clip.get_tokenizer(plain))
+def first_line(error: Exception, *, skip: int = 0) -> str:
+    """The first telling line of an error's message, shortened; `skip` leaves out lines of mere title."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[min(skip, len(lines) - 1)] if lines else type(error).__name__
+    return line.rstrip(".") if len(line) <= 160 else line[:157] + "..."
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Put a Hugging Face tokenizer's files beside the weights; open_clip's own needs none."""
-    if hasattr(tokenizer, "save_pretrained"):
+    """Put a tokenizer's files beside the weights; open_clip's built-in one has none."""
+    if isinstance(tokenizer, (TransformersTokenizer, open_clip.tokenizer.HFTokenizer)):
         tokenizer.save_pretrained(str(folder / TOKENIZER_DIR))
 
 
-def restore_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
+def restore_tokenizer(config: Mapping[str, Any], folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, without a network."""
     text = config["model_cfg"]["text_cfg"]
     length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     options = text.get("tokenizer_kwargs") or {}
-    if (folder / TOKENIZER_DIR).is_dir():
+    saved = folder / TOKENIZER_DIR
+    if not saved.is_dir():
+        return open_clip.SimpleTokenizer(context_length=length, **options)
+    if text.get("hf_tokenizer_name"):
         return open_clip.tokenizer.HFTokenizer(
-            str(folder / TOKENIZER_DIR), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **options
+            str(saved), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **options
         )
-    return open_clip.SimpleTokenizer(context_length=length, **options)
+    from transformers import AutoTokenizer
+
+    return TransformersTokenizer(AutoTokenizer.from_pretrained(str(saved)), length)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> tuple[Tensor, int]:
@@ -214,7 +432,9 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) ->
     if not texts:
         return torch.zeros(0, context_length, dtype=torch.long), 0
     tokens_PN = tokenizer(list(texts))
-    # A row that fills the context may just fit: cut only if more context would have held more tokens.
+    # A row that fills the context may just fit: it was cut only if a longer context would have held more.
     full = (tokens_PN != 0).all(dim=1).nonzero().flatten().tolist()
-    longer = tokenizer([texts[index] for index in full], context_length=context_length + 1) if full else tokens_PN[:0]
-    return tokens_PN, int((longer[:, -1:] != 0).sum())
+    if not full:
+        return tokens_PN, 0
+    longer = tokenizer([texts[index] for index in full], context_length=context_length + 1)  # type: ignore[call-arg]
+    return tokens_PN, int((longer[:, -1] != 0).sum())

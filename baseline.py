@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import backbones
+import calibration
 import checkpoint
 import data
 import demo
@@ -39,6 +41,7 @@ import metrics
 import models
 from configs import TrainingConfig, one_line_errors, parse_args, with_options
 
+EVAL_LOADERS = ("train_eval", "val", "test")
 MOS_COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
 
 
@@ -50,17 +53,15 @@ def run(config: TrainingConfig) -> dict[str, Any]:
         engine.NonFiniteLoss: training broke down.
     """
     started = time.perf_counter()
+    folder = Path(config.output_dir) if config.output_dir else new_run_dir(config)
+    checkpoint.refuse_occupied(folder, overwrite=config.overwrite)
     runtime = engine.start_runtime(config.device, config.amp)
     engine.seed_everything(config.seed)
 
+    # Data, model, and how one becomes batches for the other.
     config = with_options(config, demo_paths(config) if config.demo else {})
     examples = read_examples(config)
-    backbone = backbones.load_backbone(config.clip_model, config.clip_pretrained, image_size=config.image_size)
-    arguments = model_arguments(config, backbone.embed_dim)
-    model = models.build_model(backbone.clip, **arguments)
-    models.freeze_backbone(
-        model.clip, everything=config.freeze_clip, num_layers=config.freeze_layers if config.partial_freeze else None
-    )
+    backbone, model, arguments = start_model(config)
     model.to(runtime.device)
     feed, num_truncated = build_feed(config, examples, backbone, runtime)
     loaders = build_loaders(config, examples, runtime)
@@ -70,28 +71,38 @@ def run(config: TrainingConfig) -> dict[str, Any]:
         accumulation=config.gradient_accumulation_steps,
         epochs=config.epochs,
     )
-    print(plan(config, examples, model, runtime, num_steps=num_steps, num_truncated=num_truncated))
+    print(plan(config, examples, backbone, model, runtime, num_steps=num_steps, num_truncated=num_truncated))
     if config.dry_run:
         return {}
-
-    folder = Path(config.output_dir) if config.output_dir else new_run_dir(config)
-    checkpoint.prepare_run_folder(folder, overwrite=config.overwrite)
+    checkpoint.prepare_run_folder(folder)
     write_inputs(folder, config, examples, runtime)
-    optimizer = engine.build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
+
+    # What CLIP knows before training: the point to start from, and to be compared with.
+    known = {
+        fold: engine.predict(model, feed.batches(loaders[fold]), models.embed_batch, runtime=runtime)
+        for fold in EVAL_LOADERS
+    }
+    base = fit_base(known, examples)
+    if config.calibration and isinstance(model.heads, models.ResidualHeads) and not config.init_from:
+        model.heads.set_base(base.quality, base.consistency)
+
+    optimizer = build_optimizer(config, model)
     schedule = engine.build_schedule(
         optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=config.warmup_ratio
     )
     average = engine.WeightAverage(model, config.ema_decay)
     compute_losses = build_losses(config, examples)
-
-    def predict(fold: str) -> dict[str, np.ndarray]:
-        return engine.predict(average.weights, feed.batches(loaders[fold]), models.score_batch, runtime=runtime)
-
     history: list[dict[str, float]] = []
+    selection: list[float] = []
+    predictions: dict[str, dict[str, np.ndarray]] = {}
+
+    def predict(scorer: models.ScoreModel, fold: str) -> dict[str, np.ndarray]:
+        return engine.predict(scorer, feed.batches(loaders[fold]), models.score_batch, runtime=runtime)
+
     for epoch in range(1, config.epochs + 1):
-        epoch_started = time.perf_counter()
-        lr = optimizer.param_groups[0]["lr"]
-        with tqdm(total=len(examples.rows("train")), unit="img", leave=False, disable=None) as bar:
+        enter_stage(config, model, epoch)
+        with Progress(len(examples.rows("train"))) as progress:
+            lr = optimizer.param_groups[0]["lr"]
             trained = engine.train_epoch(
                 model,
                 feed.batches(loaders["train"]),
@@ -102,24 +113,16 @@ def run(config: TrainingConfig) -> dict[str, Any]:
                 average=average,
                 accumulation=config.gradient_accumulation_steps,
                 max_grad_norm=config.max_grad_norm,
-                after_step=bar.update,
+                after_step=progress.update,
             )
-        train_seconds = time.perf_counter() - epoch_started
-        validated = evaluate(predict("val"), "val", examples, config)
-        history.append(
-            {
-                "epoch": epoch,
-                **trained,
-                **{f"val_{name}": value for name, value in validated.items()},
-                "lr": lr,
-                "images_per_s": len(examples.rows("train")) / train_seconds,
-                "seconds": time.perf_counter() - epoch_started,
-            }
-        )
+        scores = predict(average.weights, "val")
+        validated = {f"val_{name}": value for name, value in evaluate(scores, "val", examples, config).items()}
+        history.append({"epoch": epoch, **trained, **validated, "lr": lr, **progress.timing()})
+        selection.append(validated[f"val_{config.select_by}"])
         print(epoch_line(history[-1], config.epochs), flush=True)
         checkpoint.write_csv(folder / "metrics.csv", pd.DataFrame(history))
-        selection = [row[f"val_{config.select_by}"] for row in history]
         if engine.best_epoch(selection) == epoch:
+            predictions["val"] = scores
             save_scorer(folder / checkpoint.BEST_DIR, average.weights, backbone, arguments, config, examples)
         if engine.should_stop(
             selection, patience=config.early_stopping_patience, min_delta=config.early_stopping_min_delta
@@ -127,15 +130,15 @@ def run(config: TrainingConfig) -> dict[str, Any]:
             print(f"no gain in {config.early_stopping_patience} epochs: stopped early")
             break
 
-    # The test fold is read here for the first and only time, with the weights that validation has chosen.
-    _, best_state, _ = checkpoint.load_weights(folder / checkpoint.BEST_DIR)
-    average.weights.load_state_dict(best_state)
-    predictions = {fold: predict(fold) for fold in ("train_eval", "val", "test")}
+    # The test fold is scored here, once, with the weights that validation has chosen.
+    best = models.merge_lora(average.weights)
+    best.load_state_dict(checkpoint.load_weights(folder / checkpoint.BEST_DIR)[1])
+    predictions |= {fold: predict(best, fold) for fold in ("train_eval", "test")}
     results = {
         "best_epoch": engine.best_epoch(selection),
         "epochs": len(history),
-        "val": evaluate(predictions["val"], "val", examples, config),
-        "test": evaluate(predictions["test"], "test", examples, config),
+        **{fold: evaluate(predictions[fold], fold, examples, config) for fold in ("val", "test")},
+        "base": {fold: agreements(base.scores(known[fold]), fold, examples) for fold in ("val", "test")},
         "floors": floors(examples),
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -144,6 +147,122 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     print(results_table(results, examples))
     print(f"run folder: {folder}")
     return results
+
+
+def start_model(config: TrainingConfig) -> tuple[backbones.Backbone, models.ScoreModel, dict[str, Any]]:
+    """CLIP with heads, frozen as asked, and the arguments that `models.build_model` builds it again from.
+
+    Raises:
+        ValueError: an unknown or unfitting backbone, checkpoint or number of layers.
+    """
+    backbone = backbones.load_backbone(
+        config.clip_model, config.clip_pretrained, image_size=config.image_size, weights=not config.init_from
+    )
+    arguments = model_arguments(config, backbone.embed_dim)
+    model = models.build_model(backbone.clip, **arguments)
+    if config.init_from:
+        load_first_stage(config, model, backbone)
+    num_layers = config.stages[0][0]
+    if config.lora_rank:
+        models.add_lora(model.clip, config.lora_rank, num_layers=num_layers)
+    else:
+        models.freeze_backbone(model.clip, everything=config.freeze_clip, num_layers=num_layers)
+    return backbone, model, arguments
+
+
+def load_first_stage(config: TrainingConfig, model: models.ScoreModel, backbone: backbones.Backbone) -> None:
+    """Load the weights of an earlier run into the model. Raises ValueError if they do not fit."""
+    folder, state, description = checkpoint.load_weights(Path(str(config.init_from)))
+    came_from = description.get("source", {}).get("clip_model", "?")
+    clip_state = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
+    head_state = {key: value for key, value in state.items() if not key.startswith("clip.")}
+    backbones.load_state(backbone.clip, clip_state, f"--clip_model {config.clip_model} (--init_from has {came_from})")
+    missing, unexpected = model.load_state_dict(head_state, strict=False)
+    wrong = [*unexpected, *(key for key in missing if not key.startswith("clip."))]
+    if wrong:
+        raise ValueError(
+            f"--init_from {folder}: its heads differ from those asked for ({wrong[0]}); use the same flags"
+        )
+
+
+def build_optimizer(config: TrainingConfig, model: models.ScoreModel) -> torch.optim.Optimizer:
+    """AdamW over all that is trained at some stage; what is still frozen has no gradient and so no state yet."""
+    scales = models.lr_scales(model, config.layer_decay)
+
+    def lr_of(name: str) -> float:
+        return config.lr * scales[name] if name in scales else config.head_lr or config.lr
+
+    if config.unfreeze_schedule:
+        models.freeze_backbone(model.clip, num_layers=config.stages[-1][0])
+    optimizer = engine.build_optimizer(model, lr_of, weight_decay=config.weight_decay)
+    if config.unfreeze_schedule:
+        models.freeze_backbone(model.clip, num_layers=config.stages[0][0])
+    return optimizer
+
+
+def enter_stage(config: TrainingConfig, model: models.ScoreModel, epoch: int) -> None:
+    """Thaw the layers that the plan gives free from this epoch (counted from 1) on."""
+    for num_layers, epochs_done in config.stages[1:]:
+        if epochs_done == epoch - 1:
+            models.freeze_backbone(model.clip, num_layers=num_layers)
+            print(f"{num_layers} layers stay frozen from epoch {epoch} on")
+
+
+class Progress:
+    """A bar on a terminal (nothing elsewhere) and the time of one epoch."""
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
+        self.started = time.perf_counter()
+        self.bar = tqdm(total=num_images, unit="img", leave=False, disable=None)
+        self.update = self.bar.update
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+        self.train_seconds = time.perf_counter() - self.started
+
+    def timing(self) -> dict[str, float]:
+        """Training speed, and seconds since the epoch began."""
+        return {
+            "images_per_s": self.num_images / self.train_seconds,
+            "seconds": time.perf_counter() - self.started,
+        }
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a frozen CLIP knows, fitted on the training fold; None for a score without labels."""
+
+    quality: tuple[np.ndarray, float] | None
+    consistency: tuple[float, float] | None
+
+    def scores(self, known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Embeddings -> ridge probe "q" (logits) and zero-shot cosine "c": orders, not MOS units."""
+        found = {}
+        if self.quality:
+            found["q"] = known["image"] @ self.quality[0] + self.quality[1]
+        if self.consistency:
+            found["c"] = known["cos"]
+        return found
+
+
+def fit_base(known: Mapping[str, Mapping[str, np.ndarray]], examples: data.Examples) -> Base:
+    """Fit both base terms on the training fold's embeddings."""
+    rows = examples.rows("train")
+    targets = {task: values[rows] for task, values in examples.unit_targets.items()}
+    labelled = {task: ~np.isnan(values) for task, values in targets.items()}
+    quality = consistency = None
+    if "q" in targets:
+        groups = data.prompt_groups(examples.table)[rows]
+        keep = labelled["q"]
+        quality = calibration.fit_quality(known["train_eval"]["image"][keep], targets["q"][keep], groups[keep])
+    if "c" in targets:
+        keep = labelled["c"]
+        consistency = calibration.fit_consistency(known["train_eval"]["cos"][keep], targets["c"][keep])
+    return Base(quality, consistency)
 
 
 def demo_paths(config: TrainingConfig) -> dict[str, str]:
@@ -203,20 +322,20 @@ def build_feed(
 
     def tokenize(texts: Sequence[str]) -> Tensor:
         nonlocal num_truncated
-        tokens, cut = backbones.tokenize(backbone.tokenizer, texts, backbone.context_length)
+        tokens, cut = backbones.tokenize(backbone.tokenizer, texts, backbone.clip.context_length)
         num_truncated += cut
         return tokens
 
     def text_table(column: str) -> data.TextTable | None:
-        texts = examples.table[column]
-        return data.TextTable(texts, tokenize, runtime.device) if (texts != "").any() else None
+        texts = examples.table[column].tolist()
+        return data.TextTable(texts, tokenize, runtime.device) if any(texts) else None
 
     rationales = text_table("explanation") if config.use_explanations else None
     feed = data.Feed(
         device=runtime.device,
-        mean=backbone.mean,
-        std=backbone.std,
-        targets=examples.unit_targets(),
+        mean=backbone.config["preprocess_cfg"]["mean"],
+        std=backbone.config["preprocess_cfg"]["std"],
+        targets=examples.unit_targets,
         prompts=text_table("prompt"),
         rationales=(rationales, (examples.table["explanation"] != "").to_numpy()) if rationales else None,
     )
@@ -228,7 +347,10 @@ def build_loaders(
 ) -> dict[str, torch.utils.data.DataLoader]:
     """Loaders by name: "train" is augmented and shuffled; "train_eval", "val" and "test" are plain and in order."""
     images = data.ImageSet(
-        examples.table["path"], image_size=config.image_size, crop_scale_min=config.crop_scale_min, seed=config.seed
+        examples.table["path"].tolist(),
+        image_size=config.image_size,
+        crop_scale_min=config.crop_scale_min,
+        seed=config.seed,
     )
     num_workers = runtime.default_workers if config.num_workers is None else config.num_workers
     return {
@@ -240,7 +362,7 @@ def build_loaders(
             num_workers=num_workers,
             pin_memory=runtime.device.type != "cpu",
         )
-        for name in ("train", "train_eval", "val", "test")
+        for name in ("train", *EVAL_LOADERS)
     }
 
 
@@ -254,17 +376,17 @@ def score_terms(
         weights={"q": config.w_q, "c": config.w_c},
         terms=config.loss_terms,
         smoothing=config.label_smoothing,
-        means=examples.train_means(),
+        means=examples.train_means,
     )
 
 
 def build_losses(config: TrainingConfig, examples: data.Examples) -> Any:
     """The function (model, batch) -> named losses that training minimises."""
 
-    def compute(model: nn.Module, batch: data.Batch) -> dict[str, Tensor]:
+    def compute(model: models.ScoreModel, batch: data.Batch) -> dict[str, Tensor]:
         scores = model(batch.images_B3SS, batch.tokens_PN, batch.prompt_of_B)
         terms = score_terms(scores, batch.targets, config, examples)
-        if batch.has_rationale_B is not None and batch.has_rationale_B.any():
+        if batch.rationale_tokens_RN is not None and batch.has_rationale_B is not None and batch.has_rationale_B.any():
             with torch.no_grad():
                 target_RE = model.encode_text(batch.rationale_tokens_RN)
             target_BE = torch.zeros_like(scores["rationale"])
@@ -282,7 +404,7 @@ def evaluate(
     """Losses (label units) and agreement (MOS units) of a fold's scores: "loss", "srocc_q", ..., "main"."""
     rows = examples.rows(fold)
     tensors = {task: torch.from_numpy(values) for task, values in scores.items()}
-    targets = {task: torch.from_numpy(values[rows]) for task, values in examples.unit_targets().items()}
+    targets = {task: torch.from_numpy(values[rows]) for task, values in examples.unit_targets.items()}
     terms = {name: float(value) for name, value in score_terms(tensors, targets, config, examples).items()}
     in_mos = {task: scale.to_mos(scores[task]) for task, scale in examples.scales.items()}
     return {**terms, **agreements(in_mos, fold, examples)}
@@ -335,13 +457,13 @@ def write_inputs(folder: Path, config: TrainingConfig, examples: data.Examples, 
         "data_fingerprint": examples.fingerprint,
         "mos_scales": {task: [scale.low, scale.high] for task, scale in examples.scales.items()},
     }
-    checkpoint.write_json(folder / "config.json", {**config.to_json(), "provenance": provenance})
+    checkpoint.write_json(folder / checkpoint.CONFIG_FILE, {**config.to_json(), "provenance": provenance})
     checkpoint.write_csv(folder / "splits.csv", pd.DataFrame({"name": examples.table["name"], "split": examples.folds}))
 
 
 def save_scorer(
     folder: Path,
-    model: nn.Module,
+    model: models.ScoreModel,
     backbone: backbones.Backbone,
     arguments: Mapping[str, Any],
     config: TrainingConfig,
@@ -353,10 +475,10 @@ def save_scorer(
         "image_size": config.image_size,
         "model": dict(arguments),
         "scales": {task: {"low": scale.low, "high": scale.high} for task, scale in examples.scales.items()},
+        "source": {"clip_model": config.clip_model, "clip_pretrained": config.clip_pretrained},
     }
-    checkpoint.save_weights(
-        folder, model.state_dict(), description, lambda path: backbones.save_tokenizer(backbone.tokenizer, path)
-    )
+    state = models.merged_state(model)
+    checkpoint.save_weights(folder, state, description, lambda path: backbones.save_tokenizer(backbone.tokenizer, path))
 
 
 def prediction_table(scores: Mapping[str, Mapping[str, np.ndarray]], examples: data.Examples) -> pd.DataFrame:
@@ -377,6 +499,7 @@ def prediction_table(scores: Mapping[str, Mapping[str, np.ndarray]], examples: d
 def plan(
     config: TrainingConfig,
     examples: data.Examples,
+    backbone: backbones.Backbone,
     model: models.ScoreModel,
     runtime: engine.Runtime,
     *,
@@ -395,10 +518,11 @@ def plan(
     )
     sizes = ", ".join(f"{fold} {len(examples.rows(fold))}" for fold in data.FOLDS)
     own = (table["split"] != "").any()
+    origin = f"weights of {config.init_from}" if config.init_from else f"{config.clip_model} ({config.clip_pretrained})"
     lines = [
         ("data", f"{len(table)} images, {table['prompt'].nunique()} prompts; {scores}"),
         ("split", f"{sizes} ({'as the CSV says' if own else 'by ' + config.split_by})"),
-        ("backbone", f"{config.clip_model} ({config.clip_pretrained}), {config.image_size} px, {config.freezing}"),
+        ("backbone", f"{origin}, {config.image_size} px, {backbone.activation}, {config.freezing}"),
         ("trained", parts),
         (
             "schedule",
@@ -429,7 +553,11 @@ def epoch_line(row: Mapping[str, float], epochs: int) -> str:
 def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
     """The test fold's scores beside the floors."""
     columns = {"srocc": "SROCC", "plcc": "PLCC", "plcc_fit": "PLCC fitted", "krocc": "KROCC", "rmse": "RMSE (MOS)"}
-    rows = {"trained model": results["test"], **{k.replace("_", " "): v for k, v in results["floors"].items()}}
+    rows = {
+        "trained model": results["test"],
+        "frozen CLIP": results["base"]["test"],
+        **{name.replace("_", " "): row for name, row in results["floors"].items()},
+    }
     lines = [
         f"test fold: {len(examples.rows('test'))} images, weights of epoch {results['best_epoch']} of "
         f"{results['epochs']}, {results['seconds']:.0f} s in all",
@@ -439,7 +567,18 @@ def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
         for place, (name, row) in enumerate(rows.items()):
             title = data.TASKS[task] if place == 0 else ""
             lines.append(f"{title:<12} {name:<15}" + "".join(f"{row[f'{key}_{task}']:>12.3f}" for key in columns))
-    return "\n".join([*lines, f"main score (mean of SROCC and PLCC): {results['test']['main']:.3f}"])
+    added = ", ".join(
+        f"{data.TASKS[task]} {results['test'][key] - results['base']['test'][key]:+.3f}"
+        for task in examples.scales
+        for key in [f"srocc_{task}"]
+    )
+    return "\n".join(
+        [
+            *lines,
+            f"training added to the SROCC of frozen CLIP (ridge probe, zero-shot cosine): {added}",
+            f"main score (mean of SROCC and PLCC): {results['test']['main']:.3f}",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -24,7 +24,8 @@ RESULTS_FILE = "results.json"
 BEST_DIR = "best"
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "scorer.json"
-RUN_FILES = ("config.json", "splits.csv", "metrics.csv", RESULTS_FILE, "predictions.csv")
+CONFIG_FILE = "config.json"
+RUN_FILES = (CONFIG_FILE, "splits.csv", "metrics.csv", RESULTS_FILE, "predictions.csv")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn")
 
 
@@ -51,23 +52,21 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
     write_whole(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g", encoding="utf-8"))
 
 
-def prepare_run_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make the folder of a new run.
-
-    Raises:
-        ValueError: it holds a finished run and `overwrite` is off, or something that is no run.
-    """
+def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
+    """Raise ValueError unless a new run may use the folder: absent, empty, or an older run that may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
     if (folder / RESULTS_FILE).exists() and not overwrite:
         raise ValueError(f"--output_dir {folder}: holds a finished run; choose another or pass --overwrite")
-    if folder.exists():
-        strange = sorted(item.name for item in folder.iterdir() if item.name not in (*RUN_FILES, BEST_DIR))
-        if strange and not (folder / "config.json").exists():
-            raise ValueError(f"--output_dir {folder}: holds other things ({strange[0]}); choose a new or empty folder")
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / BEST_DIR, ignore_errors=True)
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+        raise ValueError(f"--output_dir {folder}: holds other things than a run; choose a new or empty folder")
+
+
+def prepare_run_folder(folder: Path) -> None:
+    """Make the folder of a new run, without what an older run left in it. See `refuse_occupied`."""
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / BEST_DIR, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
 

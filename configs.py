@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity")
 
@@ -127,8 +127,26 @@ class TrainingConfig:
         recommended="8-10 of 12 (ViT-B), 18-20 of 24 (ViT-L/14), 20-22 (ViT-L/14@336)",
     )
 
+    unfreeze_schedule: str | None = option(
+        None,
+        "backbone",
+        "thaw step by step, as in 22@0,20@10,18@20: layers frozen @ epochs done; implies --partial_freeze",
+        metavar="PLAN",
+    )
+    lora_rank: int = option(
+        0,
+        "backbone",
+        "train low-rank corrections of this rank instead of CLIP's weights; 0 = off",
+        within="[0, 1024]",
+        recommended="4-16",
+    )
+    init_from: str | None = option(
+        None, "backbone", "start from the weights of another run (second stage)", metavar="RUN"
+    )
+
     # heads
     use_residual_learning: bool = option(True, "heads", "plain sigmoid heads instead of base + bounded delta")
+    calibration: bool = option(True, "heads", "start the base terms at random instead of fitted to frozen CLIP")
     residual_scale_q: float = option(
         0.2,
         "heads",
@@ -178,6 +196,20 @@ class TrainingConfig:
         "peak learning rate",
         within="(0, 10]",
         recommended="1e-3 frozen, 3e-5..1e-4 partly frozen, 1e-5..3e-5 full",
+    )
+    head_lr: float | None = option(
+        None,
+        "optimisation",
+        "peak learning rate of the heads (default: --lr)",
+        within="(0, 10]",
+        recommended="1e-3..5e-3",
+    )
+    layer_decay: float = option(
+        1.0,
+        "optimisation",
+        "each CLIP block learns at this share of the rate of the block above it",
+        within="(0, 1]",
+        recommended="0.65-1.0",
     )
     weight_decay: float = option(
         1e-4,
@@ -259,9 +291,18 @@ class TrainingConfig:
         return parse_loss(self.loss)
 
     @property
+    def stages(self) -> tuple[tuple[int | None, int], ...]:
+        """What is frozen from which epoch on: (number of layers or None, epochs done) pairs, the first at 0."""
+        if self.unfreeze_schedule:
+            return parse_unfreeze_schedule(self.unfreeze_schedule)
+        return ((self.freeze_layers if self.partial_freeze else None, 0),)
+
+    @property
     def freezing(self) -> str:
-        """Short name of the freezing mode: "frozen", "partial8" or "full"."""
-        return "frozen" if self.freeze_clip else f"partial{self.freeze_layers}" if self.partial_freeze else "full"
+        """Short name of the freezing mode: "frozen", "partial8" or "full", with "-lora4" behind it for LoRA."""
+        layers = self.stages[0][0]
+        mode = "frozen" if self.freeze_clip else "full" if layers is None else f"partial{layers}"
+        return mode + (f"-lora{self.lora_rank}" if self.lora_rank else "")
 
     def to_json(self) -> dict[str, Any]:
         """Every option as JSON values."""
@@ -304,16 +345,15 @@ class Option:
         if value is None and self.optional:
             return
         expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
-        values = value if self.pair else (value,)
         if self.pair and (not isinstance(value, tuple) or len(value) != 2):
             raise ValueError(f"--{self.name} {value!r}: must be two numbers, LO HI")
-        for item in values:
+        for item in cast(Sequence[Any], value if self.pair else (value,)):
             allowed = (int, float) if self.kind is float else (self.kind,)
             if not isinstance(item, allowed) or (isinstance(item, bool) and self.kind is not bool):
                 raise ValueError(f"--{self.name} {item!r}: must be {expected}")
-            if self.kind is float and not math.isfinite(item):
+            if isinstance(item, float) and not math.isfinite(item):
                 raise ValueError(f"--{self.name} {item}: must be finite")
-            if self.metadata["within"] and not inside(item, self.metadata["within"]):
+            if self.metadata["within"] and not inside(float(item), self.metadata["within"]):
                 raise ValueError(f"--{self.name} {item}: must be in {self.metadata['within']}")
             if self.metadata["choices"] and item not in self.metadata["choices"]:
                 raise ValueError(f"--{self.name} {item}: must be one of {', '.join(self.metadata['choices'])}")
@@ -384,11 +424,35 @@ def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
     return tuple(terms)
 
 
+def parse_unfreeze_schedule(text: str) -> tuple[tuple[int, int], ...]:
+    """Read a plan of layers@epoch: "22@0,20@10" -> ((22, 0), (20, 10)). Raises ValueError."""
+    parts = [re.fullmatch(r"(\d+)@(\d+)", part.strip()) for part in text.split(",")]
+    stages = tuple((int(part[1]), int(part[2])) for part in parts if part)
+    layers, epochs = zip(*stages, strict=True) if stages else ((), ())
+    if (
+        not all(parts)
+        or epochs[0] != 0
+        or list(epochs) != sorted(set(epochs))
+        or list(layers) != sorted(set(layers), reverse=True)
+    ):
+        raise ValueError(
+            f"--unfreeze_schedule {text}: must be LAYERS@EPOCH,... as in 22@0,20@10,18@20, the first at 0, with rising "
+            "epochs and falling layers"
+        )
+    return stages
+
+
 def check_together(config: TrainingConfig) -> None:
     """Rules between options. Raises ValueError."""
     parse_loss(config.loss)
     if config.freeze_clip and config.partial_freeze:
         raise ValueError("--freeze_clip and --partial_freeze exclude each other: choose one")
+    if config.unfreeze_schedule:
+        parse_unfreeze_schedule(config.unfreeze_schedule)
+        if config.freeze_clip or config.lora_rank:
+            raise ValueError("--unfreeze_schedule thaws CLIP's own weights: drop it, or --freeze_clip and --lora_rank")
+    if config.freeze_clip and config.lora_rank:
+        raise ValueError("--lora_rank trains CLIP's blocks, --freeze_clip does not: drop one")
     if config.use_refinement and config.use_residual_learning:
         raise ValueError("--use_refinement is the older design and needs --no_residual_learning")
     if config.refinement_dim % config.refinement_heads:
@@ -462,7 +526,7 @@ def load_options(path: str | Path) -> dict[str, Any]:
         ValueError: the file is missing, is not a JSON object, or has a key that is no option.
     """
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -491,11 +555,12 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
     flags = vars(parser.parse_args(argv))
     flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
     saved = load_options(flags["config"]) if "config" in flags else {}
-    if flags.get("demo"):
-        for name in ("data_csv_path", "image_base_dir"):
-            if name in flags:
-                raise ValueError(f"--demo draws its own data: drop it or --{name}")
-    demo = DEMO_SETTINGS if flags.get("demo", saved.get("demo", False)) else {}
+    is_demo = flags.get("demo", saved.get("demo", False))
+    for name in ("data_csv_path", "image_base_dir"):
+        if is_demo and name in flags:
+            ways = "drop it" if "demo" in flags else "add --no_demo (--config has it on)"
+            raise ValueError(f"--demo draws its own data: {ways} or drop --{name}")
+    demo = DEMO_SETTINGS if is_demo else {}
     return with_options(TrainingConfig(), {**demo, **saved, **flags})
 
 
@@ -524,6 +589,26 @@ def build_predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_workers", type=int, default=0, help="image-reading processes (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     return parser
+
+
+def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of predict.py -> checked options.
+
+    Raises:
+        ValueError: an unknown flag, a value that breaks its rule, or not exactly one source of images.
+    """
+    args = build_predict_parser().parse_args(argv)
+    for name in ("batch_size", "num_workers"):
+        OPTIONS[name].check(getattr(args, name))
+    if args.images and (args.csv or args.image_dir):
+        raise ValueError(f"{args.images[0]}: image files or {'--csv' if args.csv else '--image_dir'}, not both")
+    if not (args.images or args.csv or args.image_dir):
+        raise ValueError("no images to score: give IMAGE..., --csv FILE or --image_dir DIR; see --help")
+    if args.csv and args.prompt is not None:
+        raise ValueError("--prompt: the prompts come from --csv, drop one of the two")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+        raise ValueError(f"--out {args.out}: must be a file in a folder that exists")
+    return args
 
 
 @contextmanager

@@ -11,13 +11,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -51,7 +53,7 @@ def read_table(csv_path: str | Path, image_dir: str | Path, columns: Columns, *,
     Args:
         csv_path: UTF-8 CSV (with or without BOM) with a header.
         image_dir: the folder that the names are relative to.
-        scored: whether at least one score column must exist.
+        scored: whether the scores are read, and at least one of the two columns must hold some.
 
     Returns:
         One row per image: name, path, prompt ("" if none), explanation ("" if none), q and c (MOS, float64,
@@ -60,26 +62,34 @@ def read_table(csv_path: str | Path, image_dir: str | Path, columns: Columns, *,
     Raises:
         ValueError: one line naming the file, the row or the column, and the rule.
     """
-    raw = read_csv(csv_path)
+    raw = read_csv(csv_path)  # indexed by row number
     if not Path(image_dir).is_dir():
         raise ValueError(f"--image_base_dir {image_dir}: no such folder")
 
     def texts(column: str | None) -> pd.Series:
         return raw[column].str.strip() if column in raw.columns else pd.Series("", index=raw.index)
 
-    if columns.name not in raw.columns:
-        raise ValueError(missing_column(csv_path, columns.name, raw.columns, "--name_column"))
-    if columns.group is not None and columns.group not in raw.columns:
-        raise ValueError(missing_column(csv_path, columns.group, raw.columns, "--group_column"))
+    # Columns may be absent under their usual names; those asked for by another name may not.
+    for flag, column, usual in (
+        ("--name_column", columns.name, None),
+        ("--prompt_column", columns.prompt, Columns.prompt),
+        ("--quality_column", columns.quality, Columns.quality),
+        ("--consistency_column", columns.consistency, Columns.consistency),
+        ("--explanation_column", columns.explanation, Columns.explanation),
+        ("--group_column", columns.group, Columns.group),
+    ):
+        if column != usual and column not in raw.columns:
+            present = ", ".join(map(repr, raw.columns))
+            raise ValueError(f"{csv_path}: no column {column!r} among {present}; name yours with {flag}")
     table = pd.DataFrame(
         {
             "name": texts(columns.name),
             "prompt": texts(columns.prompt),
             "explanation": texts(columns.explanation),
-            "q": parse_scores(raw, columns.quality, csv_path),
-            "c": parse_scores(raw, columns.consistency, csv_path),
+            "q": parse_scores(raw, columns.quality, csv_path) if scored else np.nan,
+            "c": parse_scores(raw, columns.consistency, csv_path) if scored else np.nan,
             "split": texts("split"),
-            "row": np.arange(len(raw)) + 2,
+            "row": raw.index,
         }
     )
     table["group"] = texts(columns.group) if columns.group else table["name"].map(generator_of)
@@ -95,33 +105,50 @@ def read_table(csv_path: str | Path, image_dir: str | Path, columns: Columns, *,
             f"{columns.prompt!r}); {len(no_prompt)} such row(s)"
         )
     table["path"] = check_names(table, Path(image_dir), csv_path)
-    return table
+    return table.reset_index(drop=True)
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
-    """All cells of a UTF-8 CSV as text. Raises ValueError."""
+    """All cells of a UTF-8 CSV as text, indexed by row as a spreadsheet counts: the header is row 1.
+
+    Rows without any text are left out. Raises ValueError.
+    """
     try:
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+        raw = pd.read_csv(
+            path,
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+            skipinitialspace=True,
+            skip_blank_lines=False,  # they count as rows
+        )
     except FileNotFoundError:
         raise ValueError(
             NO_DATA.format(path=path) if str(path) == "data/data.csv" else f"{path}: no such file"
         ) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as 'CSV UTF-8'") from None
-    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path}: not a readable CSV ({str(error).strip()})") from None
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path}: is empty, must have a header and a row for each image") from None
+    except pd.errors.ParserError as error:
+        reason = str(error).strip().rpartition("C error: ")[2]
+        raise ValueError(
+            f"{path}: not a readable CSV ({reason}); texts with commas or quotes need double quotes around them"
+        ) from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if raw.empty:
-        raise ValueError(f"{path}: has a header at most, no rows")
-    if not isinstance(raw.index, pd.RangeIndex):
-        raise ValueError(f"{path}: rows have more cells than the header; put texts with commas in double quotes")
-    return raw.fillna("")  # a row that ends early
-
-
-def missing_column(path: str | Path, column: str, present: Sequence[str], flag: str) -> str:
-    """The message for a column that is not there."""
-    return f"{path}: no column {column!r} among {', '.join(map(repr, present))}; name yours with {flag}"
+    raw = raw.fillna("")  # a row that ends early
+    raw.columns = raw.iloc[0].str.strip().tolist()
+    raw.index = raw.index + 1
+    repeated = sorted({column for column in raw.columns[raw.columns.duplicated()] if column})
+    if repeated:
+        raise ValueError(f"{path}: the header has {repeated[0]!r} more than once")
+    rows = raw.iloc[1:]
+    rows = rows[(rows.apply(lambda column: column.str.strip()) != "").any(axis=1)]
+    if rows.empty:
+        raise ValueError(f"{path}: has a header but no rows")
+    return rows
 
 
 def parse_scores(raw: pd.DataFrame, column: str, path: str | Path) -> pd.Series:
@@ -132,9 +159,9 @@ def parse_scores(raw: pd.DataFrame, column: str, path: str | Path) -> pd.Series:
     numbers = pd.to_numeric(text, errors="coerce").astype(float)
     wrong = (text != "") & ~np.isfinite(numbers)
     if wrong.any():
-        first = wrong.idxmax()
+        first: Any = wrong.idxmax()
         raise ValueError(
-            f"{path} row {first + 2}: {column} is {text[first]!r}, must be a finite number or empty; "
+            f"{path} row {first}: {column} is {text[first]!r}, must be a finite number or empty; "
             f"{wrong.sum()} such row(s)"
         )
     return numbers
@@ -155,18 +182,18 @@ def check_names(table: pd.DataFrame, image_dir: Path, csv_path: str | Path) -> l
     empty = table.loc[table["name"] == "", "row"]
     if len(empty):
         raise ValueError(f"{csv_path} row {empty.iloc[0]}: the image name is empty; {len(empty)} such row(s)")
-    repeated = table.loc[table["name"].duplicated(), "name"].tolist()
-    if repeated:
-        raise ValueError(f"{csv_path}: {len(repeated)} image name(s) occur more than once: {first_five(repeated)}")
-    root = image_dir.resolve()
-    paths = [image_dir / name for name in table["name"]]
+    # The names alone decide: a link inside the folder may point anywhere, as links of data stores do.
     outside = [
         name
-        for name, path in zip(table["name"], paths, strict=True)
-        if PureWindowsPath(name).is_absolute() or not path.resolve().is_relative_to(root)
+        for name in table["name"]
+        if name.startswith("/") or PureWindowsPath(name).is_absolute() or ".." in PureWindowsPath(name).parts
     ]
     if outside:
         raise ValueError(f"{csv_path}: {len(outside)} image name(s) leave {image_dir}: {first_five(outside)}")
+    paths = [image_dir / name for name in table["name"]]  # "./a.png" and "a.png" are now the same
+    repeated = table.loc[pd.Series(paths, index=table.index).duplicated(), "name"].unique().tolist()
+    if repeated:
+        raise ValueError(f"{csv_path}: {len(repeated)} image name(s) occur more than once: {first_five(repeated)}")
     missing = [name for name, path in zip(table["name"], paths, strict=True) if not path.is_file()]
     if missing:
         raise ValueError(f"{image_dir}: {len(missing)} of {len(paths)} images are missing: {first_five(missing)}")
@@ -188,7 +215,10 @@ def check_images(paths: Sequence[Path]) -> list[str]:
             with Image.open(BytesIO(content)) as image:
                 image.draft("RGB", (1, 1))
                 image.load()
+                check_mode(image)
             return hashlib.sha256(content).hexdigest(), ""
+        except UnidentifiedImageError:
+            return "", f"{path.name} (not an image)"
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             return "", f"{path.name} ({str(error) or type(error).__name__})"
 
@@ -200,6 +230,12 @@ def check_images(paths: Sequence[Path]) -> list[str]:
     return [digest for digest, _ in results]
 
 
+def check_mode(image: Image.Image) -> None:
+    """Raise ValueError for a pixel format without a known range."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 bits")
+
+
 def load_image(path: str | Path | Image.Image) -> Image.Image:
     """Any image as upright 8-bit RGB: EXIF rotation applied, transparency on white, 16-bit scaled down.
 
@@ -207,13 +243,12 @@ def load_image(path: str | Path | Image.Image) -> Image.Image:
         OSError: not an image, or truncated. ValueError: a pixel format without a known range.
     """
     with Image.open(path) if not isinstance(path, Image.Image) else path.copy() as source:
+        check_mode(source)
         image = ImageOps.exif_transpose(source)
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white rather than scale
             return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
                 "RGB"
             )
-        if image.mode == "F":
-            raise ValueError(f"{path}: floating-point pixels have no known range; save it with 8 bits")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -250,7 +285,13 @@ def split_units(table: pd.DataFrame, split_by: str) -> np.ndarray:
     if (table["prompt"] == "").any():
         row = table.loc[table["prompt"] == "", "row"].iloc[0]
         raise ValueError(f"row {row} has no prompt, so --split_by prompt cannot place it; use --split_by image")
-    return pd.factorize(table["prompt"].str.casefold().str.split().str.join(" "))[0]
+    return prompt_groups(table)
+
+
+def prompt_groups(table: pd.DataFrame) -> np.ndarray:
+    """A number for each row, equal for prompts that differ in case and spacing only; no prompt, a number of its own."""
+    key = table["prompt"].str.casefold().str.split().str.join(" ")
+    return pd.factorize(key.where(key != "", "\0" + table["name"]))[0]
 
 
 def draw_folds(units: np.ndarray, split_by: str, test_size: float, val_size: float, seed: int) -> np.ndarray:
@@ -338,7 +379,7 @@ class ImageSet(Dataset):
     """
 
     def __init__(
-        self, paths: Sequence[Path | Image.Image], *, image_size: int, crop_scale_min: float, seed: int
+        self, paths: Sequence[str | Path | Image.Image], *, image_size: int, crop_scale_min: float, seed: int
     ) -> None:
         self.paths = list(paths)
         self.seed = seed
@@ -500,13 +541,15 @@ class Examples:
         """MOS of a fold's rows, NaN where missing."""
         return self.table[task].to_numpy()[self.rows(fold)]
 
+    @cached_property
     def unit_targets(self) -> dict[str, np.ndarray]:
         """Task -> (n,) labels on [0, 1], NaN where missing."""
         return {task: scale.to_unit(self.table[task].to_numpy()) for task, scale in self.scales.items()}
 
+    @cached_property
     def train_means(self) -> dict[str, float]:
         """Task -> mean training label on [0, 1]."""
-        return {task: float(np.nanmean(values[self.rows("train")])) for task, values in self.unit_targets().items()}
+        return {task: float(np.nanmean(values[self.rows("train")])) for task, values in self.unit_targets.items()}
 
 
 def load_examples(
@@ -528,5 +571,5 @@ def load_examples(
         for task in TASKS
         if table[task].notna().any()
     }
-    hashes = check_images(table["path"])
+    hashes = check_images(table["path"].tolist())
     return Examples(table, folds, scales, fingerprint(csv_path, hashes))

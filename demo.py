@@ -4,7 +4,6 @@ Every prompt is drawn by eight made-up generators. Each picture is marred twice,
 
 - consistency: some attributes of the drawn scene (colour, kind, count, texture, ...) differ from the prompt;
 - quality: the pixels are blurred, noisy, over-compressed, banded or faded.
-
 Both are turned into mean opinion scores (MOS) in 1..5 with a little rater noise.
 """
 
@@ -175,7 +174,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator, size: int = IMAGE_SIZE) -
     shapes = [group for group in scene.groups for _ in range(group.count)]
     for group, (x, y, radius) in zip(shapes, _places(len(shapes), rng), strict=True):
         radius *= {"": 1.0, "small": 0.7, "large": 1.2}[group.size]
-        _draw_shape(draw, group, 2 * size * x, 2 * size * y, 2 * size * radius, rng)
+        _draw_shape(draw, group, 2 * size * x, 2 * size * y, 2 * size * radius, rng.uniform(-0.2, 0.2))
     pixels = np.asarray(canvas.reduce(2), dtype=np.float32)
     # Smooth lighting gives flat areas a slope, without which banding would not show.
     angle, axis = rng.uniform(0, 2 * math.pi), np.linspace(-1, 1, size, dtype=np.float32)
@@ -221,18 +220,15 @@ def _places(num_shapes: int, rng: np.random.Generator) -> list[tuple[float, floa
     return [(float(x), float(y), radius * rng.uniform(0.88, 1.05)) for x, y in moved]
 
 
-def _draw_shape(
-    draw: ImageDraw.ImageDraw, group: Group, x: float, y: float, radius: float, rng: np.random.Generator
-) -> None:
+def _draw_shape(pen: ImageDraw.ImageDraw, group: Group, x: float, y: float, radius: float, turn: float) -> None:
     """A filled shape with a dark outline, whose edges give blur something to spoil."""
-    turn, line = rng.uniform(-0.2, 0.2), 0.09 * radius
-    for inset, paint in ((0.0, (20, 20, 20)), (line, COLOURS[group.colour])):
+    for inset, paint in ((0.0, (20, 20, 20)), (0.09 * radius, COLOURS[group.colour])):
         if group.kind == "ring":
             r = radius - inset
-            draw.ellipse((x - r, y - r, x + r, y + r), outline=paint, width=round(0.42 * radius - 2 * inset))
+            pen.ellipse((x - r, y - r, x + r, y + r), outline=paint, width=round(0.42 * radius - 2 * inset))
         else:
             r = radius - 1.3 * inset
-            draw.polygon([(x + r * px, y + r * py) for px, py in _outline(group.kind, turn)], fill=paint)
+            pen.polygon([(x + r * px, y + r * py) for px, py in _outline(group.kind, turn)], fill=paint)
 
 
 def _outline(kind: str, turn: float) -> list[tuple[float, float]]:
@@ -276,15 +272,20 @@ def degrade(pixels: np.ndarray, levels: dict[str, float], rng: np.random.Generat
     if blur := levels.get("blur"):
         radius = (0.5 + 5.0 * blur) * len(pixels) / IMAGE_SIZE
         pixels = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
-    if noise := levels.get("noise"):
-        pixels = _to_uint8(pixels + (4 + 64 * noise) * rng.standard_normal(pixels.shape, dtype=np.float32))
+    if noise := levels.get("noise"):  # in grains of 3 x 3 pixels, which survive scaling
+        height, width = pixels.shape[:2]
+        grain = rng.standard_normal((-(-height // 3), -(-width // 3), 3), dtype=np.float32)
+        grain = grain.repeat(3, axis=0).repeat(3, axis=1)[:height, :width]
+        pixels = _to_uint8(pixels + (5 + 65 * noise) * grain)
     if banding := levels.get("banding"):
-        step = 255 / (1 + 11 * (1 - banding) ** 1.5)
+        step = 255 / (1 + 7 * (1 - banding) ** 1.3)
         pixels = _to_uint8(np.round(pixels / step) * step)
-    if compression := levels.get("compression"):
+    if compression := levels.get("compression"):  # at half resolution, so that the blocks are large
+        height, width = pixels.shape[:2]
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=round(2 + 38 * (1 - compression) ** 2))
-        pixels = np.asarray(Image.open(buffer))
+        quality = round(2 + 28 * (1 - compression) ** 1.5)
+        Image.fromarray(pixels).reduce(2).save(buffer, "JPEG", quality=quality)
+        pixels = np.asarray(Image.open(buffer).resize((width, height), Image.Resampling.NEAREST))
     return pixels
 
 
@@ -372,9 +373,8 @@ def _opinion(flaw: float, rng: np.random.Generator) -> float:
 def write_demo_set(folder: Path, *, num_prompts: int = 80, seed: int = 0) -> tuple[Path, Path]:
     """Draw the demo set into `folder`, unless it is there, and return (CSV file, image folder).
 
-    The folder appears whole or not at all: it is drawn beside its place and then renamed, so neither a crash
-    nor a second process drawing the same set leaves half of one. Raises ValueError if `folder` holds something
-    else or `num_prompts` is below 1.
+    It is drawn elsewhere and then renamed, so neither a crash nor a second process leaves half of one. Raises
+    ValueError if `folder` holds something else or `num_prompts` is below 1.
     """
     paths = folder / "data.csv", folder / "images"
     if paths[0].exists():
@@ -402,6 +402,5 @@ def _draw_demo_set(staged: Path, drafts: list[Draft], seed: int) -> None:
         image = Image.fromarray(degrade(draw_scene(draft.shown, rng), draft.levels, rng))
         image.save(staged / "images" / draft.name, quality=95, compress_level=1)  # of JPEG, of PNG
     with open(staged / "data.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(CSV_COLUMNS)
-        writer.writerows([getattr(draft, column) for column in CSV_COLUMNS] for draft in drafts)
+        rows = ([getattr(draft, column) for column in CSV_COLUMNS] for draft in drafts)
+        csv.writer(file, lineterminator="\n").writerows([CSV_COLUMNS, *rows])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class SizedBatch(Protocol):
 
 
 B = TypeVar("B", bound=SizedBatch)
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,25 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: matrices with weight decay, vectors (biases, norms) without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(model: nn.Module, lr_of: Callable[[str], float], weight_decay: float) -> list[dict[str, Any]]:
+    """Trained parameters, grouped by learning rate and decay: matrices decay, vectors (biases, norms) do not.
+
+    Args:
+        lr_of: name of a parameter -> its peak learning rate.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((lr_of(name), parameter.ndim >= 2), []).append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": parameters, "lr": lr, "weight_decay": weight_decay if decays else 0.0}
+        for (lr, decays), parameters in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> Optimizer:
+def build_optimizer(model: nn.Module, lr_of: Callable[[str], float], *, weight_decay: float) -> Optimizer:
     """AdamW over the trained parameters (Loshchilov and Hutter, 2019)."""
-    return AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
+    return AdamW(parameter_groups(model, lr_of, weight_decay), fused=True)
 
 
 def lr_factor(step: int, *, kind: str, num_steps: int, num_warmup_steps: int) -> float:
@@ -130,10 +138,10 @@ def build_schedule(optimizer: Optimizer, *, kind: str, num_steps: int, warmup_ra
     )
 
 
-class WeightAverage:
+class WeightAverage(Generic[M]):
     """Exponential moving average of the weights; with decay 0 simply the model itself."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: M, decay: float) -> None:
         self.model = model
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
 
@@ -143,9 +151,9 @@ class WeightAverage:
             self.averaged.update_parameters(self.model)
 
     @property
-    def weights(self) -> nn.Module:
+    def weights(self) -> M:
         """The module to evaluate and to keep."""
-        return self.model if self.averaged is None else self.averaged.module
+        return self.model if self.averaged is None else cast(M, self.averaged.module)
 
 
 def num_optimizer_steps(num_samples: int, *, batch_size: int, accumulation: int, epochs: int) -> int:
@@ -161,14 +169,14 @@ def grouped(batches: Iterable[B], size: int) -> Iterator[list[B]]:
 
 
 def train_epoch(
-    model: nn.Module,
+    model: M,
     batches: Iterable[B],
-    compute_losses: Callable[[nn.Module, B], Mapping[str, Tensor]],
+    compute_losses: Callable[[M, B], Mapping[str, Tensor]],
     *,
     optimizer: Optimizer,
     schedule: LambdaLR,
     runtime: Runtime,
-    average: WeightAverage,
+    average: WeightAverage[M],
     accumulation: int = 1,
     max_grad_norm: float = 0.0,
     after_step: Callable[[int], None] = lambda num_samples: None,
@@ -239,9 +247,9 @@ def check_finite(losses: Sequence[tuple[int, Mapping[str, Tensor]]]) -> None:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
+    model: M,
     batches: Iterable[B],
-    compute_scores: Callable[[nn.Module, B], Mapping[str, Tensor]],
+    compute_scores: Callable[[M, B], Mapping[str, Tensor]],
     *,
     runtime: Runtime,
 ) -> dict[str, np.ndarray]:

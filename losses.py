@@ -68,7 +68,7 @@ def rank_loss(pred_B: Tensor, target_B: Tensor) -> Tensor:
     The mean of max(0, (t_i - t_j) - (p_i - p_j)) over the pairs with t_i > t_j. Pairs of equal labels order
     nothing and are left out; no other pairs, 0.
 
-    Source: Wen and Wang, "A strong baseline for image and video quality assessment", arXiv:2111.07104 (its
+    Source: Wen and Wang, "A strong baseline for image and video quality assessment", 2021 (its
     L_rank, without the ties).
     """
     pred, target = _prepare(pred_B, target_B)

@@ -6,14 +6,20 @@ Scores are label units: 0..1 spans the data set's MOS scale. Nothing is clamped 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from open_clip import CustomTextCLIP
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 NUM_CONSISTENCY_TOKENS = 3  # image, text and coarse score: what the refinement transformer reads
 
@@ -54,6 +60,14 @@ class ResidualHeads(nn.Module):
         nn.init.zeros_(self.base_c.bias)
         self.delta_q = mlp(embed_dim, hidden_q, dropout, zero_last=True)
         self.delta_c = mlp(2 * embed_dim + 1, hidden_c, dropout, zero_last=True)
+
+    @torch.no_grad()
+    def set_base(self, quality: tuple[ArrayLike, float] | None, consistency: tuple[float, float] | None) -> None:
+        """Start from fitted base terms: quality (w (E,), b), consistency (a, b); None leaves one as it is."""
+        for layer, fitted in ((self.base_q, quality), (self.base_c, consistency)):
+            if fitted is not None:
+                layer.weight.copy_(torch.from_numpy(np.atleast_2d(np.asarray(fitted[0]))))
+                layer.bias.fill_(fitted[1])
 
     def quality(self, image_BE: Tensor) -> Tensor:
         """(B, E) -> (B,)."""
@@ -127,7 +141,18 @@ class ConsistencyRefiner(nn.Module):
 class ScoreModel(nn.Module):
     """CLIP and heads: pixels and prompts in, label-unit scores out."""
 
-    def __init__(self, clip: nn.Module, heads: nn.Module, *, embed_dim: int, predict_rationale: bool = False) -> None:
+    clip: CustomTextCLIP
+    heads: ResidualHeads | PlainHeads
+    rationale: nn.Linear | None
+
+    def __init__(
+        self,
+        clip: CustomTextCLIP,
+        heads: ResidualHeads | PlainHeads,
+        *,
+        embed_dim: int,
+        predict_rationale: bool = False,
+    ) -> None:
         super().__init__()
         self.clip = clip
         self.heads = heads
@@ -182,7 +207,7 @@ class ScoreModel(nn.Module):
 
 
 def build_model(
-    clip: nn.Module,
+    clip: CustomTextCLIP,
     *,
     embed_dim: int,
     residual: bool,
@@ -195,22 +220,33 @@ def build_model(
     predict_rationale: bool,
 ) -> ScoreModel:
     """A ScoreModel from plain (JSON) arguments, so that a checkpoint can say how it was built."""
-    sizes = {"hidden_q": hidden_q, "hidden_c": hidden_c, "dropout": dropout}
-    heads: nn.Module
+    heads: ResidualHeads | PlainHeads
     if residual:
-        heads = ResidualHeads(embed_dim, scale_q=scale_q, scale_c=scale_c, **sizes)
+        heads = ResidualHeads(
+            embed_dim, scale_q=scale_q, scale_c=scale_c, hidden_q=hidden_q, hidden_c=hidden_c, dropout=dropout
+        )
     else:
-        heads = PlainHeads(embed_dim, refinement=Refinement(**refinement) if refinement else None, **sizes)
+        refine = Refinement(**refinement) if refinement else None
+        heads = PlainHeads(embed_dim, hidden_q=hidden_q, hidden_c=hidden_c, dropout=dropout, refinement=refine)
     return ScoreModel(clip, heads, embed_dim=embed_dim, predict_rationale=predict_rationale)
 
 
-def score_batch(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+def score_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
     """The scores of a batch that carries `images_B3SS`, `tokens_PN` and `prompt_of_B`."""
     scores = model(batch.images_B3SS, batch.tokens_PN, batch.prompt_of_B)
     return {task: scores[task] for task in ("q", "c") if task in scores}
 
 
-def trims_exactly(text: nn.Module) -> bool:
+def embed_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
+    """What CLIP itself knows of a batch: "image" (B, E) and, with prompts, "cos" (B,)."""
+    image_BE = model.encode_image(batch.images_B3SS)
+    if batch.tokens_PN is None:
+        return {"image": image_BE}
+    text_BE = model.encode_text(batch.tokens_PN)[batch.prompt_of_B]
+    return {"image": image_BE, "cos": (image_BE * text_BE).sum(dim=-1)}
+
+
+def trims_exactly(text: Any) -> bool:
     """Whether padding after the end token cannot matter: causal attention and pooling at the end token."""
     return (
         isinstance(text, TextTransformer)
@@ -221,7 +257,7 @@ def trims_exactly(text: nn.Module) -> bool:
     )
 
 
-def encode_tokens(clip: nn.Module, tokens_PN: Tensor) -> Tensor:
+def encode_tokens(clip: CustomTextCLIP, tokens_PN: Tensor) -> Tensor:
     """(P, N) token ids -> (P, E), computed only up to the longest prompt where that is exact."""
     text = clip.text
     if not trims_exactly(text):
@@ -237,7 +273,7 @@ def encode_tokens(clip: nn.Module, tokens_PN: Tensor) -> Tensor:
     return pooled_PD if text.text_projection is None else pooled_PD @ text.text_projection
 
 
-def tower_blocks(clip: nn.Module) -> dict[str, Sequence[nn.Module]]:
+def tower_blocks(clip: CustomTextCLIP) -> dict[str, Sequence[Any]]:
     """The transformer blocks of both towers. Raises ValueError for towers without such blocks."""
     towers = {"image": clip.visual, "text": clip.text}
     for name, tower in towers.items():
@@ -249,7 +285,7 @@ def tower_blocks(clip: nn.Module) -> dict[str, Sequence[nn.Module]]:
     return {name: tower.transformer.resblocks for name, tower in towers.items()}
 
 
-def freeze_backbone(clip: nn.Module, *, everything: bool = False, num_layers: int | None = None) -> None:
+def freeze_backbone(clip: CustomTextCLIP, *, everything: bool = False, num_layers: int | None = None) -> None:
     """Choose what of CLIP is trained: by default all of it but the contrastive temperature, which no score uses.
 
     Args:
@@ -281,9 +317,85 @@ def freeze_backbone(clip: nn.Module, *, everything: bool = False, num_layers: in
         table.requires_grad_(False)
 
 
+class LowRank(nn.Module):
+    """LoRA (Hu et al., 2022) as a parametrization of a weight (O, I): W + (alpha / r) B A, with alpha = 2 r.
+
+    B starts at zero, so the first step sees the base weight, bit for bit.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """(O, I) -> (O, I)."""
+        return weight + 2.0 * (self.b @ self.a).to(weight.dtype)
+
+
+def add_lora(clip: CustomTextCLIP, rank: int, *, num_layers: int | None) -> None:
+    """Train low-rank corrections of the attention and MLP projections instead of CLIP's own weights.
+
+    PyTorch's parametrizations do it, because the attention keeps its projections in one bare parameter.
+
+    Args:
+        num_layers: leave the first so many blocks of both towers as they are (None: correct all).
+    """
+    freeze_backbone(clip, num_layers=num_layers)  # checks the depth
+    freeze_backbone(clip, everything=True)
+    for blocks in tower_blocks(clip).values():
+        for block in list(blocks)[num_layers or 0 :]:
+            places = ((block.attn, "in_proj_weight"), (block.attn.out_proj, "weight"))
+            for module, name in (*places, (block.mlp.c_fc, "weight"), (block.mlp.c_proj, "weight")):
+                parametrize.register_parametrization(module, name, LowRank(getattr(module, name), rank))
+
+
+def merged_state(model: ScoreModel) -> dict[str, Tensor]:
+    """The weights of a model under their plain names, LoRA merged in; the model itself stays as it is."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if ".parametrizations." not in name:
+            state[name] = value
+        elif name.endswith(".original"):
+            owner, _, parameter = name.removesuffix(".original").partition(".parametrizations.")
+            state[f"{owner}.{parameter}"] = getattr(model.get_submodule(owner), parameter).detach()
+    return state
+
+
+def merge_lora(model: ScoreModel) -> ScoreModel:
+    """Fold LoRA into the weights, in place; returns the model."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(cast(nn.ModuleDict, module.parametrizations)):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return model
+
+
+def lr_scales(model: ScoreModel, layer_decay: float) -> dict[str, float]:
+    """Name of each CLIP parameter -> its share of the learning rate: `layer_decay` per block below the top.
+
+    Final norm and projection get 1, the last block `layer_decay`, the embeddings the least (as in BEiT).
+    """
+    scales = {}
+    for tower in ("visual", "text"):
+        names = [name for name, _ in model.named_parameters() if name.startswith(f"clip.{tower}.")]
+        places = {name: re.search(r"\.(?:resblocks|blocks)\.(\d+)\.", name) for name in names}
+        depth = 1 + max((int(place[1]) for place in places.values() if place), default=-1)
+        for name, place in places.items():
+            top = re.search(r"\.(ln_post|ln_final|proj|text_projection|head)\b", name)
+            steps = depth - int(place[1]) if place else 0 if top else depth + 1
+            scales[name] = layer_decay**steps
+    return scales
+
+
 def count_parameters(model: ScoreModel) -> dict[str, tuple[int, int]]:
     """{"image tower": (trained, frozen), "text tower": ..., "heads": ...} numbers of parameters."""
-    parts = {"image tower": [model.clip.visual], "text tower": [model.clip.text], "heads": [model.heads]}
+    parts: dict[str, list[nn.Module]] = {
+        "image tower": [model.clip.visual],
+        "text tower": [model.clip.text],
+        "heads": [model.heads],
+    }
     if model.rationale is not None:
         parts["heads"].append(model.rationale)
     counts = {}

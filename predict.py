@@ -15,10 +15,10 @@ from typing import Any
 
 if __name__ == "__main__":
     # --help and mistakes in the flags answer here, before torch is imported, which takes seconds.
-    from configs import build_predict_parser, one_line_errors
+    from configs import one_line_errors, parse_predict_args
 
     with one_line_errors():
-        build_predict_parser().parse_args()
+        parse_predict_args()
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ import checkpoint
 import data
 import engine
 import models
-from configs import build_predict_parser, one_line_errors
+from configs import one_line_errors, parse_predict_args
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SCORE_COLUMNS = {"q": "pred_quality", "c": "pred_align"}
@@ -115,8 +115,6 @@ class Scorer:
 
 def images_in(folder: Path) -> list[str]:
     """Names of all image files below a folder, sorted. Raises ValueError if there are none."""
-    if not folder.is_dir():
-        raise ValueError(f"--image_dir {folder}: no such folder")
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if is_image(path)]
     if not names:
         raise ValueError(f"--image_dir {folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
@@ -130,6 +128,8 @@ def is_image(path: Path) -> bool:
 
 def gather(args: argparse.Namespace) -> tuple[list[str], list[Path], list[str]]:
     """Names, paths and prompts ("" for none) that the flags ask to score. Raises ValueError."""
+    if args.image_dir and not Path(args.image_dir).is_dir():
+        raise ValueError(f"--image_dir {args.image_dir}: no such folder")
     if args.csv:
         columns = data.Columns(name=args.name_column, prompt=args.prompt_column)
         table = data.read_table(args.csv, args.image_dir or Path(args.csv).parent, columns, scored=False)
@@ -146,7 +146,7 @@ def gather(args: argparse.Namespace) -> tuple[list[str], list[Path], list[str]]:
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Score what the command line names; print the table, or write it to --out. Returns it."""
     with one_line_errors():
-        args = build_predict_parser().parse_args(argv)
+        args = parse_predict_args(argv)
         names, paths, prompts = gather(args)
         data.check_images(paths)
         scorer = Scorer.load(args.checkpoint, device=args.device)

@@ -46,9 +46,7 @@ def naive(name: str, pred: np.ndarray, target: np.ndarray) -> float:
     if name == "plcc":
         return (1 - stats.pearsonr(pred, target)[0]) / 2
     if name == "rank":
-        ordered = [
-            (i, j) if target[i] > target[j] else (j, i) for i, j in index_pairs if target[i] != target[j]
-        ]
+        ordered = [(i, j) if target[i] > target[j] else (j, i) for i, j in index_pairs if target[i] != target[j]]
         return float(np.mean([max(0.0, (target[i] - target[j]) - (pred[i] - pred[j])) for i, j in ordered]))
     values = []
     for i, j in index_pairs:
@@ -86,9 +84,7 @@ def test_the_order_of_the_batch_does_not_matter(name, rows, seed):
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     loss = losses.LOSSES[name]
     assert loss(pred[order], target[order]).item() == pytest.approx(loss(pred, target).item(), abs=1e-9)
-    torch.testing.assert_close(
-        gradient(loss, pred[order], target[order]), gradient(loss, pred, target)[order]
-    )
+    torch.testing.assert_close(gradient(loss, pred[order], target[order]), gradient(loss, pred, target)[order])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,9 +131,7 @@ def test_plcc_loss_at_its_ends():
 def test_a_perfect_prediction_costs_nothing(name):
     """Fidelity only approaches 0, as pairs grow further apart than sigma."""
     target = torch.tensor([0.0, 1.0, 0.5, 0.25, 0.75])
-    assert losses.LOSSES[name](target, target).item() == pytest.approx(
-        0, abs=0.02 if name == "fidelity" else 1e-6
-    )
+    assert losses.LOSSES[name](target, target).item() == pytest.approx(0, abs=0.02 if name == "fidelity" else 1e-6)
     assert losses.LOSSES[name](1 - target, target).item() > 0.03
 
 
@@ -157,9 +151,7 @@ def test_rank_loss_of_tied_labels_is_0():
 def test_fidelity_of_tied_labels_is_least_where_predictions_tie():
     target = torch.tensor([0.5, 0.5])
     assert losses.fidelity_loss(torch.tensor([0.3, 0.3]), target).item() == pytest.approx(0, abs=1e-6)
-    assert losses.fidelity_loss(torch.tensor([0.0, 1.0]), target).item() == pytest.approx(
-        1 - 0.5**0.5, abs=1e-3
-    )
+    assert losses.fidelity_loss(torch.tensor([0.0, 1.0]), target).item() == pytest.approx(1 - 0.5**0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("apart", [0.0, 1.0, 3.0, 30.0, 1e20])

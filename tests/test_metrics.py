@@ -55,8 +55,7 @@ def test_srocc_is_plcc_of_average_ranks():
 def test_krocc_is_tau_b_of_a_naive_loop():
     pred, mos = draw(2, n=30, decimals=0)
     signs = [
-        (np.sign(pred[i] - pred[j]), np.sign(mos[i] - mos[j]))
-        for i, j in itertools.combinations(range(len(pred)), 2)
+        (np.sign(pred[i] - pred[j]), np.sign(mos[i] - mos[j])) for i, j in itertools.combinations(range(len(pred)), 2)
     ]
     concordance = sum(a * b for a, b in signs)
     untied = sum(a != 0 for a, _ in signs) * sum(b != 0 for _, b in signs)
@@ -216,9 +215,7 @@ def test_rmse_of_nothing_is_refused_but_its_fit_is_not():
 
 def test_agreement_gathers_the_single_measures(monkeypatch):
     pred, mos = draw(4)
-    expected = {
-        name: getattr(metrics, name)(pred, mos) for name in ("srocc", "plcc", "plcc_fit", "krocc", "rmse")
-    }
+    expected = {name: getattr(metrics, name)(pred, mos) for name in ("srocc", "plcc", "plcc_fit", "krocc", "rmse")}
     fits = []
     fit = metrics.fit_logistic
     monkeypatch.setattr(metrics, "fit_logistic", lambda *args: fits.append(1) or fit(*args))
@@ -256,5 +253,5 @@ def test_group_means_and_the_overall_mean_for_unseen_groups():
 
 def test_group_means_refuse_faulty_input():
     for groups, mos in ([], []), (["a", "b"], [1.0]), (["a"], [np.nan]):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"need one group|non-finite"):
             metrics.group_mean_predictor(groups, mos, ["a"])

@@ -122,7 +122,8 @@ def draw_pool(num_images: int, first_seed: int = 0) -> tuple[torch.Tensor, list[
     """Images, uint8 (num_images, 3, 256, 256), with their scenes and degradations; drawn by two processes."""
     jobs = [(first_seed + i, min(250, num_images - 250 * i)) for i in range(math.ceil(num_images / 250))]
     images = torch.empty(num_images, 3, demo.IMAGE_SIZE, demo.IMAGE_SIZE, dtype=torch.uint8)
-    scenes, all_levels = [], []
+    scenes: list[demo.Scene] = []
+    all_levels: list[Levels] = []
     with multiprocessing.get_context("fork").Pool(2) as pool:
         for chunk in pool.imap(_draw_chunk, jobs):
             for image, scene, levels in chunk:
@@ -162,9 +163,7 @@ def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     return F.normalize(x @ model.text_projection, dim=-1)
 
 
-def encode_images(
-    model: open_clip.CLIP, images: torch.Tensor, rng: np.random.Generator | None = None
-) -> torch.Tensor:
+def encode_images(model: open_clip.CLIP, images: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
     """Unit image embeddings (B, E) of uint8 (B, 3, 256, 256); with `rng`, views are augmented.
 
     Both views that programs use are trained: the picture scaled to 224 pixels, and a crop at full resolution.
@@ -183,6 +182,26 @@ def encode_images(
     return model.encode_image((pixels - mean) / std, normalize=True)
 
 
+def start_with_fine_detail(model: open_clip.CLIP, num_channels: int = 24) -> None:
+    """Let some patch filters begin as short waves: they see blur, noise and blocks, which colours drown."""
+    generator = torch.Generator().manual_seed(SEED)
+    weight = model.visual.conv1.weight.data  # (D, 3, 28, 28)
+    side = weight.shape[-1]
+    axis = (torch.arange(side) + 0.5) * math.pi / side
+    for channel in range(num_channels):
+        fx, fy = torch.randint(0, side, (2,), generator=generator).tolist()
+        fx = max(fx, side // 4) if channel % 2 else fx  # at least one direction is fine
+        fy = fy if channel % 2 else max(fy, side // 4)
+        wave = torch.cos(fy * axis)[:, None] * torch.cos(fx * axis)[None, :]
+        weight[channel] = 2.0 * wave / wave.norm() / math.sqrt(3)
+
+
+def targets_of(levels: list[Levels]) -> torch.Tensor:
+    """What the auxiliary head predicts (B, 6): strength of each degradation, and the total severity."""
+    rows = [[one.get(kind, 0.0) for kind in demo.ANNOYANCE] + [demo.total_severity(one)] for one in levels]
+    return torch.tensor(rows)
+
+
 def contrastive_loss(model: open_clip.CLIP, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """CLIP loss of (B, E) and (B * (1 + negatives), E), each true caption followed by its false ones."""
     logits = model.logit_scale.exp() * image @ text.T
@@ -198,15 +217,19 @@ def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
     held_out = draw_pool(1024, first_seed=1_000_000)
     print(f"drew {args.num_images} scenes in {time.perf_counter() - started:.0f} s", flush=True)
     rng = np.random.default_rng([SEED, 1])
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    # Words alone teach quality slowly. The auxiliary head is dropped afterwards.
+    head = torch.nn.Linear(model.visual.output_dim, len(demo.ANNOYANCE) + 1)
+    spread = targets_of(levels).std(0)
+    parameters = [*model.parameters(), *head.parameters()]
+    decayed = [p for p in parameters if p.ndim > 1]
+    plain = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(step / 200, 0.5 + 0.5 * math.cos(math.pi * step / args.num_steps)),
     )
-    order, running = np.array([], dtype=int), 0.0
+    order, running = np.array([], dtype=int), np.zeros(2)
     for step in range(1, args.num_steps + 1):
         if len(order) < args.batch_size:
             order = rng.permutation(args.num_images)
@@ -214,16 +237,23 @@ def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
         per_image = (captions_of(scenes[i], levels[i], args.num_negatives, rng) for i in batch)
         captions = [text for group in per_image for text in group]
         image = encode_images(model, images[torch.from_numpy(batch)], rng)
-        loss = contrastive_loss(model, image, encode_text(model, tokenize(captions)))
+        contrastive = contrastive_loss(model, image, encode_text(model, tokenize(captions)))
+        error = (head(image * 8) - targets_of([levels[i] for i in batch])) / spread
+        auxiliary = error.square().mean() + error[:, -1].square().mean()
+        loss = contrastive + auxiliary
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         model.logit_scale.data.clamp_(0, math.log(100))
-        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+        running = running + (0.02 if step > 50 else 1 / step) * (
+            np.array([contrastive.item(), auxiliary.item()]) - running
+        )
         if step % 50 == 0:
-            print(f"step {step} loss {running:.3f} {time.perf_counter() - started:.0f} s", flush=True)
+            seconds = time.perf_counter() - started
+            losses = "contrastive {:.3f} auxiliary {:.3f}".format(*running)
+            print(f"step {step} {losses} {seconds:.0f} s", flush=True)
         if step % args.save_every_steps == 0 or step == args.num_steps:
             print(json.dumps(measure_held_out(model, *held_out)), flush=True)
             save(model)
@@ -296,11 +326,11 @@ def measure_demo(model: open_clip.CLIP) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--num-images", type=int, default=24_000, help="scenes drawn and kept in memory")
-    parser.add_argument("--num-steps", type=int, default=3000)
+    parser.add_argument("--num-images", type=int, default=16_000, help="scenes drawn and kept in memory")
+    parser.add_argument("--num-steps", type=int, default=1800)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-negatives", type=int, default=6, help="false captions per image")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--save-every-steps", type=int, default=250)
     parser.add_argument("--check", action="store_true", help="measure the saved weights and stop")
     args = parser.parse_args(argv)
@@ -308,6 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(SEED)
     model = open_clip.create_model(f"local-dir:{FOLDER}", load_weights=args.check)
     if not args.check:
+        start_with_fine_detail(model)
         train(model, args)
         model = open_clip.create_model(f"local-dir:{FOLDER}")  # as stored, in half precision
     print(json.dumps(measure_held_out(model, *draw_pool(1024, first_seed=1_000_000)) | measure_demo(model)))

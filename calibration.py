@@ -1,0 +1,49 @@
+"""Fit the base terms to what a frozen CLIP already knows, before the first epoch: arrays in, coefficients out.
+
+Left alone, consistency would start at (cos + 1) / 2, about .55 to .68 for every real CLIP while labels fill
+[0, 1], and quality at noise; fine-tuning learning rates are too small to move either far.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import Ridge, RidgeCV
+from sklearn.model_selection import GroupKFold
+
+Array = NDArray[np.float64]
+
+NUM_FOLDS = 5
+PENALTIES = np.logspace(-4, 3, 15)  # unit embeddings: the largest leaves only the mean
+LOGIT_CLIP = 0.05  # labels are taken into [.05, .95] before the logit, which would send 0 and 1 to infinity
+
+
+def fit_consistency(cos: Array, target: Array) -> tuple[float, float]:
+    """Least-squares (a, b) of target ~ a (cos + 1) / 2 + b, for cos (n,) and labels (n,) on [0, 1]."""
+    half = (cos + 1) / 2
+    spread = half - half.mean()
+    total = float(spread @ spread)
+    slope = float(spread @ (target - target.mean())) / total if total > 0 else 0.0
+    return slope, float(target.mean() - slope * half.mean())
+
+
+def fit_quality(image_NE: Array, target: Array, groups: NDArray[np.int_]) -> tuple[Array, float]:
+    """Ridge (w (E,), b) of target ~ sigmoid(w . image + b), fitted in the logit.
+
+    The penalty is chosen by cross-validation over folds that share no group, so that a prompt's pictures cannot
+    vouch for each other.
+
+    Args:
+        image_NE: (n, E) unit embeddings.
+        target: (n,) labels on [0, 1].
+        groups: (n,) the prompt (or image) number of each row.
+    """
+    clipped = np.clip(target, LOGIT_CLIP, 1 - LOGIT_CLIP)
+    logit = np.log(clipped / (1 - clipped))
+    num_folds = min(NUM_FOLDS, len(np.unique(groups)))
+    if num_folds < 2:
+        ridge = Ridge(alpha=1.0).fit(image_NE, logit)
+    else:
+        folds = list(GroupKFold(num_folds).split(image_NE, groups=groups))
+        ridge = RidgeCV(PENALTIES, cv=folds, scoring="neg_mean_squared_error").fit(image_NE, logit)
+    return np.asarray(ridge.coef_, dtype=np.float64), float(ridge.intercept_)
