@@ -353,7 +353,7 @@ class Option:
                 raise ValueError(f"--{self.name} {item!r}: must be {expected}")
             if isinstance(item, float) and not math.isfinite(item):
                 raise ValueError(f"--{self.name} {item}: must be finite")
-            if self.metadata["within"] and not inside(float(item), self.metadata["within"]):
+            if self.metadata["within"] and not inside(item, self.metadata["within"]):
                 raise ValueError(f"--{self.name} {item}: must be in {self.metadata['within']}")
             if self.metadata["choices"] and item not in self.metadata["choices"]:
                 raise ValueError(f"--{self.name} {item}: must be one of {', '.join(self.metadata['choices'])}")
@@ -397,7 +397,7 @@ class Option:
         )
 
 
-def inside(value: float, interval: str) -> bool:
+def inside(value: Any, interval: str) -> bool:
     """Whether `value` lies in an interval written as "(0, 1]"."""
     low, high = (float(part) for part in interval[1:-1].split(","))
     above = value > low if interval[0] == "(" else value >= low
