@@ -33,7 +33,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then move it to `path` in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask says; safetensors would let only the owner read
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -48,8 +51,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write UTF-8 CSV without an index; numbers with six decimals at most."""
-    write_whole(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g", encoding="utf-8"))
+    """Write UTF-8 CSV without an index; numbers with nine significant digits."""
+    write_whole(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.9g", encoding="utf-8"))
 
 
 def refuse_occupied(folder: Path, *, overwrite: bool) -> None:

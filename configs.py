@@ -537,7 +537,8 @@ def load_options(path: str | Path) -> dict[str, Any]:
     for key in saved:
         if key not in OPTIONS:
             near = difflib.get_close_matches(key, OPTIONS, n=1)
-            raise ValueError(f"--config {path}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" * bool(near)))
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"--config {path}: unknown option {key!r}{hint}")
     return {
         key: tuple(value) if OPTIONS[key].pair and isinstance(value, list) else value
         for key, value in saved.items()

@@ -182,18 +182,31 @@ def encode_images(model: open_clip.CLIP, images: torch.Tensor, rng: np.random.Ge
     return model.encode_image((pixels - mean) / std, normalize=True)
 
 
-def start_with_fine_detail(model: open_clip.CLIP, num_channels: int = 24) -> None:
-    """Let some patch filters begin as short waves: they see blur, noise and blocks, which colours drown."""
+@torch.no_grad()
+def start_with_fine_detail(model: open_clip.CLIP, num_waves: int = 16) -> None:
+    """Begin with patch filters for short waves, and a first block that adds up their strength.
+
+    Noise, blocks and bands show in how strong fine detail is whatever its sign. A patch embedding is linear, so
+    plain training is slow to find this; all of it stays trainable.
+    """
     generator = torch.Generator().manual_seed(SEED)
-    weight = model.visual.conv1.weight.data  # (D, 3, 28, 28)
-    side = weight.shape[-1]
+    conv, mlp = model.visual.conv1.weight, model.visual.transformer.resblocks[0].mlp
+    width, _, side, _ = conv.shape
     axis = (torch.arange(side) + 0.5) * math.pi / side
-    for channel in range(num_channels):
-        fx, fy = torch.randint(0, side, (2,), generator=generator).tolist()
-        fx = max(fx, side // 4) if channel % 2 else fx  # at least one direction is fine
-        fy = fy if channel % 2 else max(fy, side // 4)
-        wave = torch.cos(fy * axis)[:, None] * torch.cos(fx * axis)[None, :]
-        weight[channel] = 2.0 * wave / wave.norm() / math.sqrt(3)
+    conv[-num_waves:] = 0  # kept free for the strengths
+    for channel in range(num_waves):
+        fine = int(torch.randint(side // 4, side, (), generator=generator))
+        other = int(torch.randint(0, side, (), generator=generator))
+        wave = torch.cos(fine * axis)[:, None] * torch.cos(other * axis)[None, :]
+        wave = wave if channel % 2 else wave.T
+        colour = F.normalize(torch.randn(3, generator=generator), dim=0)
+        conv[channel] = 2 * colour[:, None, None] * wave / wave.norm()
+        plus, minus = 2 * channel, 2 * channel + 1  # gelu(2x) + gelu(-2x) is about 2|x|
+        mlp.c_fc.weight[[plus, minus]] = 0
+        mlp.c_fc.weight[plus, channel], mlp.c_fc.weight[minus, channel] = 2, -2
+        mlp.c_fc.bias[[plus, minus]] = 0
+        mlp.c_proj.weight[:, [plus, minus]] = 0
+        mlp.c_proj.weight[width - num_waves + channel, [plus, minus]] = 0.5
 
 
 def targets_of(levels: list[Levels]) -> torch.Tensor:
@@ -220,6 +233,7 @@ def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
     # Words alone teach quality slowly. The auxiliary head is dropped afterwards.
     head = torch.nn.Linear(model.visual.output_dim, len(demo.ANNOYANCE) + 1)
     spread = targets_of(levels).std(0)
+    head.bias.data = targets_of(levels).mean(0)
     parameters = [*model.parameters(), *head.parameters()]
     decayed = [p for p in parameters if p.ndim > 1]
     plain = [p for p in parameters if p.ndim <= 1]
@@ -261,9 +275,10 @@ def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
 
 def save(model: open_clip.CLIP) -> None:
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    file = FOLDER / "open_clip_model.safetensors"
-    save_file(state, file)
-    file.chmod(0o644)  # save_file makes it readable to its owner only
+    partial = FOLDER / "partial.safetensors"
+    save_file(state, partial)
+    partial.chmod(0o644)  # save_file makes it readable to its owner only
+    partial.replace(FOLDER / "open_clip_model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------- measurement
@@ -330,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-steps", type=int, default=1800)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-negatives", type=int, default=6, help="false captions per image")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--save-every-steps", type=int, default=250)
     parser.add_argument("--check", action="store_true", help="measure the saved weights and stop")
     args = parser.parse_args(argv)

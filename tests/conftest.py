@@ -1,0 +1,100 @@
+"""Small data sets that several test files share."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import demo
+
+ROOT = Path(__file__).resolve().parent.parent
+# Before torch is imported, and for the processes that tests start: on small images threads only get in the way.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+COLUMNS = ("name", "prompt", "mos_quality", "mos_align")
+
+
+@pytest.fixture(scope="session")
+def demo_set(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """CSV file and image folder of a demo set with 8 prompts, 64 images. Read it, do not change it."""
+    return demo.write_demo_set(tmp_path_factory.mktemp("demo") / "set", num_prompts=8)
+
+
+@pytest.fixture(scope="session")
+def agiqa_dir() -> Path:
+    """The folder of AGIQA-3K: data.csv and images/."""
+    folder = Path(os.environ.get("AGIQA3K_DIR") or ROOT.parent / "shared" / "data" / "agiqa-3k")
+    if not (folder / "data.csv").is_file():
+        pytest.skip("AGIQA-3K is not here: set AGIQA3K_DIR to a folder with its data.csv and images/")
+    return folder
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """A CSV file and its image folder."""
+
+    csv: Path
+    images: Path
+
+    @property
+    def flags(self) -> list[str]:
+        """The options of baseline.py that name them."""
+        return ["--data_csv_path", str(self.csv), "--image_base_dir", str(self.images)]
+
+
+def scored_rows(num_prompts: int = 8, per_prompt: int = 3) -> list[dict[str, Any]]:
+    """Rows of a data set without any fault: enough prompts for three folds, all scores different."""
+    rows = []
+    for number in range(num_prompts * per_prompt):
+        prompt, maker = divmod(number, per_prompt)
+        quality, consistency = round(1 + 0.01 * number, 2), round(5 - 0.02 * number, 2)
+        cells = (f"gen{maker}_{prompt}.png", f"thing {prompt}", quality, consistency)
+        rows.append(dict(zip(COLUMNS, cells, strict=True)))
+    return rows
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, newline: str = "\n") -> str:
+    """Rows as CSV text; the columns are those of the first row unless given, a missing cell is empty."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator=newline, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+@pytest.fixture
+def make_dataset(tmp_path: Path) -> Callable[..., DataFiles]:
+    """A function that writes a CSV and a small noisy PNG for each name that stays in the image folder."""
+
+    def make(
+        rows: Sequence[Mapping[str, Any]] = (),
+        *,
+        columns: Sequence[str] | None = None,
+        text: str | None = None,  # the whole CSV, instead of `rows`, which then only name the images
+        encoding: str = "utf-8",
+        newline: str = "\n",
+        without: Sequence[str] = (),  # names that get no image
+        size: tuple[int, int] = (24, 16),
+    ) -> DataFiles:
+        files = DataFiles(tmp_path / "set" / "data.csv", tmp_path / "set" / "images")
+        files.images.mkdir(parents=True)
+        content = csv_text(rows, columns, newline) if text is None else text
+        files.csv.write_bytes(content.encode(encoding))
+        rng = np.random.default_rng(0)
+        for name in dict.fromkeys(str(row.get("name", "")).strip() for row in rows):
+            if name and name not in without and not Path(name).is_absolute() and ".." not in Path(name).parts:
+                path = files.images / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                noise = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(noise).save(path, "PNG", compress_level=1)
+        return files
+
+    return make

@@ -1,0 +1,316 @@
+"""Whole runs, in-process, on a tiny set: what they write, what they promise, and every command of the guide."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import baseline
+import engine
+import metrics
+from configs import parse_args
+from predict import Scorer
+
+RUN_FILES = {"config.json", "splits.csv", "metrics.csv", "results.json", "predictions.csv", "best"}
+TINY = "--clip_model tiny --clip_pretrained none --image_size 112"
+SHORT = f"{TINY} --partial_freeze --freeze_layers 22 --epochs 3 --lr 1e-3 --batch_size 16"
+
+
+@pytest.fixture
+def train(demo_set, tmp_path):
+    """A function that trains on the demo set with the given flags; returns run folder and results."""
+
+    def run(flags: str = SHORT, name: str = "run") -> tuple[Path, dict]:
+        folder = tmp_path / name
+        paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+        return folder, baseline.main([*paths, "--output_dir", str(folder), *shlex.split(flags)])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(demo_set, tmp_path_factory) -> tuple[Path, dict]:
+    """One ordinary finished run. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+    return folder, baseline.main([*paths, "--output_dir", str(folder), *shlex.split(SHORT)])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "best" / "model.safetensors")
+
+
+def test_a_run_writes_exactly_its_files_and_the_loss_falls(finished):
+    folder, results = finished
+    assert {item.name for item in folder.iterdir()} == RUN_FILES
+    assert {item.name for item in (folder / "best").iterdir()} == {"model.safetensors", "scorer.json"}
+    history = pd.read_csv(folder / "metrics.csv")
+    assert history["epoch"].tolist() == [1, 2, 3]
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    assert json.loads((folder / "results.json").read_text()) == results
+
+
+def test_the_reported_scores_can_be_recomputed_from_the_predictions(finished):
+    folder, results = finished
+    table = pd.read_csv(folder / "predictions.csv")
+    for fold in ("val", "test"):
+        rows = table[table["split"] == fold]
+        for task, mos, pred in (("q", "mos_quality", "pred_quality"), ("c", "mos_align", "pred_align")):
+            for name, value in metrics.agreement(rows[pred], rows[mos]).items():
+                assert results[fold][f"{name}_{task}"] == pytest.approx(value, abs=1e-4), (fold, name, task)
+    assert table["pred_quality"].between(1, 5).all()
+
+
+def test_folds_share_no_prompt_and_are_the_ones_written(finished, demo_set):
+    folder, _ = finished
+    splits = pd.read_csv(folder / "splits.csv").merge(pd.read_csv(demo_set[0]), on="name")
+    assert splits.groupby("prompt")["split"].nunique().max() == 1
+    assert set(splits["split"]) == {"train", "val", "test"}
+    predictions = pd.read_csv(folder / "predictions.csv")
+    assert predictions[["name", "split"]].equals(pd.read_csv(folder / "splits.csv"))
+
+
+def test_the_saved_epoch_is_the_best_on_validation(finished):
+    folder, results = finished
+    history = pd.read_csv(folder / "metrics.csv")
+    assert results["best_epoch"] == history["epoch"][history["val_main"].argmax()]
+    assert results["val"]["main"] == pytest.approx(history["val_main"].max(), abs=1e-5)
+
+
+def test_the_checkpoint_scores_files_as_the_run_did(finished, demo_set):
+    folder, _ = finished
+    expected = pd.read_csv(folder / "predictions.csv").merge(pd.read_csv(demo_set[0])[["name", "prompt"]], on="name")[
+        :9
+    ]
+    scorer = Scorer.load(folder / "best")
+    scores = scorer.score([demo_set[1] / name for name in expected["name"]], expected["prompt"].tolist())
+    np.testing.assert_allclose(scores["pred_quality"], expected["pred_quality"], atol=1e-4)
+    np.testing.assert_allclose(scores["pred_align"], expected["pred_align"], atol=1e-4)
+
+
+def test_results_hold_scores_base_and_floors(finished):
+    _, results = finished
+    keys = {f"{name}_{task}" for name in ("srocc", "plcc", "plcc_fit", "krocc", "rmse") for task in "qc"} | {"main"}
+    assert keys <= set(results["val"]) and keys <= set(results["test"])
+    assert set(results["floors"]) == {"mean", "generator_mean"}
+    for row in (*results["floors"].values(), *results["base"].values()):
+        assert set(row) == keys
+    assert results["floors"]["mean"]["srocc_q"] == 0.0
+    assert results["seconds"] > 0
+
+
+def test_a_saved_config_reproduces_the_run(finished, tmp_path):
+    folder, results = finished
+    again = baseline.main(["--config", str(folder / "config.json"), "--output_dir", str(tmp_path / "again")])
+    assert again["test"] == results["test"]
+    first, second = weights(folder), weights(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["lr"] == 1e-3 and saved["freeze_layers"] == 22
+    assert {"versions", "git_revision", "data_fingerprint"} <= saved["provenance"].keys()
+
+
+def test_another_seed_gives_other_weights(finished, train):
+    folder, _ = train(f"{SHORT} --seed 7 --epochs 1")
+    first, second = weights(finished[0]), weights(folder)
+    assert not torch.equal(first["heads.delta_q.0.weight"], second["heads.delta_q.0.weight"])
+
+
+def test_training_is_the_same_with_reader_processes(train):
+    flags = f"{SHORT} --epochs 1"
+    _, alone = train(f"{flags} --num_workers 0", "alone")
+    _, helped = train(f"{flags} --num_workers 2", "helped")
+    assert alone["test"] == helped["test"]
+
+
+def test_frozen_layers_stay_bit_identical_and_trained_ones_move(train):
+    folder, _ = train(f"{SHORT} --epochs 1")
+    torch.manual_seed(42)
+    config = parse_args(shlex.split(SHORT))
+    engine.seed_everything(config.seed)
+    _, fresh, _ = baseline.start_model(config)
+    before, after = fresh.state_dict(), weights(folder)
+    for name, value in before.items():
+        frozen = name.startswith("clip.") and not dict(fresh.named_parameters())[name].requires_grad
+        if frozen:
+            assert torch.equal(value, after[name]), name
+    moved = [name for name in before if name.startswith("clip.visual.transformer.resblocks.23.")]
+    assert moved and any(not torch.equal(before[name], after[name]) for name in moved)
+
+
+def test_a_frozen_clip_still_trains_its_heads(train):
+    folder, results = train(f"{TINY} --freeze_clip --epochs 3 --lr 1e-2 --batch_size 16")
+    history = pd.read_csv(folder / "metrics.csv")
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    assert math.isfinite(results["test"]["main"])
+
+
+def test_thawing_step_by_step_trains_each_layer_from_its_epoch_on(train):
+    folder, _ = train(f"{TINY} --unfreeze_schedule 24@0,23@1 --epochs 2 --lr 1e-3 --batch_size 16 --select_by srocc_q")
+    engine.seed_everything(42)
+    _, fresh, _ = baseline.start_model(parse_args(shlex.split(f"{TINY} --unfreeze_schedule 24@0")))
+    before, after = fresh.state_dict(), weights(folder)
+    best = json.loads((folder / "results.json").read_text())["best_epoch"]
+    block = [name for name in before if name.startswith("clip.visual.transformer.resblocks.23.")]
+    same = all(torch.equal(before[name], after[name]) for name in block)
+    assert same == (best == 1)
+    assert all(
+        torch.equal(before[n], after[n]) for n in before if n.startswith("clip.visual.transformer.resblocks.22.")
+    )
+
+
+def test_a_second_stage_starts_from_the_first(finished, train):
+    folder, _ = train(f"{SHORT} --epochs 1 --lr 1e-9 --init_from {finished[0]}", "second")
+    first, second = weights(finished[0]), weights(folder)
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_a_second_stage_refuses_heads_of_another_kind(finished, train, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train(f"{SHORT} --no_residual_learning --init_from {finished[0]}", "second")
+    assert exit_.value.code == 2
+    assert "--init_from" in capsys.readouterr().err
+
+
+def test_lora_trains_and_is_merged_into_plain_weights(train, demo_set):
+    folder, results = train(f"{TINY} --lora_rank 2 --partial_freeze --freeze_layers 23 --epochs 1 --lr 1e-3")
+    assert not any("parametrizations" in name for name in weights(folder))
+    names = pd.read_csv(demo_set[0]).head(4)
+    scores = Scorer.load(folder).score([demo_set[1] / name for name in names["name"]], names["prompt"].tolist())
+    expected = pd.read_csv(folder / "predictions.csv").head(4)
+    np.testing.assert_allclose(scores["pred_align"], expected["pred_align"], atol=1e-4)
+    assert math.isfinite(results["test"]["main"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--use_explanations",
+        "--no_residual_learning",
+        "--no_residual_learning --use_refinement --refinement_layers 1 --refinement_heads 2 --refinement_dim 16",
+        "--loss mse+0.5*plcc+rank+fidelity --label_smoothing 0.1 --scheduler cyclic",
+        "--ema_decay 0.9 --gradient_accumulation_steps 3 --max_grad_norm 0 --amp bf16",
+        "--no_calibration --layer_decay 0.7 --head_lr 1e-2 --split_by image",
+    ],
+)
+def test_every_kind_of_run_finishes_and_its_checkpoint_scores(train, demo_set, flags):
+    folder, results = train(f"{SHORT} --epochs 1 {flags}")
+    history = pd.read_csv(folder / "metrics.csv")
+    assert ("loss_exp" in history) == ("explanations" in flags)
+    assert -1 <= results["test"]["srocc_q"] <= 1
+    names = pd.read_csv(demo_set[0]).head(3)
+    scores = Scorer.load(folder).score([demo_set[1] / name for name in names["name"]], names["prompt"].tolist())
+    tolerance = 0.05 if "bf16" in flags else 1e-4
+    expected = pd.read_csv(folder / "predictions.csv").head(3)
+    np.testing.assert_allclose(scores["pred_quality"], expected["pred_quality"], atol=tolerance)
+
+
+def test_early_stopping_stops(train, monkeypatch):
+    values = iter([0.5, 0.4, 0.3, 0.9])
+    real = baseline.evaluate
+    monkeypatch.setattr(baseline, "evaluate", lambda *args: {**real(*args), "main": next(values, 0.0)})
+    folder, results = train(f"{SHORT} --epochs 4 --early_stopping_patience 2")
+    assert len(pd.read_csv(folder / "metrics.csv")) == 3
+    assert results["best_epoch"] == 1
+
+
+def test_a_non_finite_loss_ends_with_one_line_and_code_1(train, monkeypatch, capsys):
+    broken = {"loss": torch.tensor(float("nan"), requires_grad=True)}
+    monkeypatch.setattr(baseline, "build_losses", lambda *args: lambda model, batch: broken)
+    with pytest.raises(SystemExit) as exit_:
+        train()
+    assert exit_.value.code == 1
+    assert "loss is nan at step 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("column", "task"), [("mos_quality", "q"), ("mos_align", "c")])
+def test_a_data_set_may_lack_one_score(demo_set, tmp_path, column, task):
+    table = pd.read_csv(demo_set[0]).drop(columns=column)
+    table.to_csv(tmp_path / "data.csv", index=False)
+    flags = f"--data_csv_path {tmp_path / 'data.csv'} --image_base_dir {demo_set[1]} --output_dir {tmp_path / 'run'}"
+    results = baseline.main(shlex.split(f"{flags} {SHORT} --epochs 1"))
+    assert not any(key.endswith(f"_{task}") for key in results["test"])
+    predictions = pd.read_csv(tmp_path / "run" / "predictions.csv")
+    assert predictions[{"q": "pred_quality", "c": "pred_align"}[task]].isna().all()
+    assert predictions[{"q": "pred_align", "c": "pred_quality"}[task]].notna().all()
+
+
+def test_missing_cells_are_masked_not_guessed(demo_set, tmp_path):
+    table = pd.read_csv(demo_set[0])
+    table.loc[table.index % 3 == 0, "mos_align"] = np.nan
+    table.to_csv(tmp_path / "data.csv", index=False)
+    flags = f"--data_csv_path {tmp_path / 'data.csv'} --image_base_dir {demo_set[1]} --output_dir {tmp_path / 'run'}"
+    results = baseline.main(shlex.split(f"{flags} {SHORT} --epochs 1"))
+    rows = pd.read_csv(tmp_path / "run" / "predictions.csv")
+    rows = rows[(rows["split"] == "test") & rows["mos_align"].notna()]
+    assert results["test"]["srocc_c"] == pytest.approx(metrics.srocc(rows["pred_align"], rows["mos_align"]), abs=1e-4)
+
+
+def test_images_without_prompts_train_quality_alone(demo_set, tmp_path):
+    pd.read_csv(demo_set[0])[["name", "mos_quality"]].to_csv(tmp_path / "data.csv", index=False)
+    flags = f"--data_csv_path {tmp_path / 'data.csv'} --image_base_dir {demo_set[1]} --output_dir {tmp_path / 'run'}"
+    results = baseline.main(shlex.split(f"{flags} {SHORT} --epochs 1 --split_by image"))
+    assert "srocc_q" in results["test"] and "srocc_c" not in results["test"]
+
+
+GUIDE = """
+--epochs 30 --batch_size 64 --lr 5e-5
+--w_q 0.3 --w_c 0.7
+--w_q 0.7 --w_c 0.3
+--w_q 0.5 --w_c 0.5
+--residual_scale_q 0.1 --residual_scale_c 0.1
+--residual_scale_q 0.4 --residual_scale_c 0.4
+
+--partial_freeze --freeze_layers 18
+--freeze_clip
+--freeze_clip --residual_scale_q 0.1 --residual_scale_c 0.1 --epochs 30 --batch_size 16 --lr 1e-3 --w_q 0.5 --w_c 0.5
+--partial_freeze --freeze_layers 18 --residual_scale_q 0.2 --residual_scale_c 0.2 --epochs 20 --batch_size 32 --lr 3e-5
+--residual_scale_q 0.3 --residual_scale_c 0.3 --epochs 15 --batch_size 64 --lr 3e-5 --w_q 0.5 --w_c 0.5
+--scheduler cosine
+--scheduler linear
+--scheduler step
+--scheduler constant
+--scheduler cyclic
+--freeze_clip --epochs 10 --batch_size 64 --lr 1e-3
+--partial_freeze --freeze_layers 20 --residual_scale_q 0.25 --residual_scale_c 0.25 --epochs 50 --lr 2e-5 --w_c 0.6
+--partial_freeze --freeze_layers 18 --w_q 0.7 --w_c 0.3 --residual_scale_q 0.3 --residual_scale_c 0.15
+--partial_freeze --freeze_layers 18 --w_q 0.3 --w_c 0.7 --residual_scale_q 0.15 --residual_scale_c 0.3
+--freeze_clip --epochs 10 --lr 1e-3
+--partial_freeze --freeze_layers 20 --epochs 20 --lr 1e-5
+--unfreeze_schedule 22@0,20@10,18@20 --epochs 30
+--freeze_layers 22
+--use_refinement --no_residual_learning --refinement_layers 4 --refinement_heads 8 --refinement_dim 256
+--warmup_ratio 0.1 --dropout 0.2 --hidden_dim_q 64 --hidden_dim_c 512 --max_grad_norm 0.5 --weight_decay 1e-3
+--early_stopping_patience 5 --early_stopping_min_delta 0.001 --label_smoothing 0.1 --test_size 0.3 --crop_scale_min 0.6
+--use_explanations --w_exp 0.3 --image_size 336
+""".strip("\n").split("\n")
+
+
+@pytest.mark.parametrize("command", GUIDE)
+def test_every_command_of_the_guide_builds(command, demo_set, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+    tiny = ["--clip_model", "tiny", "--clip_pretrained", "none", "--dry_run"]
+    assert baseline.main([*paths, *tiny, *shlex.split(command)]) == {}
+    assert "trained" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_real_images_train(agiqa_dir, tmp_path):
+    table = pd.read_csv(agiqa_dir / "data.csv")
+    table[table["prompt"].isin(table["prompt"].unique()[:24])].to_csv(tmp_path / "data.csv", index=False)
+    flags = f"--data_csv_path {tmp_path / 'data.csv'} --image_base_dir {agiqa_dir / 'images'}"
+    results = baseline.main(shlex.split(f"{flags} --output_dir {tmp_path / 'run'} {SHORT} --epochs 2"))
+    history = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    assert 0 < results["test"]["plcc_fit_q"] <= 1

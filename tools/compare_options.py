@@ -1,0 +1,59 @@
+"""Run one command with and without some flags over several seeds, and print the paired differences.
+
+    python tools/compare_options.py --with_flags="--no_calibration" --seeds 1 2 3 -- --demo
+
+Everything behind `--` goes to baseline.py. Split and weights change with the seed, alike on both sides; each seed's
+difference is one observation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import baseline  # noqa: E402  (the repository root has to be on the path first)
+
+MEASURES = ("srocc_q", "plcc_q", "srocc_c", "plcc_c", "main")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--with_flags", required=True, help="what the second side adds, as one string")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output_dir", default="runs/compare", help="folder for the runs (default: runs/compare)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="flags of baseline.py, behind --")
+    args = parser.parse_args(argv)
+    common = args.command[1:] if args.command[:1] == ["--"] else args.command
+    sides: dict[str, list[dict]] = {"without": [], "with": []}
+    for seed in args.seeds:
+        for side, extra in (("without", []), ("with", shlex.split(args.with_flags))):
+            folder = Path(args.output_dir) / f"{side}-{seed}"
+            flags = [*common, *extra, "--seed", str(seed), "--output_dir", str(folder), "--overwrite"]
+            sides[side].append(baseline.main(flags))
+    print(table(sides, args.with_flags))
+
+
+def table(sides: dict[str, list[dict]], flags: str) -> str:
+    """Markdown: mean test score of both sides, mean difference and its 95 % interval (t, paired by seed)."""
+    lines = [f"| test fold | without | with `{flags}` | difference | 95 % interval |", "|---|---|---|---|---|"]
+    for name in MEASURES:
+        without, with_ = (np.array([run["test"].get(name, np.nan) for run in sides[s]]) for s in ("without", "with"))
+        difference = with_ - without
+        half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference) if len(difference) > 1 else np.nan
+        mean = difference.mean()
+        lines.append(
+            f"| {name} | {without.mean():.3f} | {with_.mean():.3f} | {mean:+.3f} | "
+            f"{mean - half:+.3f} .. {mean + half:+.3f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
