@@ -147,14 +147,15 @@ def from_folder(folder: Path) -> Source:
 
 def from_hub(model_id: str) -> Source:
     """A repository of the Hugging Face hub, in open_clip's or transformers' form. Raises ValueError."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     def config_file() -> str | None:
         try:
             return hf_hub_download(model_id, OPEN_CLIP_CONFIG)
         except EntryNotFoundError as error:
-            if isinstance(error, OSError):  # LocalEntryNotFoundError: there is no network either
+            # LocalEntryNotFoundError: there is no network either, and perhaps a transformers form in the cache.
+            if isinstance(error, OSError) and not isinstance(try_to_load_from_cache(model_id, "config.json"), str):
                 raise
             return None
 
@@ -201,7 +202,10 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
             reason = "a TorchScript archive, which can hold code: save its state_dict() as .safetensors"
         raise ValueError(f"{path}: cannot be read as weights ({reason})") from error
     if "vision_model.embeddings.class_embedding" in state:
-        return state_from_transformers(state)
+        try:
+            return state_from_transformers(state)
+        except KeyError as error:
+            raise ValueError(f"{path}: weights in transformers' form without {error}") from None
     return state
 
 
@@ -214,16 +218,19 @@ def load_state(clip: open_clip.CustomTextCLIP, tensors: Mapping[str, Tensor], wh
     state = dict(tensors)
     if "positional_embedding" in state:
         state = open_clip.model.convert_to_custom_text_state_dict(state)
-    for name in ("logit_scale", "logit_bias"):
-        own = getattr(clip, name, None)
-        if name in state and own is not None:
-            state[name] = state[name].reshape(own.shape)
     state.pop("text.transformer.embeddings.position_ids", None)  # older exports of Hugging Face text towers
     try:
+        for name in ("logit_scale", "logit_bias"):
+            own = getattr(clip, name, None)
+            if name in state and own is not None:
+                state[name] = state[name].reshape(own.shape)
+        for name in ("visual.positional_embedding", "text.positional_embedding"):
+            if name in state:
+                state[name] = state[name].float()  # half precision cannot be interpolated on a CPU
         resize_pos_embed(state, clip)
         resize_text_pos_embed(state, clip)
         clip.load_state_dict(state, strict=True)
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         raise ValueError(f"the weights do not fit {what}: {first_line(error, skip=1)}") from error
 
 
@@ -236,7 +243,10 @@ def from_transformers(place: str) -> Source:
     found = download(place, lambda: CLIPConfig.get_config_dict(place)[0])
     if found.get("model_type") != "clip":
         raise ValueError(f"{place}: is a {found.get('model_type')!r} model, only 'clip' can be read in this form")
-    parsed = CLIPConfig.from_dict(found)
+    try:
+        parsed = CLIPConfig.from_dict(found)
+    except Exception as error:  # its validation errors have no base in common with others; the cause is kept
+        raise ValueError(f"{place}: config.json cannot be used ({first_line(error, skip=1)})") from error
     config = {"model_cfg": config_from_transformers(parsed, place), "preprocess_cfg": read_preprocess(place)}
 
     def read_state() -> Mapping[str, Tensor]:
@@ -267,7 +277,7 @@ def config_from_transformers(config: Any, place: str) -> dict[str, Any]:
             "width": vision.hidden_size,
             "layers": vision.num_hidden_layers,
             "head_width": vision.hidden_size // vision.num_attention_heads,
-            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+            "mlp_ratio": mlp_ratio(vision),
             "norm_kwargs": {"eps": vision.layer_norm_eps},
         },
         "text_cfg": {
@@ -276,12 +286,19 @@ def config_from_transformers(config: Any, place: str) -> dict[str, Any]:
             "width": text.hidden_size,
             "heads": text.num_attention_heads,
             "layers": text.num_hidden_layers,
-            "mlp_ratio": text.intermediate_size / text.hidden_size,
+            "mlp_ratio": mlp_ratio(text),
             "norm_kwargs": {"eps": text.layer_norm_eps},
             "pool_type": "argmax" if legacy else "eos",
             "eos_id": text.eos_token_id,
         },
     }
+
+
+def mlp_ratio(tower: Any) -> float:
+    """The MLP's width over the tower's, such that open_clip's int(width * ratio) is the MLP's width again."""
+    ratio = tower.intermediate_size / tower.hidden_size
+    exact = int(tower.hidden_size * ratio) == tower.intermediate_size  # or one less, by rounding
+    return ratio if exact else (tower.intermediate_size + 0.5) / tower.hidden_size
 
 
 def state_from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -303,7 +320,8 @@ def state_from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     for tower, theirs in (("visual", "vision_model"), ("text", "text_model")):
-        depth = 1 + max(int(key.split(".")[3]) for key in state if key.startswith(f"{theirs}.encoder.layers."))
+        layers = [int(key.split(".")[3]) for key in state if key.startswith(f"{theirs}.encoder.layers.")]
+        depth = 1 + max(layers, default=-1)
         for index in range(depth):
             block, layer = f"{tower}.transformer.resblocks.{index}", f"{theirs}.encoder.layers.{index}"
             norms |= {f"{block}.{own}": f"{layer}.{part}" for own, part in parts.items()}
@@ -320,8 +338,13 @@ def read_preprocess(place: str) -> dict[str, list[float]]:
     """Image mean and std of a folder or hub repository in transformers' form; CLIP's own where it names none."""
     from transformers.utils import cached_file
 
-    path = cached_file(place, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    saved = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    def saved_in(name: str) -> dict[str, Any]:
+        path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+        return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+
+    saved = download(place, lambda: saved_in("preprocessor_config.json"))
+    if not saved:  # transformers 5 saves a whole processor as one file
+        saved = download(place, lambda: saved_in("processor_config.json")).get("image_processor") or {}
     return {
         "mean": saved.get("image_mean", DEFAULT_PREPROCESS["mean"]),
         "std": saved.get("image_std", DEFAULT_PREPROCESS["std"]),
@@ -369,18 +392,20 @@ def build_clip(config: dict[str, Any], *, image_size: int) -> open_clip.CustomTe
     model_cfg = config["model_cfg"]
     if "multimodal_cfg" in model_cfg:
         raise ValueError("CoCa models are not supported: their text tower is trained to generate, not to embed")
-    vision = model_cfg["vision_cfg"]
-    patch = vision.get("patch_size", 16)
-    if "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int) and image_size % patch:
-        near = max(1, round(image_size / patch)) * patch
-        raise ValueError(f"--image_size {image_size}: must be a multiple of this model's patch size {patch}, as {near}")
-    vision["image_size"] = image_size
-    plain = {key: value for key, value in deepcopy(model_cfg).items() if key != "custom_text"}
-    plain["vision_cfg"]["timm_model_pretrained"] = False
-    plain["text_cfg"]["hf_model_pretrained"] = False
     try:
+        vision = model_cfg["vision_cfg"]
+        patch = vision.get("patch_size", 16)
+        if "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int) and image_size % patch:
+            near = max(1, round(image_size / patch)) * patch
+            raise ValueError(
+                f"--image_size {image_size}: must be a multiple of this model's patch size {patch}, as {near}"
+            )
+        vision["image_size"] = image_size
+        plain = {key: value for key, value in deepcopy(model_cfg).items() if key != "custom_text"}
+        plain["vision_cfg"]["timm_model_pretrained"] = False
+        plain["text_cfg"]["hf_model_pretrained"] = False
         return open_clip.CustomTextCLIP(**plain)
-    except (TypeError, KeyError, AssertionError, RuntimeError, OSError) as error:
+    except (TypeError, KeyError, AttributeError, AssertionError, RuntimeError, OSError) as error:
         raise ValueError(f"cannot build a CLIP from its config: {first_line(error)}. {OFFLINE_WAYS}") from error
 
 
@@ -432,9 +457,10 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) ->
     if not texts:
         return torch.zeros(0, context_length, dtype=torch.long), 0
     tokens_PN = tokenizer(list(texts))
-    # A row that fills the context may just fit: it was cut only if a longer context would have held more.
-    full = (tokens_PN != 0).all(dim=1).nonzero().flatten().tolist()
+    # A row that fills the context may just fit: it was cut only if a longer context puts something else in it.
+    full = (tokens_PN[:, -1] != 0).nonzero().flatten().tolist()
     if not full:
         return tokens_PN, 0
-    longer = tokenizer([texts[index] for index in full], context_length=context_length + 1)  # type: ignore[call-arg]
-    return tokens_PN, int((longer[:, -1] != 0).sum())
+    length = tokens_PN.shape[1]
+    longer = tokenizer([texts[index] for index in full], context_length=length + 1)  # type: ignore[call-arg]
+    return tokens_PN, int((longer[:, :length] != tokens_PN[full]).any(dim=1).sum())

@@ -14,6 +14,7 @@ from sklearn.model_selection import GroupKFold
 Array = NDArray[np.float64]
 
 NUM_FOLDS = 5
+MIN_SPREAD = 1e-7  # of (cos + 1) / 2, computed in float32
 PENALTIES = np.logspace(-4, 3, 15)  # unit embeddings: the largest leaves only the mean
 LOGIT_CLIP = 0.05  # labels are taken into [.05, .95] before the logit, which would send 0 and 1 to infinity
 
@@ -22,8 +23,9 @@ def fit_consistency(cos: Array, target: Array) -> tuple[float, float]:
     """Least-squares (a, b) of target ~ a (cos + 1) / 2 + b, for cos (n,) and labels (n,) on [0, 1]."""
     half = (cos + 1) / 2
     spread = half - half.mean()
-    total = float(spread @ spread)
-    slope = float(spread @ (target - target.mean())) / total if total > 0 else 0.0
+    # A constant cosine leaves rounding, not 0: what is below float32's resolution says nothing.
+    known = spread.std() > MIN_SPREAD
+    slope = float(spread @ (target - target.mean()) / (spread @ spread)) if known else 0.0
     return slope, float(target.mean() - slope * half.mean())
 
 

@@ -25,7 +25,8 @@ BEST_DIR = "best"
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "scorer.json"
 CONFIG_FILE = "config.json"
-RUN_FILES = (CONFIG_FILE, "splits.csv", "metrics.csv", RESULTS_FILE, "predictions.csv")
+INPUT_FILES = (CONFIG_FILE, "splits.csv")  # every run begins by writing these
+RUN_FILES = (*INPUT_FILES, "metrics.csv", RESULTS_FILE, "predictions.csv")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn")
 
 
@@ -61,7 +62,9 @@ def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
     if (folder / RESULTS_FILE).exists() and not overwrite:
         raise ValueError(f"--output_dir {folder}: holds a finished run; choose another or pass --overwrite")
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+    # Both, because other folders have a config.json too: a Hugging Face model's must not be taken for a run.
+    begun = all((folder / name).exists() for name in INPUT_FILES)
+    if folder.exists() and any(folder.iterdir()) and not begun:
         raise ValueError(f"--output_dir {folder}: holds other things than a run; choose a new or empty folder")
 
 
@@ -87,6 +90,7 @@ def save_weights(
         write_json(temporary / DESCRIPTION_FILE, description)
         extra(temporary)
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of a process with this id that was killed; in containers ids recur
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
@@ -106,7 +110,7 @@ def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
     try:
         description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
         state = load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{folder}: not a checkpoint, {Path(error.filename or WEIGHTS_FILE).name} is missing"
         ) from None

@@ -220,15 +220,15 @@ def _places(num_shapes: int, rng: np.random.Generator) -> list[tuple[float, floa
     return [(float(x), float(y), radius * rng.uniform(0.88, 1.05)) for x, y in moved]
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, group: Group, x: float, y: float, radius: float, turn: float) -> None:
-    """A filled shape with a dark outline, whose edges give blur something to spoil."""
-    for inset, paint in ((0.0, (20, 20, 20)), (0.09 * radius, COLOURS[group.colour])):
+def _draw_shape(pen: ImageDraw.ImageDraw, group: Group, x: float, y: float, r: float, turn: float) -> None:
+    """A filled shape of radius `r` with a dark outline, whose edges give blur something to spoil."""
+    for inset, paint in ((0.0, (20, 20, 20)), (0.09 * r, COLOURS[group.colour])):
         if group.kind == "ring":
-            r = radius - inset
-            pen.ellipse((x - r, y - r, x + r, y + r), outline=paint, width=round(0.42 * radius - 2 * inset))
+            box = x - r + inset, y - r + inset, x + r - inset, y + r - inset
+            pen.ellipse(box, outline=paint, width=round(0.42 * r - 2 * inset))
         else:
-            r = radius - 1.3 * inset
-            pen.polygon([(x + r * px, y + r * py) for px, py in _outline(group.kind, turn)], fill=paint)
+            s = r - 1.3 * inset
+            pen.polygon([(x + s * px, y + s * py) for px, py in _outline(group.kind, turn)], fill=paint)
 
 
 def _outline(kind: str, turn: float) -> list[tuple[float, float]]:

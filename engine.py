@@ -22,7 +22,7 @@ CHECK_EVERY_STEPS = 50  # losses are looked at this often, since each look makes
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training broke down: a loss is NaN or infinite."""
+    """Training broke down: a loss or a gradient is NaN or infinite."""
 
 
 class SizedBatch(Protocol):
@@ -189,10 +189,10 @@ def train_epoch(
         after_step: called with the number of samples of each optimiser step, for progress.
 
     Returns:
-        Mean of every named loss per sample, and "grad_norm" (before clipping; mean over steps).
+        Mean of every named loss per sample, and "grad_norm" (before clipping; mean over the steps taken).
 
     Raises:
-        NonFiniteLoss: names the loss and the step.
+        NonFiniteLoss: names the loss (or "grad_norm") and the step.
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -209,12 +209,15 @@ def train_epoch(
             detached = {name: value.detach() for name, value in losses.items()}
             unchecked.append((step, detached))
             for name, value in detached.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(batch)
+                # In float64: a loss may be bf16 under autocast, and a long sum in bf16 stands still.
+                sums[name] = sums.get(name, 0.0) + value.double() * len(batch)
         runtime.scaler.unscale_(optimizer)
-        norms.append(nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
         if take_step(optimizer, runtime.scaler):
             schedule.step()
             average.update()
+            norms.append(norm)
+            unchecked.append((step, {"grad_norm": norm}))
         optimizer.zero_grad(set_to_none=True)
         num_samples += size
         if step % CHECK_EVERY_STEPS == 0:
@@ -223,7 +226,7 @@ def train_epoch(
         after_step(size)
     check_finite(unchecked)
     means = {name: float(total) / num_samples for name, total in sums.items()}
-    return {**means, "grad_norm": float(torch.stack(norms).nanmean())}
+    return {**means, "grad_norm": float(torch.stack(norms).mean()) if norms else math.nan}
 
 
 def take_step(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> bool:
@@ -235,7 +238,7 @@ def take_step(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> bool:
 
 
 def check_finite(losses: Sequence[tuple[int, Mapping[str, Tensor]]]) -> None:
-    """Raise NonFiniteLoss for the first loss that is not finite."""
+    """Raise NonFiniteLoss for the first value that is not finite."""
     for step, terms in losses:
         for name, value in terms.items():
             if not math.isfinite(float(value)):
@@ -270,7 +273,11 @@ def best_epoch(scores: Sequence[float]) -> int:
 
 
 def should_stop(scores: Sequence[float], *, patience: int, min_delta: float) -> bool:
-    """Whether the last `patience` epochs all failed to beat the best before them by `min_delta`; 0 never stops."""
+    """Whether the last `patience` epochs brought no gain on the best before them; 0 never stops.
+
+    A gain is a rise, and of no less than `min_delta`.
+    """
     if patience == 0 or len(scores) <= patience:
         return False
-    return max(scores[-patience:]) < max(scores[:-patience]) + min_delta
+    rise = max(scores[-patience:]) - max(scores[:-patience])
+    return rise <= 0 or rise < min_delta

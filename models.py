@@ -21,6 +21,10 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+# What follows a tower's last block, in open_clip's, timm's and Hugging Face's towers.
+TOP = "ln_post|ln_final|proj|text_projection|head|norm|fc_norm|attn_pool|attnpool"
+# By depth of the image tower: ViT-B, and ViT-L/14 (at 336 pixels).
+RECOMMENDED_FREEZE_LAYERS = {12: "8-10", 24: "18-20 (20-22 at 336 pixels)"}
 NUM_CONSISTENCY_TOKENS = 3  # image, text and coarse score: what the refinement transformer reads
 
 
@@ -201,7 +205,8 @@ class ScoreModel(nn.Module):
         """As usual, but wholly frozen parts stay in eval mode: no dropout, no moving statistics."""
         super().train(mode)
         for module in self.clip.modules():
-            if not any(parameter.requires_grad for parameter in module.parameters()):
+            trained = [parameter.requires_grad for parameter in module.parameters()]
+            if trained and not any(trained):  # what has no parameters follows its parent
                 module.eval()
         return self
 
@@ -262,7 +267,8 @@ def encode_tokens(clip: CustomTextCLIP, tokens_PN: Tensor) -> Tensor:
     text = clip.text
     if not trims_exactly(text):
         return clip.encode_text(tokens_PN)
-    length = int((tokens_PN != 0).sum(dim=1).max())
+    # The last column in use: token 0 is also "!" inside a word, so counting tokens would cut end tokens off.
+    length = int((tokens_PN != 0).any(dim=0).nonzero().max()) + 1
     tokens_PN = tokens_PN[:, :length]
     x_PND = text.token_embedding(tokens_PN) + text.positional_embedding[:length]
     for block in text.transformer.resblocks:
@@ -305,9 +311,9 @@ def freeze_backbone(clip: CustomTextCLIP, *, everything: bool = False, num_layer
     blocks = tower_blocks(clip)
     depth = len(blocks["image"])
     if num_layers > depth:
+        advice = RECOMMENDED_FREEZE_LAYERS.get(depth, f"{depth * 3 // 4}-{depth * 5 // 6}")
         raise ValueError(
-            f"--freeze_layers {num_layers}: this image tower has {depth} blocks; "
-            f"recommended for it: {depth * 2 // 3}-{depth * 5 // 6}"
+            f"--freeze_layers {num_layers}: this image tower has {depth} blocks; recommended for it: {advice}"
         )
     visual, text = clip.visual, clip.text
     embeddings = [visual.conv1, visual.ln_pre, text.token_embedding]
@@ -364,7 +370,7 @@ def merged_state(model: ScoreModel) -> dict[str, Tensor]:
 
 
 def merge_lora(model: ScoreModel) -> ScoreModel:
-    """Fold LoRA into the weights, in place; returns the model."""
+    """Fold LoRA into the weights, in place; returns the model. Deep copies of it can no longer be used after that."""
     for module in model.modules():
         if parametrize.is_parametrized(module):
             for name in list(cast(nn.ModuleDict, module.parametrizations)):
@@ -383,7 +389,7 @@ def lr_scales(model: ScoreModel, layer_decay: float) -> dict[str, float]:
         places = {name: re.search(r"\.(?:resblocks|blocks)\.(\d+)\.", name) for name in names}
         depth = 1 + max((int(place[1]) for place in places.values() if place), default=-1)
         for name, place in places.items():
-            top = re.search(r"\.(ln_post|ln_final|proj|text_projection|head)\b", name)
+            top = re.match(rf"clip\.{tower}\.(trunk\.)?({TOP})\b", name)
             steps = depth - int(place[1]) if place else 0 if top else depth + 1
             scales[name] = layer_decay**steps
     return scales

@@ -59,7 +59,8 @@ class Scorer:
             tokenizer = backbones.restore_tokenizer(config, folder)
             return cls(model, tokenizer, description, device)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{folder}: the description does not fit the weights ({error})") from error
+            reason = backbones.first_line(error, skip=1)
+            raise ValueError(f"{folder}: the description does not fit the weights ({reason})") from error
 
     def score(
         self,

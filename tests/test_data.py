@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import math
@@ -91,11 +92,11 @@ def test_empty_rows_are_left_out_but_counted(make_dataset):
 
 
 def test_columns_may_have_other_names_and_others_may_lie_between(make_dataset):
-    rows = [{"file": "a.png", "x": "", "text": "a cat", "iqa": 1, "align": 2, "model": "sd", "why": "blurred"}]
-    for row in rows:
-        row["name"] = row["file"]
-    columns = data.Columns("file", "text", "iqa", "align", "why", "model")
-    table = read(make_dataset(rows, columns=["file", "x", "text", "iqa", "align", "model", "why"]), columns)
+    text = "file,x,text,iqa,align,model,why\na.png,,a cat,1,2,sd,blurred\n"
+    columns = data.Columns(
+        name="file", prompt="text", quality="iqa", consistency="align", explanation="why", group="model"
+    )
+    table = read(make_dataset([{"name": "a.png"}], text=text), columns)
     keys = ["name", "prompt", "q", "c", "group", "explanation"]
     assert table.loc[0, keys].tolist() == ["a.png", "a cat", 1.0, 2.0, "sd", "blurred"]
 
@@ -396,9 +397,7 @@ def test_palettes_are_looked_up_and_their_transparent_entry_is_white(tmp_path):
 def test_transparent_images_lie_on_white(tmp_path, mode):
     samples = np.random.default_rng(0).integers(0, 256, (9, 11, len(mode)), dtype=np.uint8)
     samples[0, :, -1], samples[1, :, -1] = 0, 255
-    Image.fromarray(samples, mode).save(tmp_path / "x.png") if mode == "LA" else Image.fromarray(samples).save(
-        tmp_path / "x.png"
-    )
+    Image.fromarray(samples).save(tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").mode == mode
     alpha = samples[..., -1:] / 255
     expected = np.broadcast_to(alpha * samples[..., :-1] + (1 - alpha) * 255, (9, 11, 3))
@@ -552,7 +551,6 @@ def test_the_fingerprint_changes_with_any_byte_and_with_nothing_else(make_datase
 
 
 def test_hashes_are_those_of_the_files_in_their_order(make_dataset):
-    hashlib = pytest.importorskip("hashlib")
     paths = read(make_dataset(scored_rows(10, 3)))["path"].tolist()
     assert data.check_images(paths) == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
@@ -807,7 +805,7 @@ def test_a_training_view_depends_on_seed_epoch_and_index_alone(pictures):
     again = image_set(pictures)
     torch.manual_seed(123)
     for key in reversed(keys):
-        torch.equal(again[key][0], first[key]) or pytest.fail(f"{key} differs")
+        assert torch.equal(again[key][0], first[key]), key
     assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in first.values())
 
 
@@ -858,7 +856,9 @@ def test_batches_are_the_same_whatever_the_number_of_workers(demo_set):
     for alone, shared in zip(batches[0], batches[2], strict=True):
         assert [rows for rows, _ in alone] == [rows for rows, _ in shared]
         assert all(torch.equal(one, other) for (_, one), (_, other) in zip(alone, shared, strict=True))
-    first, second = ({row: view for rows, views in epoch for row, view in zip(rows, views)} for epoch in batches[0])  # noqa: B905
+    first, second = (
+        {row: view for rows, views in epoch for row, view in zip(rows, views, strict=True)} for epoch in batches[0]
+    )
     assert first.keys() == second.keys() == set(range(10))
     assert not any(torch.equal(first[row], second[row]) for row in range(10)), "each epoch has its own augmentation"
 

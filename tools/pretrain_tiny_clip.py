@@ -1,8 +1,8 @@
 """Pretrain the tiny CLIP in assets/tiny-clip on drawn scenes, so that demo, tests and docs need no download.
 
-The loss is CLIP's, plus hard negatives: every image also sees captions that differ from its own in one or
-two attributes or in the words for its quality. So the cosine falls by degrees as more of the prompt is drawn
-wrong, and the image embedding has to hold how damaged the picture is.
+The loss is CLIP's with hard negatives: every image also sees captions that differ from its own in one or two
+attributes or in the words for its quality, so the cosine falls by degrees as more of it is drawn wrong.
+A linear head, dropped afterwards, predicts the degradations, so the embedding holds how damaged a picture is.
 
     python tools/pretrain_tiny_clip.py                # from scratch
     python tools/pretrain_tiny_clip.py --check        # only measure the weights that are there
@@ -183,30 +183,34 @@ def encode_images(model: open_clip.CLIP, images: torch.Tensor, rng: np.random.Ge
 
 
 @torch.no_grad()
-def start_with_fine_detail(model: open_clip.CLIP, num_waves: int = 16) -> None:
-    """Begin with patch filters for short waves, and a first block that adds up their strength.
+def set_stem(model: open_clip.CLIP, num_waves: int = 16) -> None:
+    """Fix the patch embedding and the first MLP: coarse shapes, and the strength of fine detail.
 
-    Noise, blocks and bands show in how strong fine detail is whatever its sign. A patch embedding is linear, so
-    plain training is slow to find this; all of it stays trainable.
+    Noise, blocks and bands show in how strong fine detail is whatever its sign, which a linear embedding
+    cannot say. Trained from random weights this stem lags behind the rest, because Adam's steps are large
+    beside weights of fan-in 2352. A fixed stem: Chen et al., MoCo v3, arXiv:2104.02057.
     """
     generator = torch.Generator().manual_seed(SEED)
     conv, mlp = model.visual.conv1.weight, model.visual.transformer.resblocks[0].mlp
-    width, _, side, _ = conv.shape
-    axis = (torch.arange(side) + 0.5) * math.pi / side
-    conv[-num_waves:] = 0  # kept free for the strengths
+    axis = (torch.arange(conv.shape[-1]) + 0.5) * math.pi / conv.shape[-1]
+    waves = torch.stack([wave / wave.norm() for wave in (torch.cos(k * axis) for k in range(len(axis)))])
+    coarse = sorted(((y, x) for y in range(4) for x in range(4)), key=sum)[:10]
+    conv[num_waves:] = 0  # the last channels are kept free for the strengths
     for channel in range(num_waves):
-        fine = int(torch.randint(side // 4, side, (), generator=generator))
-        other = int(torch.randint(0, side, (), generator=generator))
-        wave = torch.cos(fine * axis)[:, None] * torch.cos(other * axis)[None, :]
-        wave = wave if channel % 2 else wave.T
+        fine, other = (int(torch.randint(low, len(axis), (), generator=generator)) for low in (7, 0))
+        wave = torch.outer(waves[fine], waves[other])
         colour = F.normalize(torch.randn(3, generator=generator), dim=0)
-        conv[channel] = 2 * colour[:, None, None] * wave / wave.norm()
-        plus, minus = 2 * channel, 2 * channel + 1  # gelu(2x) + gelu(-2x) is about 2|x|
-        mlp.c_fc.weight[[plus, minus]] = 0
-        mlp.c_fc.weight[plus, channel], mlp.c_fc.weight[minus, channel] = 2, -2
-        mlp.c_fc.bias[[plus, minus]] = 0
-        mlp.c_proj.weight[:, [plus, minus]] = 0
-        mlp.c_proj.weight[width - num_waves + channel, [plus, minus]] = 0.5
+        conv[channel] = 2 * colour[:, None, None] * (wave if channel % 2 else wave.T)
+        both = [2 * channel, 2 * channel + 1]  # gelu(2x) + gelu(-2x) is about 2|x|
+        mlp.c_fc.weight[both], mlp.c_fc.bias[both], mlp.c_proj.weight[:, both] = 0, 0, 0
+        mlp.c_fc.weight[both, channel] = torch.tensor([2.0, -2.0])
+        mlp.c_proj.weight[channel - num_waves, both] = 0.5
+    for i, (y, x) in enumerate(coarse):
+        for colour in range(3):
+            gain = 0.06 * (1 + x + y)  # natural pictures hold less the finer the wave
+            conv[num_waves + 3 * i + colour, colour] = gain * torch.outer(waves[y], waves[x])
+    for parameter in (conv, *mlp.parameters()):
+        parameter.requires_grad_(False)
 
 
 def targets_of(levels: list[Levels]) -> torch.Tensor:
@@ -234,10 +238,12 @@ def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
     head = torch.nn.Linear(model.visual.output_dim, len(demo.ANNOYANCE) + 1)
     spread = targets_of(levels).std(0)
     head.bias.data = targets_of(levels).mean(0)
-    parameters = [*model.parameters(), *head.parameters()]
-    decayed = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.02},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": list(head.parameters()), "weight_decay": 0.0, "lr": 20 * args.lr},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -353,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(SEED)
     model = open_clip.create_model(f"local-dir:{FOLDER}", load_weights=args.check)
     if not args.check:
-        start_with_fine_detail(model)
+        set_stem(model)
         train(model, args)
         model = open_clip.create_model(f"local-dir:{FOLDER}")  # as stored, in half precision
     print(json.dumps(measure_held_out(model, *draw_pool(1024, first_seed=1_000_000)) | measure_demo(model)))

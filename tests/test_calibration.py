@@ -1,0 +1,187 @@
+"""`calibration.py` against NumPy's least squares, the closed form of ridge regression and planted relations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import calibration
+from calibration import LOGIT_CLIP, NUM_FOLDS, PENALTIES, fit_consistency, fit_quality
+
+
+def unit_rows(rng: np.random.Generator, num_rows: int, width: int) -> np.ndarray:
+    rows = rng.normal(size=(num_rows, width))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def clipped_logit(target: np.ndarray) -> np.ndarray:
+    inside = np.clip(target, LOGIT_CLIP, 1 - LOGIT_CLIP)
+    return np.log(inside / (1 - inside))
+
+
+def closed_form(images: np.ndarray, target: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
+    """Ridge with a free intercept: solve the centred normal equations."""
+    logit = clipped_logit(target)
+    centred = images - images.mean(axis=0)
+    gram = centred.T @ centred + penalty * np.eye(images.shape[1])
+    weight = np.linalg.solve(gram, centred.T @ (logit - logit.mean()))
+    return weight, float(logit.mean() - images.mean(axis=0) @ weight)
+
+
+def chosen_penalty(images: np.ndarray, target: np.ndarray, fitted: tuple[np.ndarray, float]) -> float:
+    """The penalty whose closed form is the fit; there must be exactly one."""
+    matches = [
+        penalty for penalty in PENALTIES if np.allclose(closed_form(images, target, penalty)[0], fitted[0], atol=1e-7)
+    ]
+    assert len(matches) == 1, matches
+    return matches[0]
+
+
+# ------------------------------------------------------------------------------------------- consistency
+
+
+@given(st.integers(0, 10_000), st.integers(2, 40))
+@settings(max_examples=40, deadline=None)
+def test_consistency_is_the_least_squares_line(seed, num_rows):
+    rng = np.random.default_rng(seed)
+    cos, target = rng.uniform(-1, 1, num_rows), rng.uniform(0, 1, num_rows)
+    design = np.column_stack([(cos + 1) / 2, np.ones(num_rows)])
+    expected = np.linalg.lstsq(design, target, rcond=None)[0]
+    np.testing.assert_allclose(fit_consistency(cos, target), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_consistency_keeps_the_narrow_spread_of_a_real_clip():
+    rng = np.random.default_rng(0)
+    cos = rng.normal(0.28, 0.004, 200).astype(np.float32).astype(np.float64)
+    slope, offset = fit_consistency(cos, 40 * (cos + 1) / 2 - 25)
+    assert (slope, offset) == pytest.approx((40, -25), rel=1e-6)
+
+
+@given(st.floats(-1, 1), st.lists(st.floats(0, 1), min_size=1, max_size=60))
+@settings(max_examples=80, deadline=None)
+def test_a_constant_cosine_gives_slope_zero_and_the_mean(cosine, labels):
+    target = np.array(labels)
+    slope, offset = fit_consistency(np.full(len(labels), cosine), target)
+    assert slope == 0
+    assert offset == pytest.approx(target.mean())
+
+
+def test_float32_rounding_of_one_cosine_is_not_taken_for_signal():
+    rng = np.random.default_rng(0)
+    jitter = np.nextafter(np.float32(0.3), rng.choice(np.float32([0, 1]), 50)).astype(np.float64)
+    assert np.ptp(jitter) > 0
+    assert fit_consistency(jitter, rng.uniform(0, 1, 50))[0] == 0
+
+
+# ----------------------------------------------------------------------------------------------- quality
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeddings, labels with signal and noise, and groups of three."""
+    rng = np.random.default_rng(3)
+    images = unit_rows(rng, 120, 6)
+    logit = images @ rng.normal(size=6) * 2 + 0.3 + rng.normal(size=120) * 0.5
+    return images, sigmoid(logit), np.arange(120) // 3
+
+
+def test_quality_recovers_a_planted_logistic_relation():
+    rng = np.random.default_rng(0)
+    images, weight = unit_rows(rng, 300, 8), rng.normal(size=8)
+    target = sigmoid(images @ weight + 0.2)
+    assert target.min() > LOGIT_CLIP and target.max() < 1 - LOGIT_CLIP
+    fitted, offset = fit_quality(images, target, np.arange(300))
+    np.testing.assert_allclose(fitted, weight, atol=1e-4)
+    assert offset == pytest.approx(0.2, abs=1e-4)
+
+
+def test_quality_is_closed_form_ridge_for_one_of_the_penalties(noisy):
+    images, target, groups = noisy
+    fitted = fit_quality(images, target, groups)
+    weight, offset = closed_form(images, target, chosen_penalty(images, target, fitted))
+    np.testing.assert_allclose(fitted[0], weight, atol=1e-7)
+    assert fitted[1] == pytest.approx(offset, abs=1e-7)
+
+
+def test_quality_chooses_the_penalty_that_predicts_unseen_groups_best(noisy):
+    images, target, groups = noisy
+    logit = clipped_logit(target)
+    fold_of_group = np.full(groups.max() + 1, -1)
+    for held_out in range(NUM_FOLDS):  # equal groups: any assignment that balances them has folds of 8 groups
+        fold_of_group[held_out::NUM_FOLDS] = held_out
+    errors = []
+    for penalty in PENALTIES:
+        squares = []
+        for held_out in range(NUM_FOLDS):
+            test = fold_of_group[groups] == held_out
+            weight, offset = closed_form(images[~test], target[~test], penalty)
+            squares.append(np.mean((images[test] @ weight + offset - logit[test]) ** 2))
+        errors.append(np.mean(squares))
+    chosen = list(PENALTIES).index(chosen_penalty(images, target, fit_quality(images, target, groups)))
+    assert abs(chosen - int(np.argmin(errors))) <= 1  # which groups share a fold is not fixed
+    assert 0 < chosen < len(PENALTIES) - 1  # the case is one in which the choice matters
+
+
+def test_quality_of_pure_noise_is_all_but_the_mean():
+    rng = np.random.default_rng(1)
+    images, target = unit_rows(rng, 60, 64), rng.uniform(0.1, 0.9, 60)
+    weight, offset = fit_quality(images, target, np.arange(60))
+    assert chosen_penalty(images, target, (weight, offset)) >= 10
+    predicted = sigmoid(images @ weight + offset)
+    assert np.ptp(predicted) < 0.1 * np.ptp(target)
+    assert predicted.mean() == pytest.approx(target.mean(), abs=0.05)
+
+
+def test_pictures_of_one_prompt_cannot_vouch_for_each_other():
+    """Embeddings that tell the prompt and nothing else, labels with an offset for each prompt.
+
+    Across folds that share prompts the offsets look predictable; across folds that do not, they are noise.
+    """
+    rng = np.random.default_rng(0)
+    prompt = np.arange(200) // 10
+    images = unit_rows(rng, 20, 64)[prompt]
+    target = sigmoid(rng.normal(size=20)[prompt])
+    grouped = fit_quality(images, target, prompt)
+    ungrouped = fit_quality(images, target, np.arange(200))
+    assert chosen_penalty(images, target, grouped) >= 100 * chosen_penalty(images, target, ungrouped)
+
+
+def test_no_fold_shares_a_group_with_another(monkeypatch, noisy):
+    images, target, groups = noisy
+    seen = []
+
+    def spy(penalties, cv, **options):
+        seen.extend(cv)
+        return ridge_cv(penalties, cv=cv, **options)
+
+    ridge_cv = calibration.RidgeCV
+    monkeypatch.setattr(calibration, "RidgeCV", spy)
+    fit_quality(images, target, groups)
+    assert len(seen) == NUM_FOLDS
+    assert all(not set(groups[train]) & set(groups[test]) for train, test in seen)
+    assert sorted(row for _, test in seen for row in test) == list(range(len(groups)))
+
+
+@pytest.mark.parametrize(("num_rows", "num_groups"), [(1, 1), (2, 1), (2, 2), (3, 2), (4, 3), (30, 1)])
+def test_quality_works_with_few_rows_and_groups(num_rows, num_groups):
+    rng = np.random.default_rng(0)
+    target = rng.uniform(0, 1, num_rows)
+    weight, offset = fit_quality(unit_rows(rng, num_rows, 16), target, np.arange(num_rows) % num_groups)
+    assert weight.shape == (16,)
+    assert type(offset) is float
+    assert np.isfinite(weight).all() and np.isfinite(offset)
+
+
+def test_labels_at_both_ends_of_the_scale_stay_finite():
+    rng = np.random.default_rng(0)
+    images, target = unit_rows(rng, 40, 4), np.arange(40) % 2 * 1.0
+    weight, offset = fit_quality(images, target, np.arange(40))
+    assert np.isfinite(weight).all()
+    bound = np.log((1 - LOGIT_CLIP) / LOGIT_CLIP)
+    assert abs(offset) < bound

@@ -1,0 +1,457 @@
+"""`checkpoint.py`: files whole or absent, run folders that are not mixed up, weights that come back exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+import checkpoint
+
+FOREIGN = {"notes.txt": b"mine", "config.csv": b"a,b\n"}
+RUN_NAMES = ["config.json", "splits.csv", "metrics.csv", "results.json", "predictions.csv"]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fill(folder: Path, *names: str) -> Path:
+    """A folder with files of these names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+def no_extra(folder: Path) -> None:
+    """A checkpoint without further files."""
+
+
+def save(folder: Path, state: dict[str, Tensor] | None = None, description: dict[str, Any] | None = None) -> Path:
+    state = {"weight": torch.arange(6.0).reshape(2, 3)} if state is None else state
+    checkpoint.save_weights(folder, state, description or {"size": 3}, no_extra)
+    return folder
+
+
+# Single files
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+@pytest.mark.parametrize("failure", [OSError("disk full"), ValueError("no such column"), KeyboardInterrupt()])
+def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path, old, failure):
+    path = tmp_path / "table.csv"
+    if old is not None:
+        path.write_bytes(old)
+    before = content(tmp_path)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(b"half of the ne")
+        raise failure
+
+    with pytest.raises(type(failure)):
+        checkpoint.write_whole(path, write)
+    assert content(tmp_path) == before
+
+
+def test_a_file_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "a.txt").write_text("old and longer")
+    checkpoint.write_whole(tmp_path / "a.txt", lambda temporary: temporary.write_text("new"))
+    assert content(tmp_path) == {"a.txt": b"new"}
+
+
+def test_the_old_file_stands_until_the_new_one_is_on_disk(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    calls: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append(f"sync beside {path.read_text()!r}"))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
+    checkpoint.write_whole(path, lambda temporary: temporary.write_text("new"))
+    assert calls == ["sync beside 'old'", "replace"]
+    assert path.read_text() == "new"
+
+
+def test_json_comes_back_and_keeps_other_alphabets_readable(tmp_path):
+    value = {"prompt": "一只猫 é", "numbers": [1, 0.1, -1e-300], "nothing": None, "nested": {"yes": True}}
+    checkpoint.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert "一只猫" in text and text.endswith("}\n")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_json_refuses_numbers_that_are_not_finite_and_keeps_the_old_file(tmp_path, number):
+    fill(tmp_path, "a.json")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checkpoint.write_json(tmp_path / "a.json", {"deep": [{"down": number}]})
+    assert content(tmp_path) == {"a.json": b"{}"}
+
+
+def test_csv_is_utf8_without_an_index_and_with_nine_significant_digits(tmp_path):
+    table = pd.DataFrame(
+        {
+            "name": ["猫.png", 'a "b", c'],
+            "score": [1 / 3, 123456.7890123],
+            "small": [1.23456789012e-7, np.nan],
+            "count": [1, 10_000_000_000],
+        },
+        index=[7, 8],
+    )
+    checkpoint.write_csv(tmp_path / "a.csv", table)
+    assert (tmp_path / "a.csv").read_bytes().decode("utf-8").splitlines() == [
+        "name,score,small,count",
+        "猫.png,0.333333333,1.23456789e-07,1",
+        '"a ""b"", c",123456.789,,10000000000',
+    ]
+
+
+def test_float32_numbers_survive_a_csv_exactly(tmp_path):
+    values = np.random.default_rng(0).normal(size=500).astype(np.float32)
+    checkpoint.write_csv(tmp_path / "a.csv", pd.DataFrame({"x": values.astype(np.float64)}))
+    assert np.array_equal(pd.read_csv(tmp_path / "a.csv")["x"].astype(np.float32), values)
+
+
+# Run folders
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "names", [None, [], ["config.json", "splits.csv"], ["config.json", "splits.csv", "best/scorer.json", "notes.txt"]]
+)
+def test_a_new_run_may_use_an_absent_an_empty_and_an_unfinished_folder(tmp_path, names, overwrite):
+    folder = tmp_path / "run"
+    if names is not None:
+        folder.mkdir()
+        fill(folder, *names)
+    checkpoint.refuse_occupied(folder, overwrite=overwrite)
+
+
+def test_a_finished_run_is_refused_unless_it_may_be_overwritten(tmp_path):
+    folder = fill(tmp_path / "run", *RUN_NAMES, "best/scorer.json")
+    with pytest.raises(ValueError, match=r"--output_dir .*run: holds a finished run; .*--overwrite"):
+        checkpoint.refuse_occupied(folder, overwrite=False)
+    checkpoint.refuse_occupied(folder, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("names", [["photo.jpg"], [".hidden"], ["config.json", "model.safetensors"], ["sub/a.txt"]])
+def test_a_folder_with_other_things_is_never_used(tmp_path, names, overwrite):
+    folder = fill(tmp_path / "things", *names)
+    with pytest.raises(ValueError, match=r"--output_dir .*things: holds other things than a run"):
+        checkpoint.refuse_occupied(folder, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_no_run_folder(tmp_path, overwrite):
+    fill(tmp_path, "taken")
+    with pytest.raises(ValueError, match=r"--output_dir .*taken: is a file"):
+        checkpoint.refuse_occupied(tmp_path / "taken", overwrite=overwrite)
+
+
+def test_preparing_removes_what_an_older_run_left_and_nothing_else(tmp_path):
+    folder = fill(tmp_path / "run", *RUN_NAMES, "best/model.safetensors", "best/tokenizer/vocab.json")
+    for name, data in FOREIGN.items():
+        (folder / name).write_bytes(data)
+    fill(folder, "better/model.safetensors")
+    fill(tmp_path, "results.json")
+    checkpoint.prepare_run_folder(folder)
+    assert content(folder) == {**FOREIGN, "better/model.safetensors": b"{}"}
+    assert not (folder / "best").exists()
+    assert (tmp_path / "results.json").exists()
+
+
+def test_preparing_makes_a_folder_with_its_parents(tmp_path):
+    checkpoint.prepare_run_folder(tmp_path / "a" / "b" / "run")
+    assert (tmp_path / "a" / "b" / "run").is_dir()
+
+
+# Weights that come back
+
+
+def test_weights_of_every_kind_come_back_exactly(tmp_path):
+    torch.manual_seed(0)
+    base = torch.randn(5, 7)
+    state = {
+        "plain": torch.randn(3, 4),
+        "parameter": torch.nn.Parameter(torch.randn(2)),
+        "float64": torch.randn(3, dtype=torch.float64),
+        "half": torch.randn(3).half(),
+        "bfloat16": torch.randn(3).bfloat16(),
+        "int64": torch.arange(-2, 3),
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(4.6052),
+        "empty": torch.zeros(0, 3),
+        "special": torch.tensor([float("inf"), -0.0, 1e-45]),
+        "transposed": base.T,
+        "strided": base[:, ::2],
+        "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
+        "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "shared": base,
+        "shared_again": base,
+        "part_of_shared": base[1:3],
+    }
+    folder, found, description = checkpoint.load_weights(save(tmp_path / "w", state, {"scale": 0.1, "name": "猫"}))
+    assert folder == tmp_path / "w"
+    assert description == {"scale": 0.1, "name": "猫"}
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        assert torch.equal(found[name], value.detach()), name
+        assert not found[name].requires_grad
+
+
+def test_a_small_view_does_not_drag_its_large_base_into_the_file(tmp_path):
+    save(tmp_path / "w", {"part": torch.zeros(100_000)[:10]})
+    assert (tmp_path / "w" / "model.safetensors").stat().st_size < 1000
+
+
+def test_loaded_weights_do_not_change_with_the_model_or_with_the_file(tmp_path):
+    live = torch.zeros(1000)
+    _, found, _ = checkpoint.load_weights(save(tmp_path / "w", {"a": live}))
+    live += 1
+    save(tmp_path / "w", {"a": live})
+    assert torch.equal(found["a"], torch.zeros(1000))
+
+
+def test_a_checkpoint_folder_holds_no_pickle_and_nothing_left_over(tmp_path):
+    checkpoint.save_weights(
+        tmp_path / "deep" / "best",
+        {"a": torch.ones(2)},
+        {},
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    )
+    assert set(content(tmp_path)) == {
+        "deep/best/model.safetensors",
+        "deep/best/scorer.json",
+        "deep/best/tokenizer.json",
+    }
+    for data in content(tmp_path).values():
+        assert not data.startswith((b"\x80", b"PK"))  # pickle, and the zip that torch.save makes
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_weights_are_as_readable_as_the_other_files(tmp_path):
+    folder = save(tmp_path / "w")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    plain = fill(tmp_path, "plain")
+    assert (folder / "model.safetensors").stat().st_mode == (plain / "plain").stat().st_mode
+
+
+def test_a_new_checkpoint_takes_the_place_of_the_older_one_whole(tmp_path):
+    folder = save(tmp_path / "best", {"old": torch.ones(1)}, {"version": 1})
+    fill(folder, "only_in_the_old.json")
+    save(folder, {"new": torch.zeros(2)}, {"version": 2})
+    _, state, description = checkpoint.load_weights(folder)
+    assert list(state) == ["new"] and description == {"version": 2}
+    assert set(content(tmp_path)) == {"best/model.safetensors", "best/scorer.json"}
+
+
+@pytest.mark.parametrize("failing", ["description", "extra"])
+def test_a_checkpoint_that_cannot_be_finished_leaves_the_older_one(tmp_path, failing):
+    folder = save(tmp_path / "best", {"old": torch.ones(1)}, {"version": 1})
+    before = content(tmp_path)
+
+    def extra(path: Path) -> None:
+        fill(path, "vocab.json")
+        raise OSError("disk full")
+
+    description = {"version": float("nan") if failing == "description" else 2}
+    with pytest.raises((OSError, ValueError), match=r"disk full|JSON compliant"):
+        checkpoint.save_weights(folder, {"new": torch.zeros(2)}, description, extra)
+    assert content(tmp_path) == before
+
+
+def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path):
+    """In containers process ids recur, and with them the names of temporary folders."""
+    save(tmp_path / "best", {"old": torch.ones(1)})
+    for ending in ("tmp", "old"):
+        fill(tmp_path / f".best.{os.getpid()}.{ending}", "model.safetensors")
+    save(tmp_path / "best", {"new": torch.ones(1)})
+    assert list(checkpoint.load_weights(tmp_path / "best")[1]) == ["new"]
+    assert set(content(tmp_path)) == {"best/model.safetensors", "best/scorer.json"}
+
+
+def test_a_run_folder_stands_for_the_best_in_it(tmp_path):
+    fill(tmp_path, "config.json")
+    save(tmp_path / "best", {"a": torch.ones(3)})
+    folder, state, _ = checkpoint.load_weights(tmp_path)
+    assert folder == tmp_path / "best"
+    assert torch.equal(state["a"], torch.ones(3))
+
+
+# Damage
+
+
+def refused(folder: Path) -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (each caller looks at the message)
+        checkpoint.load_weights(folder)
+    message = str(caught.value)
+    assert type(caught.value) is ValueError
+    assert "\n" not in message and message.startswith(f"{folder}: ")
+    return message
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 40, -1])
+def test_truncated_weights_are_refused(tmp_path, kept):
+    path = save(tmp_path / "w") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert "damaged checkpoint" in refused(tmp_path / "w")
+
+
+def weights_file(header: bytes, data: bytes = b"") -> bytes:
+    """A safetensors file: the header's length, the header, the numbers."""
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def test_the_hostile_headers_below_differ_from_one_that_loads(tmp_path):
+    header = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
+    (save(tmp_path / "w") / "model.safetensors").write_bytes(weights_file(header, b"\0" * 16))
+    assert torch.equal(checkpoint.load_weights(tmp_path / "w")[1]["a"], torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff" * 8 + b"{}",
+        weights_file(b"[]"),
+        weights_file(b"\xff\xff"),
+        weights_file(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', b"\0" * 12),
+        weights_file(b'{"a":{"dtype":"F32","shape":[5],"data_offsets":[0,16]}}', b"\0" * 16),
+        weights_file(b'{"a":{"dtype":"F99","shape":[4],"data_offsets":[0,16]}}', b"\0" * 16),
+        weights_file(b'{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}', b"\0" * 16),
+    ],
+    ids=["endless", "list", "not_utf8", "beyond_the_end", "shape", "dtype", "negative"],
+)
+def test_hostile_headers_are_refused(tmp_path, data):
+    (save(tmp_path / "w") / "model.safetensors").write_bytes(data)
+    assert "damaged checkpoint" in refused(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b'{"a": 1}}',
+        b"[1, 2]",
+        b'"text"',
+        b"null",
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b'{"a": "\xff"}',
+    ],
+    ids=["empty", "cut", "trailing", "list", "string", "null", "nested", "nested_objects", "huge_number", "not_utf8"],
+)
+def test_hostile_descriptions_are_refused(tmp_path, text):
+    (save(tmp_path / "w") / "scorer.json").write_bytes(text)
+    assert "damaged checkpoint" in refused(tmp_path / "w")
+
+
+@pytest.mark.parametrize("missing", ["scorer.json", "model.safetensors"])
+def test_a_missing_file_is_named(tmp_path, missing):
+    (save(tmp_path / "w") / missing).unlink()
+    assert refused(tmp_path / "w").endswith(f"not a checkpoint, {missing} is missing")
+
+
+def test_an_absent_folder_and_a_file_are_no_checkpoints(tmp_path):
+    fill(tmp_path, "file")
+    assert "not a checkpoint" in refused(tmp_path / "absent")
+    assert "not a checkpoint" in refused(tmp_path / "file")
+
+
+def test_weights_that_are_a_folder_are_refused(tmp_path):
+    path = save(tmp_path / "w") / "model.safetensors"
+    path.unlink()
+    path.mkdir()
+    assert "damaged checkpoint" in refused(tmp_path / "w")
+
+
+class Payload:
+    """Runs when unpickled: makes the file it names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("dump", [lambda value, path: path.write_bytes(pickle.dumps(value)), torch.save])
+def test_a_pickle_named_like_weights_is_refused_and_not_run(tmp_path, dump):
+    path, trace = save(tmp_path / "w") / "model.safetensors", tmp_path / "it ran"
+    dump({"weight": Payload(trace)}, path)
+    assert "damaged checkpoint" in refused(tmp_path / "w")
+    assert not trace.exists()
+    file = BytesIO(path.read_bytes())
+    torch.load(file, weights_only=False) if dump is torch.save else pickle.load(file)
+    assert trace.exists()  # so the payload was live
+
+
+# Where a run comes from
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """A repository with one commit in which checkpoint.py seems to lie."""
+    fill(tmp_path, "checkpoint.py")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    return tmp_path
+
+
+def test_the_revision_is_the_commit_and_tells_of_changes(repository):
+    commit = git(repository, "rev-parse", "HEAD")
+    assert len(commit) == 40
+    assert checkpoint.git_revision() == commit
+    fill(repository, "a_new_file_that_git_does_not_know")
+    assert checkpoint.git_revision() == commit
+    (repository / "checkpoint.py").write_text("changed")
+    assert checkpoint.git_revision() == f"{commit}+changes"
+
+
+def test_outside_git_the_revision_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    assert checkpoint.git_revision() == ""
+
+
+def test_without_git_installed_the_revision_is_empty(repository, monkeypatch):
+    assert checkpoint.git_revision() != ""
+    monkeypatch.setenv("PATH", str(repository))
+    assert checkpoint.git_revision() == ""
+
+
+def test_the_environment_names_versions_and_revision(repository, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PACKAGES", (*checkpoint.PACKAGES, "no-such-package-at-all"))
+    found = checkpoint.environment()
+    versions = found["versions"]
+    assert found["git_revision"] == git(repository, "rev-parse", "HEAD")
+    assert versions["numpy"] == np.__version__ and versions["pandas"] == pd.__version__
+    assert versions["torch"] == version("torch")
+    assert versions["python"].count(".") == 2
+    assert {"open_clip_torch", "transformers", "torchvision", "scipy", "scikit-learn"} <= versions.keys()
+    assert versions["no-such-package-at-all"] == "not installed"
+    json.dumps(found, allow_nan=False)

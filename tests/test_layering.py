@@ -1,0 +1,246 @@
+"""The layout of the project as a table, held against the code."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module's layer, what it may import from the project and, where that is limited, from outside."""
+
+    layer: int
+    project: frozenset[str] = frozenset()
+    outside: frozenset[str] | None = None  # beside the standard library; None: anything but `barred`
+    barred: frozenset[str] = field(default=frozenset())
+
+
+def names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+BASE = {
+    "configs": Place(0, outside=names("")),  # so that --help answers at once
+    "metrics": Place(0, outside=names("numpy scipy")),
+    "losses": Place(0, outside=names("torch")),
+    "data": Place(0, barred=names("open_clip transformers")),
+    "demo": Place(0, outside=names("numpy PIL")),
+    "backbones": Place(0),
+    "models": Place(0),
+    "calibration": Place(0, outside=names("numpy sklearn")),
+    # These two know nothing of images or CLIP.
+    "engine": Place(1, names("metrics"), outside=names("numpy torch")),
+    "checkpoint": Place(1, names("configs models"), outside=names("pandas safetensors torch")),
+}
+LAYOUT = {
+    **BASE,
+    "baseline": Place(2, frozenset(BASE)),
+    "predict": Place(2, names("configs checkpoint data engine backbones models")),
+}
+FREE_OF_TORCH = ["configs", "metrics", "demo", "calibration"]
+LONGEST = 60  # lines of a function, docstring included
+LONGEST_RUN = 120  # lines of baseline.run, the one visible path
+KNOWS_CUDA = {("engine", "start_runtime")}  # beside the choices of --device, which are in configs
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imported(code: ast.AST) -> set[str]:
+    """The top-level names of every import, wherever it stands: in functions and under `if` too."""
+    found = set()
+    for node in ast.walk(code):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." if node.level else str(node.module).partition(".")[0])
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in ("__import__", "import_module", "importlib.import_module"):
+                found.add(str(ast.literal_eval(node.args[0])).partition(".")[0])
+    return found
+
+
+def functions(code: ast.AST, inside: str = "") -> Iterator[tuple[str, Function]]:
+    """Every function with its dotted name, those in classes and in functions too."""
+    for node in ast.iter_child_nodes(code):
+        if isinstance(node, Function):
+            yield f"{inside}{node.name}", node
+        name = f"{inside}{node.name}." if isinstance(node, Function | ast.ClassDef) else inside
+        yield from functions(node, name)
+
+
+def docstrings(code: ast.AST) -> set[int]:
+    """Identities of the constants that are docstrings."""
+    holders = [node for node in ast.walk(code) if isinstance(node, Function | ast.ClassDef | ast.Module)]
+    first = [node.body[0] for node in holders if ast.get_docstring(node, clean=False) is not None]
+    return {id(statement.value) for statement in first if isinstance(statement, ast.Expr)}
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(LAYOUT)
+
+
+def test_the_table_lets_a_module_import_lower_layers_only():
+    for module, place in LAYOUT.items():
+        assert all(LAYOUT[name].layer < place.layer for name in place.project), module
+
+
+@pytest.mark.parametrize("module", LAYOUT)
+def test_a_module_imports_from_the_project_what_its_place_allows(module):
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"tests", "tools", "conftest", "."}
+    assert imported(tree(module)) & ours <= LAYOUT[module].project
+
+
+@pytest.mark.parametrize("module", LAYOUT)
+def test_a_module_imports_from_outside_what_its_place_allows(module):
+    place = LAYOUT[module]
+    outside = imported(tree(module)) - sys.stdlib_module_names - set(LAYOUT)
+    assert not outside & place.barred
+    assert place.outside is None or outside <= place.outside
+
+
+def test_imports_are_found_wherever_they_stand():
+    code = """
+import a.b as c, d
+from e.f import g
+if __name__ == "__main__":
+    import h
+def run():
+    from i import j
+    class K:
+        import l
+    __import__("m.n")
+from . import o
+"""
+    assert imported(ast.parse(code)) == {"a", "d", "e", "h", "i", "l", "m", "."}
+
+
+def test_no_module_is_a_drawer_for_anything():
+    stems = {path.stem.lower() for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    assert not stems & {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+def test_cuda_is_spelt_in_one_function_and_in_the_choices_of_the_flags():
+    places = []
+    for module in LAYOUT:
+        code = tree(module)
+        prose = docstrings(code)
+        owner = {id(node): name for name, function in functions(code) for node in ast.walk(function)}
+        for node in ast.walk(code):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+                place = (module, owner.get(id(node), ""))
+                if "cuda" in node.value.lower() and place not in KNOWS_CUDA and module != "configs":
+                    places.append(f"{module}.py:{node.lineno}")
+    assert places == []
+    assert KNOWS_CUDA <= {(module, name) for module in LAYOUT for name, _ in functions(tree(module))}
+
+
+@pytest.mark.parametrize("module", [module for module in LAYOUT if module != "engine"])
+def test_only_the_engine_asks_torch_about_gpus(module):
+    attributes = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute)]
+    assert [f"line {node.lineno}" for node in attributes if node.attr == "cuda"] == []
+
+
+def test_functions_are_short():
+    limits = {("baseline", "run"): LONGEST_RUN}
+    offenders = []
+    for module in LAYOUT:
+        for name, function in functions(tree(module)):
+            assert function.end_lineno is not None
+            lines = function.end_lineno - function.lineno + 1
+            if lines > limits.get((module, name), LONGEST):
+                offenders.append(f"{module}.{name}: {lines} lines")
+    assert offenders == []
+
+
+def test_everything_public_says_what_it_is():
+    silent = []
+    for module in LAYOUT:
+        code = tree(module)
+        public = [
+            node for node in code.body if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_")
+        ]
+        silent += [f"{module}.{node.name}" for node in public if not ast.get_docstring(node)]
+        silent += [] if ast.get_docstring(code) else [module]
+    assert silent == []
+
+
+PROBE = """
+import json, logging, os, random, sys
+
+sys.argv = ["probe", "--no_such_flag", "-h"]
+free_of_torch, others = json.loads(os.environ["MODULES"])
+found = {}
+
+
+def state(library):
+    if library is random:
+        return repr(random.getstate())
+    if library.__name__ == "numpy":
+        return repr([part.tolist() if hasattr(part, "tolist") else part for part in library.random.get_state()])
+    return repr((library.get_rng_state().tolist(), library.get_default_dtype(), library.is_grad_enabled()))
+
+
+before = {random: state(random)}
+import configs
+
+found["loaded by configs"] = sorted({"torch", "numpy", "pandas", "open_clip", "transformers"} & set(sys.modules))
+import numpy
+
+before[numpy] = state(numpy)
+for name in free_of_torch:
+    __import__(name)
+found["loaded by those free of torch"] = sorted({"torch", "open_clip", "transformers"} & set(sys.modules))
+import torch
+
+before[torch] = state(torch)
+for name in others:
+    __import__(name)
+found["changed"] = [library.__name__ for library, was in before.items() if state(library) != was]
+found["gpu started"] = torch.cuda.is_initialized()
+found["log handlers"] = [str(handler) for handler in logging.getLogger().handlers]
+found["argv"] = sys.argv
+with open(os.environ["ANSWER"], "w") as file:
+    json.dump(found, file)
+"""
+
+
+def test_importing_every_module_does_nothing_else(tmp_path):
+    """In a fresh process: no argument is read, no generator drawn from, no file made, nothing printed."""
+    cwd, answer = tmp_path / "cwd", tmp_path / "answer.json"
+    cwd.mkdir()
+    others = [module for module in LAYOUT if module not in FREE_OF_TORCH]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MODULES": json.dumps([FREE_OF_TORCH, others]),
+        "ANSWER": str(answer),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(cwd.iterdir()) == []
+    assert json.loads(answer.read_text()) == {
+        "loaded by configs": [],
+        "loaded by those free of torch": [],
+        "changed": [],
+        "gpu started": False,
+        "log handlers": [],
+        "argv": ["probe", "--no_such_flag", "-h"],
+    }

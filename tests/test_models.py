@@ -1,0 +1,639 @@
+"""`models.py`: the score's formula by hand, what is frozen and stays so, LoRA, learning rates per layer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+
+EMBED_DIM, IMAGE_LAYERS, TEXT_LAYERS, CONTEXT, VOCAB = 16, 3, 2, 12, 50
+END = VOCAB - 1  # the highest token, at which CLIP pools
+SCALE_Q, SCALE_C = 0.2, 0.3
+HEADS = {"scale_q": SCALE_Q, "scale_c": SCALE_C, "hidden_q": 8, "hidden_c": 8, "dropout": 0.0}
+ARGUMENTS = {
+    **HEADS,
+    "embed_dim": EMBED_DIM,
+    "residual": True,
+    "refinement": None,
+    "predict_rationale": False,
+}
+PLAIN = {**ARGUMENTS, "residual": False}
+REFINED = {**PLAIN, "refinement": {"layers": 1, "heads": 2, "dim": 8}}
+
+
+def build_clip(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None) -> open_clip.CustomTextCLIP:
+    """A small CLIP, the same at every call."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 16, "layers": IMAGE_LAYERS}
+    words = {"context_length": CONTEXT, "vocab_size": VOCAB, "width": 32, "heads": 2, "layers": TEXT_LAYERS}
+    return open_clip.CustomTextCLIP(
+        embed_dim=EMBED_DIM, vision_cfg={**sizes, **(vision or {})}, text_cfg={**words, **(text or {})}
+    )
+
+
+def resnet_clip() -> open_clip.CustomTextCLIP:
+    """RN50 in small: its image tower has batch normalisation and no transformer blocks."""
+    return build_clip({"layers": [1, 1, 1, 1], "width": 16, "head_width": 32, "patch_size": None, "image_size": 64})
+
+
+def timm_clip() -> open_clip.CustomTextCLIP:
+    """A CLIP whose image tower is one of timm's smallest vision transformers."""
+    return build_clip({"timm_model_name": "test_vit2", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64})
+
+
+def build_model(clip: open_clip.CustomTextCLIP | None = None, **changes: Any) -> models.ScoreModel:
+    clip = clip or build_clip()
+    torch.manual_seed(1)
+    return models.build_model(clip, **{**ARGUMENTS, **changes})
+
+
+def images(number: int, size: int = 32) -> torch.Tensor:
+    return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def prompts(*lengths: int) -> torch.Tensor:
+    """(P, N) tokens of prompts with so many words, the end token after them, then padding."""
+    generator = torch.Generator().manual_seed(3)
+    tokens_PN = torch.zeros(len(lengths), CONTEXT, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        tokens_PN[row, :length] = torch.randint(1, END - 1, (length,), generator=generator)
+        tokens_PN[row, length] = END
+    return tokens_PN
+
+
+def unit(rows: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, EMBED_DIM, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def stir(module: nn.Module) -> None:
+    """Move every parameter off its initial value."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def trained_names(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def train_steps(model: models.ScoreModel, num_steps: int = 3, size: int = 32) -> torch.optim.AdamW:
+    """A few steps of AdamW over all parameters, frozen ones included, on the sum of both scores."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    model.train()
+    for _ in range(num_steps):
+        scores = model(images(4, size), prompts(3, 5), torch.tensor([0, 1, 1, 0]))
+        ((scores["q"] - 1) ** 2 + (scores["c"] - 1) ** 2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def assert_one_line(error: pytest.ExceptionInfo[ValueError]) -> None:
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------- residual heads
+
+
+@pytest.fixture
+def residual() -> models.ResidualHeads:
+    torch.manual_seed(0)
+    return models.ResidualHeads(EMBED_DIM, **HEADS)
+
+
+def test_a_fresh_residual_model_scores_exactly_by_its_base_formula(residual):
+    residual.set_base((np.linspace(-2, 2, EMBED_DIM), 0.3), (1.7, -0.4))
+    image, text = unit(9, 0), unit(9, 1)
+    q = torch.sigmoid(image @ torch.linspace(-2, 2, EMBED_DIM) + 0.3)
+    c = 1.7 * ((image * text).sum(dim=1) + 1) / 2 - 0.4
+    torch.testing.assert_close(residual.quality(image), q, atol=1e-6, rtol=0)
+    torch.testing.assert_close(residual.consistency(image, text), c, atol=1e-6, rtol=0)
+    assert torch.count_nonzero(residual.delta_q(image)) == 0
+    assert torch.count_nonzero(residual.delta_c(models.joint_features(image, text)[0])) == 0
+
+
+def test_without_a_fitted_base_consistency_starts_as_half_the_cosine_plus_one(residual):
+    image, text = unit(5, 0), unit(5, 1)
+    expected = (F.cosine_similarity(image, text) + 1) / 2
+    torch.testing.assert_close(residual.consistency(image, text), expected)
+
+
+def test_scores_follow_the_documented_formula_after_training(residual):
+    stir(residual)
+    image, text = unit(7, 0), unit(7, 1)
+    cos = (image * text).sum(dim=1, keepdim=True)
+    q = torch.sigmoid(residual.base_q(image)) + SCALE_Q * torch.tanh(residual.delta_q(image))
+    joint = torch.cat([image, text, cos], dim=1)
+    c = residual.base_c((cos + 1) / 2) + SCALE_C * torch.tanh(residual.delta_c(joint))
+    torch.testing.assert_close(residual.quality(image), q[:, 0])
+    torch.testing.assert_close(residual.consistency(image, text), c[:, 0])
+
+
+def test_deltas_never_exceed_their_scale(residual):
+    image, text = unit(50, 0), unit(50, 1)
+    base_q, base_c = residual.quality(image), residual.consistency(image, text)
+    for head in (residual.delta_q, residual.delta_c):
+        nn.init.normal_(head[-1].weight, std=100)
+    move_q, move_c = residual.quality(image) - base_q, residual.consistency(image, text) - base_c
+    for move, scale in ((move_q, SCALE_Q), (move_c, SCALE_C)):
+        assert 0.9 * scale < move.abs().max() <= scale + 1e-6
+
+
+def test_scores_outside_the_label_range_still_have_a_gradient(residual):
+    residual.set_base((np.zeros(EMBED_DIM), 5.0), (1.0, 3.0))
+    nn.init.constant_(residual.delta_q[-1].bias, 1.0)
+    image, text = unit(4, 0).requires_grad_(), unit(4, 1)
+    q, c = residual.quality(image), residual.consistency(image, text)
+    assert (q > 1).all() and (c > 1).all()
+    assert torch.autograd.grad(q.sum(), residual.delta_q[-1].bias, retain_graph=True)[0] != 0
+    assert torch.autograd.grad(c.sum(), image)[0].abs().sum() > 0
+    residual.set_base(None, (1.0, -3.0))
+    low = residual.consistency(image, text)
+    assert (low < 0).all()
+    assert torch.autograd.grad(low.sum(), image)[0].abs().sum() > 0
+
+
+def test_set_base_changes_only_what_it_is_given(residual):
+    before = snapshot(residual)
+    residual.set_base(None, None)
+    assert all(torch.equal(before[name], value) for name, value in residual.state_dict().items())
+    residual.set_base(None, (2.0, 0.5))
+    assert (residual.base_c.weight.item(), residual.base_c.bias.item()) == (2.0, 0.5)
+    assert torch.equal(residual.base_q.weight, before["base_q.weight"])
+    residual.set_base((np.arange(EMBED_DIM), -1.0), None)
+    assert residual.base_q.weight.tolist() == [list(range(EMBED_DIM))]
+    assert residual.base_q.bias.item() == -1.0
+    assert residual.base_c.weight.item() == 2.0
+    assert residual.base_q.weight.requires_grad
+
+
+# ------------------------------------------------------------------------------------------- plain heads
+
+
+def test_plain_heads_stay_between_zero_and_one():
+    heads = build_model(residual=False).heads
+    stir(heads)
+    image, text = unit(200, 0), unit(200, 1)
+    for scores in (heads.quality(image), heads.consistency(image, text)):
+        assert scores.min() > 0 and scores.max() < 1
+        assert scores.std() > 0
+
+
+def test_refinement_starts_as_the_coarse_score_and_learns_from_there():
+    plain, refined = build_model(residual=False), build_model(**REFINED)
+    refined.heads.head_c.load_state_dict(plain.heads.head_c.state_dict())
+    image, text = unit(6, 0), unit(6, 1)
+    coarse = plain.heads.consistency(image, text)
+    assert torch.equal(refined.heads.consistency(image, text), coarse)
+    optimizer = torch.optim.AdamW(refined.heads.refine.parameters(), lr=1e-2)
+    for _ in range(2):  # the first step moves the last layer off zero, the second reaches what lies below it
+        optimizer.zero_grad()
+        refined.heads.consistency(image, text).sum().backward()
+        optimizer.step()
+    without = [name for name, p in refined.heads.refine.named_parameters() if not p.grad.abs().sum() > 0]
+    assert not without
+    assert (refined.heads.consistency(image, text) != coarse).all()
+
+
+def test_refinement_reads_image_text_and_coarse_score():
+    refine = build_model(**REFINED).heads.refine
+    stir(refine)
+    base = (unit(3, 0), unit(3, 1), torch.full((3, 1), 0.4))
+    for place, other in enumerate((unit(3, 2), unit(3, 3), torch.full((3, 1), 0.6))):
+        changed = [other if index == place else value for index, value in enumerate(base)]
+        assert (refine(*changed) != refine(*base)).all()
+
+
+# ----------------------------------------------------------------------------------------- the whole model
+
+
+@pytest.mark.parametrize("arguments", [ARGUMENTS, PLAIN, REFINED, {**ARGUMENTS, "predict_rationale": True}])
+def test_a_model_is_built_again_from_its_json_arguments(arguments):
+    first = build_model(**arguments).eval()
+    stir(first)
+    again = models.build_model(build_clip(), **json.loads(json.dumps(arguments))).eval()
+    again.load_state_dict(first.state_dict())
+    batch = (images(3), prompts(2, 7), torch.tensor([1, 0, 1]))
+    expected, found = first(*batch), again(*batch)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_dropout_argument_reaches_every_head():
+    model = build_model(**{**REFINED, "dropout": 0.35})
+    rates = [module.p for module in model.heads.modules() if isinstance(module, nn.Dropout)]
+    assert len(rates) >= 3
+    assert set(rates) == {0.35}
+
+
+def test_without_prompts_there_is_only_quality():
+    model = build_model(predict_rationale=True).eval()
+    assert set(model(images(2))) == {"q"}
+    torch.testing.assert_close(
+        model(images(2))["q"], model(images(2), prompts(3), torch.zeros(2, dtype=torch.long))["q"]
+    )
+
+
+def test_rationale_is_a_linear_map_of_image_text_and_cosine():
+    model = build_model(predict_rationale=True).eval()
+    image, text = unit(4, 0), unit(4, 1)
+    scores = model.score(image, text)
+    assert set(scores) == {"q", "c", "rationale"}
+    joint = torch.cat([image, text, (image * text).sum(dim=1, keepdim=True)], dim=1)
+    torch.testing.assert_close(scores["rationale"], model.rationale(joint))
+    assert scores["rationale"].shape == (4, EMBED_DIM)
+
+
+def test_embeddings_are_unit_vectors_in_float32():
+    model = build_model().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embedded = (model.encode_image(images(3)), model.encode_text(prompts(2, 5)))
+    for vectors in embedded:
+        assert vectors.dtype == torch.float32
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
+
+
+def test_scores_are_computed_in_float32_under_autocast():
+    model = build_model(predict_rationale=True)
+    stir(model.heads)
+    image, text = unit(40, 0), unit(40, 1)
+    expected = model.score(image, text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.heads.base_q(image).dtype == torch.bfloat16  # autocast does reach the heads
+        found = model.score(image, text)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_each_distinct_prompt_is_encoded_once_and_scores_as_if_it_were_alone():
+    model = build_model().eval()
+    stir(model.heads)
+    rows = []
+    hook = model.clip.text.token_embedding.register_forward_hook(lambda module, given, out: rows.append(len(given[0])))
+    pictures, tokens, prompt_of = images(5), prompts(2, 9, 4), torch.tensor([2, 0, 0, 1, 2])
+    together = model(pictures, tokens, prompt_of)
+    hook.remove()
+    assert rows == [3]
+    for index, prompt in enumerate(prompt_of.tolist()):
+        alone = model(pictures[index : index + 1], tokens[prompt : prompt + 1], torch.zeros(1, dtype=torch.long))
+        for name in ("q", "c"):
+            torch.testing.assert_close(together[name][index], alone[name][0], atol=1e-5, rtol=0)
+
+
+def test_score_batch_gives_the_scores_and_embed_batch_what_clip_knows():
+    model = build_model(predict_rationale=True).eval()
+    batch = SimpleNamespace(images_B3SS=images(3), tokens_PN=prompts(2, 5), prompt_of_B=torch.tensor([1, 1, 0]))
+    scores, known = models.score_batch(model, batch), models.embed_batch(model, batch)
+    assert set(scores) == {"q", "c"}
+    text = model.encode_text(batch.tokens_PN)[batch.prompt_of_B]
+    torch.testing.assert_close(known["cos"], F.cosine_similarity(known["image"], text))
+    torch.testing.assert_close(scores["c"], model.heads.consistency(known["image"], text))
+    batch.tokens_PN = batch.prompt_of_B = None
+    assert set(models.score_batch(model, batch)) == {"q"}
+    assert set(models.embed_batch(model, batch)) == {"image"}
+
+
+# ------------------------------------------------------------------------------------------ encoding text
+
+
+@pytest.mark.parametrize("text", [{}, {"pool_type": "eos", "eos_id": END}, {"proj_bias": True}, {"proj_type": "none"}])
+def test_trimmed_padding_changes_no_text_embedding(text):
+    clip = build_clip(text={**text, "width": EMBED_DIM if "proj_type" in text else 32}).eval()
+    assert models.trims_exactly(clip.text)
+    for tokens in (prompts(2), prompts(2, 7, 0), prompts(CONTEXT - 1, 3)):
+        torch.testing.assert_close(models.encode_tokens(clip, tokens), clip.encode_text(tokens), atol=1e-5, rtol=0)
+
+
+def test_only_as_many_tokens_as_the_longest_prompt_has_are_computed():
+    clip, lengths = build_clip(), []
+    clip.text.token_embedding.register_forward_hook(lambda module, given, out: lengths.append(given[0].shape[1]))
+    models.encode_tokens(clip, prompts(2, 6, 4))
+    assert lengths == [7]
+
+
+def test_a_prompt_that_holds_token_zero_keeps_its_end():
+    """Token 0 is the padding and also "!" inside a word of CLIP's vocabulary."""
+    clip, tokens = build_clip().eval(), prompts(6)
+    tokens[0, 2:5] = 0
+    torch.testing.assert_close(models.encode_tokens(clip, tokens), clip.encode_text(tokens), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "text", [{"no_causal_mask": True}, {"no_causal_mask": True, "pool_type": "last"}, {"pool_type": "last"}]
+)
+def test_towers_that_see_the_padding_are_not_trimmed(text):
+    clip = build_clip(text=text).eval()
+    assert not models.trims_exactly(clip.text)
+    tokens = prompts(2, 4)
+    assert torch.equal(models.encode_tokens(clip, tokens), clip.encode_text(tokens))
+
+
+# ------------------------------------------------------------------------------------------------ freezing
+
+
+def names_below(clip: open_clip.CustomTextCLIP, *prefixes: str) -> set[str]:
+    """Names of the parameters below some parts; each part must exist."""
+    names = {name for name, _ in clip.named_parameters()}
+    found = [{name for name in names if name == prefix or name.startswith(prefix + ".")} for prefix in prefixes]
+    assert all(found), prefixes
+    return set().union(*found)
+
+
+EMBEDDINGS = (
+    "visual.conv1",
+    "visual.class_embedding",
+    "visual.positional_embedding",
+    "visual.ln_pre",
+    "text.token_embedding",
+    "text.positional_embedding",
+)
+ENDS = ("visual.ln_post", "visual.proj", "text.ln_final", "text.text_projection")
+
+
+def test_by_default_all_of_clip_but_the_temperature_is_trained():
+    clip = build_clip()
+    models.freeze_backbone(clip, everything=True)
+    models.freeze_backbone(clip)  # it also thaws
+    assert trained_names(clip) == {name for name, _ in clip.named_parameters()} - {"logit_scale"}
+
+
+def test_a_bias_of_the_temperature_is_never_trained():
+    clip = build_clip()
+    clip.logit_bias = nn.Parameter(torch.zeros(()))
+    models.freeze_backbone(clip)
+    assert not {"logit_scale", "logit_bias"} & trained_names(clip)
+
+
+def test_a_frozen_clip_trains_only_the_heads():
+    model = build_model()
+    models.freeze_backbone(model.clip, everything=True)
+    assert trained_names(model) == {name for name, _ in model.named_parameters() if name.startswith("heads.")}
+
+
+@pytest.mark.parametrize("num_layers", range(IMAGE_LAYERS + 1))
+def test_partial_freezing_freezes_embeddings_and_the_first_blocks_of_both_towers(num_layers):
+    """The text tower has fewer blocks than the image tower: from its depth on all of them are frozen."""
+    clip = build_clip()
+    models.freeze_backbone(clip, num_layers=num_layers)
+    blocks = [
+        f"{tower}.transformer.resblocks.{index}"
+        for tower, depth in (("visual", IMAGE_LAYERS), ("text", TEXT_LAYERS))
+        for index in range(num_layers, depth)
+    ]
+    assert trained_names(clip) == names_below(clip, *ENDS, *blocks)
+
+
+def test_every_parameter_is_an_embedding_a_block_an_end_or_the_temperature():
+    clip = build_clip()
+    blocks = ("visual.transformer.resblocks", "text.transformer.resblocks")
+    assert names_below(clip, *EMBEDDINGS, *ENDS, *blocks, "logit_scale") == {n for n, _ in clip.named_parameters()}
+
+
+def test_more_frozen_layers_than_the_image_tower_has_is_an_error_that_names_its_depth():
+    with pytest.raises(ValueError, match=rf"--freeze_layers {IMAGE_LAYERS + 1}: .*\b{IMAGE_LAYERS} blocks") as error:
+        models.freeze_backbone(build_clip(), num_layers=IMAGE_LAYERS + 1)
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"), [(resnet_clip, "ModifiedResNet"), (timm_clip, "TimmModel")], ids=["resnet", "timm"]
+)
+def test_towers_without_plain_blocks_refuse_partial_freezing_and_lora(build, name):
+    clip = build()
+    for attempt in (lambda: models.freeze_backbone(clip, num_layers=1), lambda: models.add_lora(clip, 2, num_layers=0)):
+        with pytest.raises(ValueError, match=rf"image tower.*{name}") as error:
+            attempt()
+        assert_one_line(error)
+    models.freeze_backbone(clip, everything=True)
+    assert not trained_names(clip)
+
+
+@pytest.mark.parametrize("freezing", [{"everything": True}, {"num_layers": 0}, {"num_layers": 2}, {"num_layers": 3}])
+def test_frozen_parameters_get_no_gradient_no_state_and_stay_bit_identical(freezing):
+    model = build_model()
+    models.freeze_backbone(model.clip, **freezing)
+    before, trained = snapshot(model), trained_names(model)
+    optimizer = train_steps(model)
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            assert parameter in optimizer.state, name
+            assert not torch.equal(parameter, before[name]), name
+        else:
+            assert parameter not in optimizer.state, name
+            assert parameter.grad is None, name
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_training_mode_leaves_frozen_batch_statistics_alone():
+    model = build_model(resnet_clip())
+    models.freeze_backbone(model.clip, everything=True)
+    before = snapshot(model.clip)
+    train_steps(model, size=64)
+    assert all(torch.equal(value, before[name]) for name, value in model.clip.state_dict().items())
+    models.freeze_backbone(model.clip)
+    train_steps(model, num_steps=1, size=64)
+    moved = [name for name, value in model.clip.state_dict().items() if not torch.equal(value, before[name])]
+    assert any(name.endswith("running_mean") for name in moved)
+
+
+def test_frozen_towers_drop_no_patches_and_trained_ones_do():
+    model = build_model(build_clip({"patch_dropout": 0.5}))
+    models.freeze_backbone(model.clip, everything=True)
+    pictures = images(4)
+    expected = model.eval().encode_image(pictures)
+    model.train()
+    torch.testing.assert_close(model.encode_image(pictures), expected)
+    models.freeze_backbone(model.clip)
+    model.train()
+    assert not torch.allclose(model.encode_image(pictures), expected, atol=1e-3)
+    torch.testing.assert_close(model.eval().encode_image(pictures), expected)
+
+
+def test_training_mode_reaches_all_that_is_trained_and_nothing_wholly_frozen():
+    model = build_model()
+    models.freeze_backbone(model.clip, num_layers=1)
+    assert model.train() is model
+    first, *others = model.clip.visual.transformer.resblocks
+    assert not any(module.training for module in [*first.modules(), model.clip.text.token_embedding])
+    assert all(module.training for block in others for module in block.modules())
+    assert all(module.training for module in model.heads.modules())
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------------- LoRA
+
+BATCH = (images(4), prompts(2, 5), torch.tensor([0, 1, 1, 0]))
+
+
+def lora_model(num_layers: int | None = None, **changes: Any) -> models.ScoreModel:
+    model = build_model(**changes)
+    models.add_lora(model.clip, 2, num_layers=num_layers)
+    return model
+
+
+@torch.no_grad()
+def scores_of(model: models.ScoreModel) -> torch.Tensor:
+    scores = model.eval()(*BATCH)
+    return torch.stack([scores["q"], scores["c"]])
+
+
+def test_lora_starts_as_the_base_model_bit_for_bit():
+    assert torch.equal(scores_of(lora_model()), scores_of(build_model()))
+
+
+def test_lora_adds_twice_the_product_of_its_factors():
+    model = lora_model()
+    stir(model.clip)
+    linear = model.clip.visual.transformer.resblocks[0].mlp.c_fc
+    factors = linear.parametrizations.weight
+    expected = factors.original + 2 * factors[0].b @ factors[0].a
+    torch.testing.assert_close(linear.weight, expected)
+    assert factors[0].a.shape == (2, 32) and factors[0].b.shape == (128, 2)
+
+
+def test_with_lora_only_its_factors_and_the_heads_are_trained():
+    model = lora_model()
+    trained = trained_names(model)
+    factors = {name for name in trained if not name.startswith("heads.")}
+    assert all(name.endswith((".0.a", ".0.b")) and ".parametrizations." in name for name in factors)
+    assert len(factors) == 2 * 4 * (IMAGE_LAYERS + TEXT_LAYERS)
+    assert trained - factors == {name for name, _ in model.named_parameters() if name.startswith("heads.")}
+    before = snapshot(model)
+    train_steps(model)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == trained
+
+
+def test_lora_leaves_the_first_blocks_as_they_are():
+    model = lora_model(num_layers=TEXT_LAYERS)
+    blocks = {name.partition(".attn.")[0].partition(".mlp.")[0] for name in trained_names(model.clip)}
+    assert blocks == {f"visual.transformer.resblocks.{index}" for index in range(TEXT_LAYERS, IMAGE_LAYERS)}
+    with pytest.raises(ValueError, match=f"{IMAGE_LAYERS} blocks") as error:
+        lora_model(num_layers=IMAGE_LAYERS + 1)
+    assert_one_line(error)
+
+
+def test_merged_state_fits_a_plain_model_and_leaves_its_own_as_it_was():
+    model = lora_model()
+    train_steps(model)
+    expected, before = scores_of(model), snapshot(model)
+    assert not torch.allclose(expected, scores_of(build_model()), atol=1e-3)
+    state = models.merged_state(model)
+    plain = build_model()
+    plain.load_state_dict(state, strict=True)
+    torch.testing.assert_close(scores_of(plain), expected, atol=1e-6, rtol=0)
+    assert not any(value.requires_grad for value in state.values())
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_merged_state_of_a_plain_model_is_its_state():
+    model = build_model()
+    state, own = models.merged_state(model), model.state_dict()
+    assert state.keys() == own.keys()
+    assert all(torch.equal(state[name], own[name]) for name in own)
+
+
+def test_merging_gives_a_plain_model_with_the_same_scores():
+    model = lora_model()
+    train_steps(model)
+    expected = scores_of(model)
+    assert models.merge_lora(model) is model
+    torch.testing.assert_close(scores_of(model), expected, atol=1e-6, rtol=0)
+    assert model.state_dict().keys() == build_model().state_dict().keys()
+
+
+def test_a_deep_copy_with_lora_scores_the_same_and_then_goes_its_own_way():
+    model = lora_model()
+    train_steps(model, 1)
+    twin = copy.deepcopy(model)
+    expected = scores_of(model)
+    assert torch.equal(scores_of(twin), expected)
+    train_steps(model, 1)
+    assert torch.equal(scores_of(twin), expected)
+    assert not torch.equal(scores_of(model), expected)
+    torch.testing.assert_close(scores_of(models.merge_lora(twin)), expected, atol=1e-6, rtol=0)
+
+
+# -------------------------------------------------------------------------- learning rates and parameter counts
+
+
+def test_layer_decay_shrinks_the_learning_rate_once_per_block_from_the_top():
+    model, decay = build_model(), 0.5
+    scales = models.lr_scales(model, decay)
+    for tower, depth in (("visual", IMAGE_LAYERS), ("text", TEXT_LAYERS)):
+        for index in range(depth):
+            names = [name for name in scales if name.startswith(f"clip.{tower}.transformer.resblocks.{index}.")]
+            assert len(names) == 12
+            assert {scales[name] for name in names} == {decay ** (depth - index)}
+    of_part = {part: {scales[f"clip.{n}"] for n in names_below(model.clip, part)} for part in (*ENDS, *EMBEDDINGS)}
+    assert {part for part, found in of_part.items() if found == {1.0}} == set(ENDS)
+    for part in EMBEDDINGS:
+        depth = IMAGE_LAYERS if part.startswith("visual") else TEXT_LAYERS
+        assert of_part[part] == {decay ** (depth + 1)}
+
+
+def test_without_layer_decay_every_clip_parameter_has_the_full_learning_rate():
+    model = build_model()
+    scales = models.lr_scales(model, 1.0)
+    assert set(scales.values()) == {1.0}
+    towers = {name for name, _ in model.named_parameters() if name.startswith(("clip.visual.", "clip.text."))}
+    assert set(scales) == towers
+
+
+def test_lora_factors_follow_the_block_they_belong_to():
+    scales = models.lr_scales(lora_model(), 0.5)
+    for name in trained_names(lora_model()):
+        if name.startswith("clip.visual."):
+            assert scales[name] == 0.5 ** (IMAGE_LAYERS - int(name.split(".")[4]))
+
+
+def test_layer_decay_knows_the_order_of_timm_towers():
+    scales = models.lr_scales(build_model(timm_clip()), 0.5)
+    patches = scales["clip.visual.trunk.patch_embed.proj.weight"]
+    first, second = (scales[f"clip.visual.trunk.blocks.{index}.attn.qkv.weight"] for index in (0, 1))
+    last = max(int(n.split(".")[4]) for n in scales if n.startswith("clip.visual.trunk.blocks."))
+    assert patches < first < second
+    assert scales[f"clip.visual.trunk.blocks.{last}.attn.qkv.weight"] == 0.5
+    assert scales["clip.visual.head.proj.weight"] == 1.0
+    assert scales["clip.visual.trunk.fc_norm.weight"] == 1.0
+
+
+@pytest.mark.parametrize("arguments", [ARGUMENTS, REFINED, {**ARGUMENTS, "predict_rationale": True}])
+@pytest.mark.parametrize("freezing", [{}, {"everything": True}, {"num_layers": 2}])
+def test_parameter_counts_add_up_to_the_whole_model_but_the_temperature(arguments, freezing):
+    model = build_model(**arguments)
+    models.freeze_backbone(model.clip, **freezing)
+    counts = models.count_parameters(model)
+    assert set(counts) == {"image tower", "text tower", "heads"}
+    sizes = {name: (p.numel(), p.requires_grad) for name, p in model.named_parameters() if name != "clip.logit_scale"}
+    assert sum(trained for trained, _ in counts.values()) == sum(size for size, grad in sizes.values() if grad)
+    assert sum(frozen for _, frozen in counts.values()) == sum(size for size, grad in sizes.values() if not grad)
+    visual = sum(size for name, (size, _) in sizes.items() if name.startswith("clip.visual."))
+    assert sum(counts["image tower"]) == visual
+
+
+def test_an_mlp_maps_rows_to_one_number_through_its_hidden_width():
+    head = models.mlp(5, 7, 0.0, zero_last=False)
+    assert [tuple(p.shape) for p in head.parameters()] == [(7, 5), (7,), (1, 7), (1,)]
+    x = torch.ones(2, 5)
+    expected = head[3](F.gelu(head[0](x)))
+    torch.testing.assert_close(head(x), expected)
+    assert math.isclose(models.mlp(5, 7, 0.0, zero_last=True)(x).abs().sum().item(), 0.0)
