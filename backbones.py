@@ -11,6 +11,7 @@ import difflib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.model import resize_pos_embed
 from torch import Tensor
 
 LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
@@ -31,8 +32,8 @@ DEFAULT_PREPROCESS = {
     "std": list(open_clip.constants.OPENAI_DATASET_STD),
 }
 OFFLINE_WAYS = (
-    "Without a network: --clip_pretrained WEIGHTS_FILE, --clip_model local-dir:FOLDER (open_clip or transformers "
-    "form), or --clip_model tiny --clip_pretrained assets"
+    "Without a network: --clip_model local-dir:FOLDER (open_clip or transformers form), --clip_pretrained WEIGHTS_FILE "
+    "(OpenAI's need a -quickgelu model name), or --clip_model tiny --clip_pretrained assets"
 )
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -45,6 +46,7 @@ class Backbone:
     clip: open_clip.CustomTextCLIP
     tokenizer: Tokenizer
     config: dict[str, Any]  # open_clip's own form: {"model_cfg": {...}, "preprocess_cfg": {"mean", "std"}}
+    notes: tuple[str, ...] = ()  # what a user should know of how it was loaded
 
     @property
     def embed_dim(self) -> int:
@@ -64,9 +66,10 @@ class Source:
     config: dict[str, Any]
     read_state: Callable[[], Mapping[str, Tensor]]
     tokenizer: Callable[[], Tokenizer]
+    notes: tuple[str, ...] = ()
 
 
-def load_backbone(name: str, pretrained: str, *, image_size: int, weights: bool = True) -> Backbone:
+def load_backbone(name: str, pretrained: str, *, image_size: int) -> Backbone:
     """Build the CLIP called `name` with the weights `pretrained`.
 
     Args:
@@ -75,18 +78,21 @@ def load_backbone(name: str, pretrained: str, *, image_size: int, weights: bool 
         pretrained: a tag, a weights file, "none" (random, from the global seed) or, for tiny, "assets". A folder or
             hub repository brings its own weights; only "none" matters there.
         image_size: pixels per side; the position table is interpolated to it.
-        weights: False builds the architecture at random, for weights that will be loaded from elsewhere.
 
     Raises:
         ValueError: an unknown name or tag, weights that do not fit, no network, or an unusable image size.
     """
     source = resolve(name, pretrained)
-    state = source.read_state() if weights and pretrained != "none" else None
+    state = source.read_state() if pretrained != "none" else None
     tokenizer = source.tokenizer()
+    native = source.config["model_cfg"]["vision_cfg"].get("image_size", 224)
+    notes = source.notes
+    if state is not None and native != image_size:
+        notes += (f"this CLIP was trained at {native} pixels; --image_size {native} would match it",)
     clip = build_clip(source.config, image_size=image_size)
     if state is not None:
-        load_state(clip, state, f"{name} ({pretrained})")
-    return Backbone(clip=clip, tokenizer=tokenizer, config=source.config)
+        load_state(clip, state, f"{name} ({pretrained}) at {image_size} pixels")
+    return Backbone(clip=clip, tokenizer=tokenizer, config=source.config, notes=notes)
 
 
 def resolve(name: str, pretrained: str) -> Source:
@@ -95,6 +101,8 @@ def resolve(name: str, pretrained: str) -> Source:
         if pretrained not in ("none", "assets"):
             raise ValueError(f"--clip_model tiny --clip_pretrained {pretrained}: tiny has 'assets' or 'none' (random)")
         return from_folder(TINY_DIR)
+    if pretrained not in ("openai", "none") and (name.startswith((LOCAL_DIR, HF_HUB)) or Path(name).is_dir()):
+        raise ValueError(f"--clip_pretrained {pretrained}: {name} brings its own weights; drop it, or say none")
     if name.startswith(LOCAL_DIR):
         return from_folder(Path(name.removeprefix(LOCAL_DIR)))
     key = name.replace("/", "-").replace("@", "-")
@@ -115,6 +123,7 @@ def from_name(key: str, pretrained: str) -> Source:
     """A built-in open_clip architecture with a tag or a weights file. Raises ValueError."""
     model_cfg = open_clip.get_model_config(key)
     preprocess = dict(DEFAULT_PREPROCESS)
+    notes: tuple[str, ...] = ()
     tag = open_clip.get_pretrained_cfg(key, pretrained)
     if tag:
         # The activation and the normalisation belong to the weights, not to the architecture's name.
@@ -123,6 +132,15 @@ def from_name(key: str, pretrained: str) -> Source:
     elif pretrained != "none" and not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(key)) or "none"
         raise ValueError(f"--clip_pretrained {pretrained}: neither a file nor a tag of {key} (tags: {tags})")
+    elif pretrained != "none":
+        beside = Path(pretrained).parent
+        if any((beside / config).is_file() for config in (OPEN_CLIP_CONFIG, "config.json")):
+            found = from_folder(beside).config
+            model_cfg["quick_gelu"] = found["model_cfg"].get("quick_gelu", False)
+            preprocess = found["preprocess_cfg"]
+        else:
+            activation = "QuickGELU" if model_cfg.get("quick_gelu") else "GELU"
+            notes = (f"activation {activation} is taken from the name {key}: a weights file does not tell its own",)
 
     def read_state() -> Mapping[str, Tensor]:
         what = f"{key} ({pretrained})"
@@ -133,6 +151,7 @@ def from_name(key: str, pretrained: str) -> Source:
         {"model_cfg": model_cfg, "preprocess_cfg": preprocess},
         read_state,
         lambda: download(f"the tokenizer of {key}", lambda: open_clip.get_tokenizer(key)),
+        notes,
     )
 
 
@@ -173,7 +192,9 @@ def from_open_clip_files(place: str, scheme: str, config_path: Path, weights_pat
     try:
         saved = json.loads(config_path.read_text(encoding="utf-8"))
         preprocess = {**DEFAULT_PREPROCESS, **saved.get("preprocess_cfg", {})}
-        config = {"model_cfg": saved["model_cfg"], "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std")}}
+        model_cfg = dict(saved["model_cfg"])
+        model_cfg |= {tower: dict(model_cfg[tower]) for tower in ("vision_cfg", "text_cfg")}  # both must be there
+        config = {"model_cfg": model_cfg, "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std")}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{config_path}: not an open_clip config with a model_cfg ({error!r})") from None
     name = scheme + place
@@ -195,7 +216,9 @@ def find_weights(folder: Path) -> Path:
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """Tensors of a .safetensors or a pickled file; never runs code from it. Raises ValueError."""
     try:
-        state = open_clip.factory.load_state_dict(str(path), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is said in our one line
+            state = open_clip.factory.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # pickle, zip and safetensors errors share no base; the cause is kept
         reason = first_line(error)
         if "TorchScript" in str(error):
@@ -228,7 +251,6 @@ def load_state(clip: open_clip.CustomTextCLIP, tensors: Mapping[str, Tensor], wh
             if name in state:
                 state[name] = state[name].float()  # half precision cannot be interpolated on a CPU
         resize_pos_embed(state, clip)
-        resize_text_pos_embed(state, clip)
         clip.load_state_dict(state, strict=True)
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         raise ValueError(f"the weights do not fit {what}: {first_line(error, skip=1)}") from error
@@ -429,27 +451,38 @@ def first_line(error: Exception, *, skip: int = 0) -> str:
     return line.rstrip(".") if len(line) <= 160 else line[:157] + "..."
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Put a tokenizer's files beside the weights; open_clip's built-in one has none."""
-    if isinstance(tokenizer, (TransformersTokenizer, open_clip.tokenizer.HFTokenizer)):
-        tokenizer.save_pretrained(str(folder / TOKENIZER_DIR))
+def save_text_files(backbone: Backbone, folder: Path) -> None:
+    """Put what a Hugging Face tokenizer or text tower reads beside the weights; open_clip's own need nothing."""
+    place = folder / TOKENIZER_DIR
+    if isinstance(backbone.tokenizer, (TransformersTokenizer, open_clip.tokenizer.HFTokenizer)):
+        backbone.tokenizer.save_pretrained(str(place))
+    if backbone.config["model_cfg"]["text_cfg"].get("hf_model_name"):
+        backbone.clip.text.config.save_pretrained(str(place))
 
 
-def restore_tokenizer(config: Mapping[str, Any], folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, without a network."""
-    text = config["model_cfg"]["text_cfg"]
-    length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
-    options = text.get("tokenizer_kwargs") or {}
-    saved = folder / TOKENIZER_DIR
-    if not saved.is_dir():
+def rebuild(config: Mapping[str, Any], folder: Path, *, image_size: int) -> Backbone:
+    """The backbone of a checkpoint folder, with random weights, without a network. Raises ValueError."""
+    own = deepcopy(dict(config))
+    text = own["model_cfg"]["text_cfg"]
+    place = folder / TOKENIZER_DIR
+    if text.get("hf_model_name"):
+        text["hf_model_name"] = str(place)
+    clip = build_clip(own, image_size=image_size)
+    return Backbone(clip=clip, tokenizer=restore_tokenizer(text, place), config=own)
+
+
+def restore_tokenizer(text_cfg: Mapping[str, Any], place: Path) -> Tokenizer:
+    """A saved tokenizer, or open_clip's own where none was saved."""
+    length = text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    if not place.is_dir():
         return open_clip.SimpleTokenizer(context_length=length, **options)
-    if text.get("hf_tokenizer_name"):
-        return open_clip.tokenizer.HFTokenizer(
-            str(saved), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **options
-        )
+    if text_cfg.get("hf_tokenizer_name"):
+        mode = text_cfg.get("tokenizer_mode")
+        return open_clip.tokenizer.HFTokenizer(str(place), context_length=length, tokenizer_mode=mode, **options)
     from transformers import AutoTokenizer
 
-    return TransformersTokenizer(AutoTokenizer.from_pretrained(str(saved)), length)
+    return TransformersTokenizer(AutoTokenizer.from_pretrained(str(place)), length)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> tuple[Tensor, int]:

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -61,7 +63,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     # Data, model, and how one becomes batches for the other.
     config = with_options(config, demo_paths(config) if config.demo else {})
     examples = read_examples(config)
-    backbone, model, arguments = start_model(config)
+    backbone, model, arguments = start_model(config, examples)
     model.to(runtime.device)
     feed, num_truncated = build_feed(config, examples, backbone, runtime)
     loaders = build_loaders(config, examples, runtime)
@@ -77,7 +79,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     checkpoint.prepare_run_folder(folder)
     write_inputs(folder, config, examples, runtime)
 
-    # What CLIP knows before training: the point to start from, and to be compared with.
+    # What CLIP knows before training: the point to start from, and to be compared with at the end.
     known = {
         fold: engine.predict(model, feed.batches(loaders[fold]), models.embed_batch, runtime=runtime)
         for fold in EVAL_LOADERS
@@ -102,7 +104,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     for epoch in range(1, config.epochs + 1):
         enter_stage(config, model, epoch)
         with Progress(len(examples.rows("train"))) as progress:
-            lr = optimizer.param_groups[0]["lr"]
+            lr = config.lr * optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["initial_lr"]
             trained = engine.train_epoch(
                 model,
                 feed.batches(loaders["train"]),
@@ -130,7 +132,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
             print(f"no gain in {config.early_stopping_patience} epochs: stopped early")
             break
 
-    # The test fold is scored here, once, with the weights that validation has chosen.
+    # The test fold's scores are looked at here, once, with the weights that validation has chosen.
     best = models.merge_lora(average.weights)
     best.load_state_dict(checkpoint.load_weights(folder / checkpoint.BEST_DIR)[1])
     predictions |= {fold: predict(best, fold) for fold in ("train_eval", "test")}
@@ -149,19 +151,20 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     return results
 
 
-def start_model(config: TrainingConfig) -> tuple[backbones.Backbone, models.ScoreModel, dict[str, Any]]:
+def start_model(
+    config: TrainingConfig, examples: data.Examples
+) -> tuple[backbones.Backbone, models.ScoreModel, dict[str, Any]]:
     """CLIP with heads, frozen as asked, and the arguments that `models.build_model` builds it again from.
 
     Raises:
         ValueError: an unknown or unfitting backbone, checkpoint or number of layers.
     """
-    backbone = backbones.load_backbone(
-        config.clip_model, config.clip_pretrained, image_size=config.image_size, weights=not config.init_from
-    )
-    arguments = model_arguments(config, backbone.embed_dim)
-    model = models.build_model(backbone.clip, **arguments)
     if config.init_from:
-        load_first_stage(config, model, backbone)
+        backbone, model, arguments = load_first_stage(config, examples)
+    else:
+        backbone = backbones.load_backbone(config.clip_model, config.clip_pretrained, image_size=config.image_size)
+        arguments = model_arguments(config, backbone.embed_dim)
+        model = models.build_model(backbone.clip, **arguments)
     num_layers = config.stages[0][0]
     if config.lora_rank:
         models.add_lora(model.clip, config.lora_rank, num_layers=num_layers)
@@ -170,19 +173,45 @@ def start_model(config: TrainingConfig) -> tuple[backbones.Backbone, models.Scor
     return backbone, model, arguments
 
 
-def load_first_stage(config: TrainingConfig, model: models.ScoreModel, backbone: backbones.Backbone) -> None:
-    """Load the weights of an earlier run into the model. Raises ValueError if they do not fit."""
+def load_first_stage(
+    config: TrainingConfig, examples: data.Examples
+) -> tuple[backbones.Backbone, models.ScoreModel, dict[str, Any]]:
+    """CLIP and heads of an earlier run, as `start_model` returns them.
+
+    Raises:
+        ValueError: its heads are not those asked for, or it was trained on images that are now to be tested on.
+    """
     folder, state, description = checkpoint.load_weights(Path(str(config.init_from)))
-    came_from = description.get("source", {}).get("clip_model", "?")
+    backbone = backbones.rebuild(description["clip"], folder, image_size=config.image_size)
+    arguments = model_arguments(config, backbone.embed_dim)
+    free = {"dropout", "predict_rationale"}  # neither changes what the other weights mean
+    for name, value in description["model"].items():
+        if name not in free and value != arguments[name]:
+            raise ValueError(f"--init_from {folder}: has {name} {value}, not {arguments[name]}; use the same flags")
+    scales = {task: data.LabelScale(**scale) for task, scale in description["scales"].items()}
+    if scales != examples.scales:
+        print(f"note      scores of --init_from lie on {scales}, those of this data on {examples.scales}")
+    splits = folder.parent / "splits.csv"
+    if splits.is_file():
+        before = pd.read_csv(splits, dtype=str, keep_default_na=False).set_index("name")["split"]
+        tested = examples.table["name"][examples.rows("test")]
+        leaked = [name for name in tested if before.get(name, "test") != "test"]
+        if leaked:
+            raise ValueError(
+                f"--init_from {folder}: {len(leaked)} images of the test fold were trained or selected on there; "
+                "use the same --seed, --test_size, --val_size and --split_by"
+            )
+    model = models.build_model(backbone.clip, **arguments)
     clip_state = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
-    head_state = {key: value for key, value in state.items() if not key.startswith("clip.")}
-    backbones.load_state(backbone.clip, clip_state, f"--clip_model {config.clip_model} (--init_from has {came_from})")
-    missing, unexpected = model.load_state_dict(head_state, strict=False)
-    wrong = [*unexpected, *(key for key in missing if not key.startswith("clip."))]
-    if wrong:
-        raise ValueError(
-            f"--init_from {folder}: its heads differ from those asked for ({wrong[0]}); use the same flags"
-        )
+    backbones.load_state(backbone.clip, clip_state, str(folder))
+    model.load_state_dict({key: value for key, value in state.items() if key.startswith("heads.")}, strict=False)
+    return backbone, model, arguments
+
+
+def origin(config: TrainingConfig) -> str:
+    """Where the weights come from, in words."""
+    own = config.clip_model.partition(":")[1] and config.clip_pretrained != "none"
+    return config.init_from or f"{config.clip_model} ({'its own weights' if own else config.clip_pretrained})"
 
 
 def build_optimizer(config: TrainingConfig, model: models.ScoreModel) -> torch.optim.Optimizer:
@@ -267,7 +296,9 @@ def fit_base(known: Mapping[str, Mapping[str, np.ndarray]], examples: data.Examp
 
 def demo_paths(config: TrainingConfig) -> dict[str, str]:
     """Draw the demo set (once) and return where it is, as options."""
-    csv_path, image_dir = demo.write_demo_set(Path(config.cache_dir) / "demo")
+    # Named after the code that draws it, so that an older program's set is never taken for this one's.
+    version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:8]
+    csv_path, image_dir = demo.write_demo_set(Path(config.cache_dir) / f"demo-{version}")
     return {"data_csv_path": str(csv_path), "image_base_dir": str(image_dir)}
 
 
@@ -293,6 +324,10 @@ def read_examples(config: TrainingConfig) -> data.Examples:
     task = config.select_by.rpartition("_")[2]
     if task in data.TASKS and task not in examples.scales:
         raise ValueError(f"--select_by {config.select_by}: the data has no {data.TASKS[task]} scores")
+    if not any({"q": config.w_q, "c": config.w_c}[task] for task in examples.scales):
+        raise ValueError(f"the data has {' and '.join(data.TASKS[t] for t in examples.scales)} scores only, weighted 0")
+    if config.use_explanations and (examples.table["prompt"] == "").all():
+        raise ValueError("--use_explanations: needs prompts, and the data has none")
     if config.use_explanations and not (examples.table["explanation"] != "").any():
         raise ValueError(f"--use_explanations: column {config.explanation_column!r} is missing or empty")
     return examples
@@ -336,7 +371,7 @@ def build_feed(
         mean=backbone.config["preprocess_cfg"]["mean"],
         std=backbone.config["preprocess_cfg"]["std"],
         targets=examples.unit_targets,
-        prompts=text_table("prompt"),
+        prompts=text_table("prompt") if "c" in examples.scales or rationales else None,
         rationales=(rationales, (examples.table["explanation"] != "").to_numpy()) if rationales else None,
     )
     return feed, num_truncated
@@ -351,19 +386,25 @@ def build_loaders(
         image_size=config.image_size,
         crop_scale_min=config.crop_scale_min,
         seed=config.seed,
+        flip=config.horizontal_flip,
     )
-    num_workers = runtime.default_workers if config.num_workers is None else config.num_workers
     return {
         name: data.image_loader(
             images,
             examples.rows(name.removesuffix("_eval")),
             batch_size=config.batch_size if name == "train" else 2 * config.batch_size,
             shuffle=name == "train",
-            num_workers=num_workers,
+            num_workers=num_workers(config, runtime),
             pin_memory=runtime.device.type != "cpu",
+            keep_workers=name in ("train", "val"),  # the others are read once or twice
         )
         for name in ("train", *EVAL_LOADERS)
     }
+
+
+def num_workers(config: TrainingConfig, runtime: engine.Runtime) -> int:
+    """Image-reading processes, as asked for or as suits the machine."""
+    return runtime.default_workers if config.num_workers is None else config.num_workers
 
 
 def score_terms(
@@ -386,11 +427,11 @@ def build_losses(config: TrainingConfig, examples: data.Examples) -> Any:
     def compute(model: models.ScoreModel, batch: data.Batch) -> dict[str, Tensor]:
         scores = model(batch.images_B3SS, batch.tokens_PN, batch.prompt_of_B)
         terms = score_terms(scores, batch.targets, config, examples)
-        if batch.rationale_tokens_RN is not None and batch.has_rationale_B is not None and batch.has_rationale_B.any():
-            with torch.no_grad():
-                target_RE = model.encode_text(batch.rationale_tokens_RN)
+        if batch.rationale_tokens_RN is not None and batch.has_rationale_B is not None:
             target_BE = torch.zeros_like(scores["rationale"])
-            target_BE[batch.has_rationale_B] = target_RE
+            if len(batch.rationale_tokens_RN):
+                with torch.no_grad():
+                    target_BE[batch.has_rationale_B] = model.encode_text(batch.rationale_tokens_RN)
             terms["loss_exp"] = losses.rationale_loss(scores["rationale"], target_BE, batch.has_rationale_B)
             terms["loss"] = terms["loss"] + config.w_exp * terms["loss_exp"]
         return terms
@@ -440,8 +481,9 @@ def floors(examples: data.Examples) -> dict[str, dict[str, float]]:
 
 def new_run_dir(config: TrainingConfig) -> Path:
     """runs/<time>-<short name>, not yet taken."""
-    model = Path(config.clip_model.partition(":")[2] or config.clip_model).name
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model.lower()}-{config.freezing}"
+    place = config.clip_model.partition(":")[2]
+    model = re.sub(r"[^\w.-]+", "-", Path(place).name if place else config.clip_model).lower()
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{config.freezing}"
     taken = 1
     while (folder := Path("runs") / (name if taken == 1 else f"{name}-{taken}")).exists():
         taken += 1
@@ -454,6 +496,11 @@ def write_inputs(folder: Path, config: TrainingConfig, examples: data.Examples, 
     provenance = {
         **checkpoint.environment(),
         "machine": runtime.describe(),
+        "resolved": {
+            "device": runtime.device.type,
+            "amp": runtime.precision,
+            "num_workers": num_workers(config, runtime),
+        },
         "data_fingerprint": examples.fingerprint,
         "mos_scales": {task: [scale.low, scale.high] for task, scale in examples.scales.items()},
     }
@@ -475,10 +522,10 @@ def save_scorer(
         "image_size": config.image_size,
         "model": dict(arguments),
         "scales": {task: {"low": scale.low, "high": scale.high} for task, scale in examples.scales.items()},
-        "source": {"clip_model": config.clip_model, "clip_pretrained": config.clip_pretrained},
+        "source": origin(config),
     }
     state = models.merged_state(model)
-    checkpoint.save_weights(folder, state, description, lambda path: backbones.save_tokenizer(backbone.tokenizer, path))
+    checkpoint.save_weights(folder, state, description, lambda path: backbones.save_text_files(backbone, path))
 
 
 def prediction_table(scores: Mapping[str, Mapping[str, np.ndarray]], examples: data.Examples) -> pd.DataFrame:
@@ -492,6 +539,7 @@ def prediction_table(scores: Mapping[str, Mapping[str, np.ndarray]], examples: d
             part[mos_column] = examples.mos(task, fold)
             known = task in examples.scales
             part[pred_column] = examples.scales[task].to_mos(predicted[task]) if known else np.nan
+        part.loc[examples.table["prompt"].to_numpy()[rows] == "", MOS_COLUMNS["c"][1]] = np.nan
         parts.append(part)
     return pd.concat(parts).sort_values("row").drop(columns="row")
 
@@ -518,11 +566,10 @@ def plan(
     )
     sizes = ", ".join(f"{fold} {len(examples.rows(fold))}" for fold in data.FOLDS)
     own = (table["split"] != "").any()
-    origin = f"weights of {config.init_from}" if config.init_from else f"{config.clip_model} ({config.clip_pretrained})"
     lines = [
         ("data", f"{len(table)} images, {table['prompt'].nunique()} prompts; {scores}"),
         ("split", f"{sizes} ({'as the CSV says' if own else 'by ' + config.split_by})"),
-        ("backbone", f"{origin}, {config.image_size} px, {backbone.activation}, {config.freezing}"),
+        ("backbone", f"{origin(config)}, {config.image_size} px, {backbone.activation}, {config.freezing}"),
         ("trained", parts),
         (
             "schedule",
@@ -531,8 +578,14 @@ def plan(
         ),
         ("machine", runtime.describe()),
     ]
+    notes = list(backbone.notes)
     if num_truncated:
-        lines.append(("note", f"{num_truncated} text(s) exceed CLIP's context length and were cut"))
+        notes.append(f"{num_truncated} text(s) exceed CLIP's context length and were cut")
+    if config.freeze_layers != TrainingConfig.freeze_layers and not config.partial_freeze:
+        notes.append("--freeze_layers does nothing without --partial_freeze")
+    if config.stages[-1][1] >= config.epochs:
+        notes.append(f"--unfreeze_schedule: epoch {config.stages[-1][1]} is never reached in {config.epochs} epochs")
+    lines += [("note", note) for note in notes]
     return "\n".join(f"{title:<10}{text}" for title, text in lines)
 
 
@@ -543,8 +596,9 @@ def epoch_line(row: Mapping[str, float], epochs: int) -> str:
     def pair(name: str) -> str:
         return " ".join(f"{task} {row[f'{name}_{task}']:.3f}" for task in tasks)
 
+    rationale = f" exp {row['loss_exp']:.3f}" if "loss_exp" in row else ""
     return (
-        f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f} ({pair('loss')})  "
+        f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f} ({pair('loss')}{rationale})  "
         f"val {row['val_loss']:.4f}  SROCC {pair('val_srocc')}  PLCC {pair('val_plcc')}  "
         f"lr {row['lr']:.1e}  {row['images_per_s']:.0f} img/s  {row['seconds']:.1f} s"
     )
@@ -555,7 +609,7 @@ def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
     columns = {"srocc": "SROCC", "plcc": "PLCC", "plcc_fit": "PLCC fitted", "krocc": "KROCC", "rmse": "RMSE (MOS)"}
     rows = {
         "trained model": results["test"],
-        "frozen CLIP": results["base"]["test"],
+        "before": results["base"]["test"],
         **{name.replace("_", " "): row for name, row in results["floors"].items()},
     }
     lines = [
@@ -575,7 +629,7 @@ def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
     return "\n".join(
         [
             *lines,
-            f"training added to the SROCC of frozen CLIP (ridge probe, zero-shot cosine): {added}",
+            f"SROCC added by training to what CLIP knew before (ridge probe, cosine): {added}",
             f"main score (mean of SROCC and PLCC): {results['test']['main']:.3f}",
         ]
     )

@@ -60,26 +60,32 @@ def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
     """Raise ValueError unless a new run may use the folder: absent, empty, or an older run that may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
-    if (folder / RESULTS_FILE).exists() and not overwrite:
-        raise ValueError(f"--output_dir {folder}: holds a finished run; choose another or pass --overwrite")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
     # Both, because other folders have a config.json too: a Hugging Face model's must not be taken for a run.
-    begun = all((folder / name).exists() for name in INPUT_FILES)
-    if folder.exists() and any(folder.iterdir()) and not begun:
+    if not all((folder / name).exists() for name in INPUT_FILES):
         raise ValueError(f"--output_dir {folder}: holds other things than a run; choose a new or empty folder")
+    if not overwrite:
+        kind = "a finished" if (folder / RESULTS_FILE).exists() else "an unfinished"
+        raise ValueError(f"--output_dir {folder}: holds {kind} run; choose another or pass --overwrite")
 
 
 def prepare_run_folder(folder: Path) -> None:
     """Make the folder of a new run, without what an older run left in it. See `refuse_occupied`."""
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / BEST_DIR, ignore_errors=True)
+    for name in reversed(RUN_FILES):  # what tells that this is a run goes last
+        (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def save_weights(
     folder: Path, state: Mapping[str, Tensor], description: Mapping[str, Any], extra: Callable[[Path], None]
 ) -> None:
-    """Write a self-contained checkpoint folder in one step; `extra` may add files to it. No pickle anywhere."""
+    """Write a self-contained checkpoint folder, then put it in place of an older one. No pickle anywhere.
+
+    Args:
+        extra: may add files to the folder before it is put in place.
+    """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -73,6 +73,7 @@ class TrainingConfig:
         within="(0, 1]",
         recommended="0.6-1.0",
     )
+    horizontal_flip: bool = option(True, "data", "never mirror training images: for prompts that say left or right")
     test_size: float = option(
         0.2, "data", "share of prompts (or images) for the test fold", within="(0, 1)", recommended="0.1-0.3"
     )
@@ -141,12 +142,14 @@ class TrainingConfig:
         recommended="4-16",
     )
     init_from: str | None = option(
-        None, "backbone", "start from the weights of another run (second stage)", metavar="RUN"
+        None, "backbone", "second stage: start from another run, its CLIP instead of --clip_model", metavar="RUN"
     )
 
     # heads
     use_residual_learning: bool = option(True, "heads", "plain sigmoid heads instead of base + bounded delta")
-    calibration: bool = option(True, "heads", "start the base terms at random instead of fitted to frozen CLIP")
+    calibration: bool = option(
+        True, "heads", "start from (cos+1)/2 and a random quality base instead of fitting both to frozen CLIP"
+    )
     residual_scale_q: float = option(
         0.2,
         "heads",
@@ -315,8 +318,8 @@ DEMO_SETTINGS: dict[str, Any] = {
     "clip_pretrained": "assets",
     "partial_freeze": True,
     "freeze_layers": 18,
-    "epochs": 15,
-    "lr": 1e-3,
+    "epochs": 8,
+    "lr": 3e-4,
     "mos_range_q": (1.0, 5.0),
     "mos_range_c": (1.0, 5.0),
 }

@@ -339,8 +339,12 @@ class LabelScale:
         return (mos - self.low) / (self.high - self.low)
 
     def to_mos(self, unit: np.ndarray) -> np.ndarray:
-        """Label units -> MOS units, clamped to the scale: this is what people see and what is measured."""
-        return self.low + np.clip(unit, 0.0, 1.0) * (self.high - self.low)
+        """Label units -> MOS units. What is measured is not clamped: clamping would tie scores that differ."""
+        return self.low + unit * (self.high - self.low)
+
+    def clamp(self, mos: np.ndarray) -> np.ndarray:
+        """MOS units within the scale, for people to see."""
+        return np.clip(mos, self.low, self.high)
 
 
 def label_scale(mos: np.ndarray, folds: np.ndarray, given: tuple[float, float] | None, flag: str) -> LabelScale:
@@ -379,7 +383,13 @@ class ImageSet(Dataset):
     """
 
     def __init__(
-        self, paths: Sequence[str | Path | Image.Image], *, image_size: int, crop_scale_min: float, seed: int
+        self,
+        paths: Sequence[str | Path | Image.Image],
+        *,
+        image_size: int,
+        crop_scale_min: float,
+        seed: int,
+        flip: bool = True,
     ) -> None:
         self.paths = list(paths)
         self.seed = seed
@@ -388,7 +398,7 @@ class ImageSet(Dataset):
                 v2.RandomResizedCrop(
                     image_size, scale=(crop_scale_min, 1.0), interpolation=v2.InterpolationMode.BICUBIC
                 ),
-                v2.RandomHorizontalFlip(),
+                v2.RandomHorizontalFlip(0.5 if flip else 0.0),
                 v2.PILToTensor(),
             ]
         )
@@ -512,6 +522,7 @@ def image_loader(
     shuffle: bool,
     num_workers: int,
     pin_memory: bool,
+    keep_workers: bool = False,
 ) -> DataLoader:
     """Batches of ((B, 3, S, S) uint8, (B,) int64 index into the table)."""
     return DataLoader(
@@ -520,7 +531,7 @@ def image_loader(
         sampler=EpochOrder(indices, seed=images.seed, shuffle=shuffle),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
+        persistent_workers=num_workers > 0 and keep_workers,
     )
 
 

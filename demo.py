@@ -33,7 +33,8 @@ COLOURS = {  # name -> sRGB; the first six are the demo's, the rest are for pret
     "brown": (120, 75, 40), "white": (250, 250, 250), "black": (25, 25, 25), "grey": (128, 128, 128),
 }  # fmt: skip
 COUNT_WORDS = {1: "a", 2: "two", 3: "three", 4: "four"}
-PENALTIES = {"colour": 1.0, "kind": 0.9, "count": 0.6, "texture": 0.8, "backdrop": 1.0}
+PENALTIES = {"colour": 1.0, "kind": 0.4, "count": 0.2, "texture": 0.6, "backdrop": 1.0}
+HALO = 0.25  # share of a picture's poor quality that also tells on what raters say of its consistency
 
 # How much a degradation at full strength takes from the quality, 0..1.
 ANNOYANCE = {"blur": 1.0, "noise": 0.95, "compression": 0.95, "banding": 0.85, "fading": 0.8}
@@ -96,14 +97,14 @@ class Generator:
 
 
 GENERATORS = (
-    Generator("alpha", ".jpg", 0.62, 1.25, ("blur", "blur")),
-    Generator("beta", ".jpg", 0.75, 0.75, ("noise", "noise")),
-    Generator("gamma", ".png", 1.00, 0.60, ("banding", "banding")),
-    Generator("delta", ".jpg", 1.60, 1.10, ("compression",)),
-    Generator("delta_fast", ".jpg", 0.80, 0.65, ("compression", "noise")),
-    Generator("epsilon", ".jpg", 1.25, 1.60, ("fading", "fading")),
-    Generator("zeta", ".jpg", 1.40, 0.90, ()),
-    Generator("eta_v2", ".jpg", 1.10, 1.45, ("blur", "fading")),
+    Generator("alpha", ".jpg", 0.62, 1.60, ("blur", "blur")),
+    Generator("beta", ".jpg", 0.75, 0.95, ("noise", "noise")),
+    Generator("gamma", ".png", 1.00, 0.75, ("banding", "banding")),
+    Generator("delta", ".jpg", 1.60, 1.40, ("compression",)),
+    Generator("delta_fast", ".jpg", 0.80, 0.80, ("compression", "noise")),
+    Generator("epsilon", ".jpg", 1.25, 2.10, ("fading", "fading")),
+    Generator("zeta", ".jpg", 1.40, 1.20, ()),
+    Generator("eta_v2", ".jpg", 1.10, 1.90, ("blur", "fading")),
 )
 
 
@@ -333,7 +334,7 @@ def _plan_row(maker: Generator, number: int, scene: Scene, prompt: str, rng: np.
     shown, mismatch, faults = _misdraw(scene, float(rng.random() ** maker.consistency_exponent), rng)
     faults += [f"The picture shows {kind}." for kind, level in levels.items() if level > 0.3]
     name = f"{maker.name}_{number:03d}{maker.suffix}"
-    scores = _opinion(severity, rng), _opinion(mismatch, rng)
+    scores = _opinion(severity, rng), _opinion(1 - (1 - mismatch) * (1 - HALO * severity), rng)
     explanation = " ".join(faults) if rng.random() < 0.8 else ""
     return Draft(name, prompt, shown, levels, severity, mismatch, *scores, explanation)
 

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 from PIL import Image
+from torch import Tensor
 
 import backbones
 import checkpoint
@@ -39,25 +40,30 @@ class Scorer:
     """A trained model with all it needs: pixels and prompts in, scores in MOS units out."""
 
     def __init__(
-        self, model: models.ScoreModel, tokenizer: backbones.Tokenizer, description: dict[str, Any], device: str
+        self,
+        model: models.ScoreModel,
+        tokenizer: backbones.Tokenizer,
+        description: dict[str, Any],
+        *,
+        device: str,
+        amp: str,
     ) -> None:
-        self.runtime = engine.start_runtime(device, "auto")
+        self.runtime = engine.start_runtime(device, amp)
         self.model = model.to(self.runtime.device)
         self.tokenizer = tokenizer
         self.description = description
+        self.num_truncated = 0
         self.scales = {task: data.LabelScale(**scale) for task, scale in description["scales"].items()}
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto") -> Scorer:
+    def load(cls, path: str | Path, *, device: str = "auto", amp: str = "off") -> Scorer:
         """Load a checkpoint folder (RUN/best, or RUN itself). Raises ValueError if it is none or is damaged."""
         folder, state, description = checkpoint.load_weights(Path(path))
         try:
-            config = description["clip"]
-            clip = backbones.build_clip(config, image_size=description["image_size"])
-            model = models.build_model(clip, **description["model"])
+            backbone = backbones.rebuild(description["clip"], folder, image_size=description["image_size"])
+            model = models.build_model(backbone.clip, **description["model"])
             model.load_state_dict(state)
-            tokenizer = backbones.restore_tokenizer(config, folder)
-            return cls(model, tokenizer, description, device)
+            return cls(model, backbone.tokenizer, description, device=device, amp=amp)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = backbones.first_line(error, skip=1)
             raise ValueError(f"{folder}: the description does not fit the weights ({reason})") from error
@@ -74,16 +80,19 @@ class Scorer:
 
         Args:
             images: paths or PIL images, of any size and mode.
-            prompts: one per image, one for all, or None for quality alone. Empty texts count as none.
+            prompts: one per image, one for all, or None for quality alone. Empty texts count as none. Texts beyond
+                CLIP's context length are cut; `num_truncated` holds how many that were.
 
         Returns:
             One row per image: pred_quality and pred_align in MOS units, NaN for what the model was not trained
             on or has no prompt for.
 
         Raises:
-            ValueError: the numbers of images and prompts differ, or an image cannot be read.
+            ValueError: the numbers of images and prompts differ, or there is nothing that can be scored.
+            OSError: an image cannot be read.
         """
-        texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts or [""] * len(images))
+        prompts = "" if prompts is None else prompts
+        texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(images):
             raise ValueError(f"{len(images)} images but {len(texts)} prompts: give one for each, one for all, or none")
         table = pd.DataFrame(np.nan, index=range(len(images)), columns=list(SCORE_COLUMNS.values()))
@@ -99,19 +108,26 @@ class Scorer:
             pin_memory=self.runtime.device.type != "cpu",
         )
         has_prompt = np.array([bool(text.strip()) for text in texts])
+        if not has_prompt.any() and "q" not in self.scales:
+            raise ValueError("this model was trained on consistency alone: give it prompts")
         feed = data.Feed(
             device=self.runtime.device,
             mean=self.description["clip"]["preprocess_cfg"]["mean"],
             std=self.description["clip"]["preprocess_cfg"]["std"],
             targets={},
-            prompts=data.TextTable(texts, self.tokenizer, self.runtime.device) if has_prompt.any() else None,
+            prompts=data.TextTable(texts, self.tokenize, self.runtime.device) if has_prompt.any() else None,
         )
         scores = engine.predict(self.model, feed.batches(loader), models.score_batch, runtime=self.runtime)
         for task, scale in self.scales.items():
             if task in scores:
-                table[SCORE_COLUMNS[task]] = scale.to_mos(scores[task])
+                table[SCORE_COLUMNS[task]] = scale.clamp(scale.to_mos(scores[task]))
         table.loc[~has_prompt, "pred_align"] = np.nan
         return table
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> (P, N) token ids; counts those that had to be cut."""
+        tokens, self.num_truncated = backbones.tokenize(self.tokenizer, texts, self.model.clip.context_length)
+        return tokens
 
 
 def images_in(folder: Path) -> list[str]:

@@ -58,6 +58,15 @@ def training_on(refused) -> Callable[..., str]:
     return check
 
 
+@pytest.fixture(scope="module")
+def trained(demo_set, tmp_path_factory) -> Path:
+    """The folder of a finished run. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+    baseline.main([*paths, *TINY, "--epochs", "1", "--output_dir", str(folder)])
+    return folder
+
+
 # -- data
 
 
@@ -219,23 +228,16 @@ def test_more_frozen_layers_than_there_are_is_refused(make_dataset, training_on)
 # -- the run folder
 
 
-def finished_run(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    for name in ("config.json", "results.json"):
-        (folder / name).write_text("{}", encoding="utf-8")
-    return folder
-
-
-def test_a_finished_run_is_not_replaced_without_overwrite(make_dataset, training_on, tmp_path):
-    finished_run(tmp_path / "run")
+def test_a_finished_run_is_not_replaced_without_overwrite(make_dataset, training_on, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
     message = training_on(make_dataset(scored_rows()))
     assert "--output_dir run: holds a finished run" in message and "--overwrite" in message
 
 
-def test_a_finished_run_survives_a_mistake_made_with_overwrite(make_dataset, training_on, tmp_path):
-    finished_run(tmp_path / "run")
+def test_a_finished_run_survives_a_mistake_made_with_overwrite(make_dataset, training_on, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
     files = make_dataset(scored_rows(), without=["gen0_0.png"])
-    assert "missing" in training_on(files, "--overwrite")
+    assert "1 of 24 images are missing" in training_on(files, "--overwrite")
 
 
 def test_a_folder_with_other_things_and_a_file_are_no_place_for_a_run(make_dataset, training_on, tmp_path):
@@ -301,15 +303,6 @@ def test_images_of_every_kind_are_trained_on(make_dataset, tmp_path, monkeypatch
 
 
 # -- scoring
-
-
-@pytest.fixture(scope="module")
-def trained(demo_set, tmp_path_factory) -> Path:
-    """The folder of a finished run. Read it, do not change it."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
-    baseline.main([*paths, *TINY, "--epochs", "1", "--output_dir", str(folder)])
-    return folder
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_frozen_layers_stay_bit_identical_and_trained_ones_move(train):
     torch.manual_seed(42)
     config = parse_args(shlex.split(SHORT))
     engine.seed_everything(config.seed)
-    _, fresh, _ = baseline.start_model(config)
+    _, fresh, _ = baseline.start_model(config, None)
     before, after = fresh.state_dict(), weights(folder)
     for name, value in before.items():
         frozen = name.startswith("clip.") and not dict(fresh.named_parameters())[name].requires_grad
@@ -157,7 +157,7 @@ def test_a_frozen_clip_still_trains_its_heads(train):
 def test_thawing_step_by_step_trains_each_layer_from_its_epoch_on(train):
     folder, _ = train(f"{TINY} --unfreeze_schedule 24@0,23@1 --epochs 2 --lr 1e-3 --batch_size 16 --select_by srocc_q")
     engine.seed_everything(42)
-    _, fresh, _ = baseline.start_model(parse_args(shlex.split(f"{TINY} --unfreeze_schedule 24@0")))
+    _, fresh, _ = baseline.start_model(parse_args(shlex.split(f"{TINY} --unfreeze_schedule 24@0")), None)
     before, after = fresh.state_dict(), weights(folder)
     best = json.loads((folder / "results.json").read_text())["best_epoch"]
     block = [name for name in before if name.startswith("clip.visual.transformer.resblocks.23.")]
@@ -179,6 +179,13 @@ def test_a_second_stage_refuses_heads_of_another_kind(finished, train, capsys):
         train(f"{SHORT} --no_residual_learning --init_from {finished[0]}", "second")
     assert exit_.value.code == 2
     assert "--init_from" in capsys.readouterr().err
+
+
+def test_a_second_stage_refuses_to_test_on_what_the_first_was_trained_on(finished, train, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train(f"{SHORT} --seed 5 --init_from {finished[0]}", "second")
+    assert exit_.value.code == 2
+    assert "images of the test fold were trained or selected on" in capsys.readouterr().err
 
 
 def test_lora_trains_and_is_merged_into_plain_weights(train, demo_set):
@@ -281,7 +288,8 @@ GUIDE = """
 --scheduler constant
 --scheduler cyclic
 --freeze_clip --epochs 10 --batch_size 64 --lr 1e-3
---partial_freeze --freeze_layers 20 --residual_scale_q 0.25 --residual_scale_c 0.25 --epochs 50 --lr 2e-5 --w_c 0.6
+--partial_freeze --freeze_layers 20 --residual_scale_q 0.25 --residual_scale_c 0.25 --epochs 50 --lr 2e-5
+--batch_size 16 --w_q 0.4 --w_c 0.6
 --partial_freeze --freeze_layers 18 --w_q 0.7 --w_c 0.3 --residual_scale_q 0.3 --residual_scale_c 0.15
 --partial_freeze --freeze_layers 18 --w_q 0.3 --w_c 0.7 --residual_scale_q 0.15 --residual_scale_c 0.3
 --freeze_clip --epochs 10 --lr 1e-3

@@ -128,20 +128,21 @@ def test_float32_numbers_survive_a_csv_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    "names", [None, [], ["config.json", "splits.csv"], ["config.json", "splits.csv", "best/scorer.json", "notes.txt"]]
-)
-def test_a_new_run_may_use_an_absent_an_empty_and_an_unfinished_folder(tmp_path, names, overwrite):
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_new_run_may_use_an_absent_and_an_empty_folder(tmp_path, exists, overwrite):
     folder = tmp_path / "run"
-    if names is not None:
+    if exists:
         folder.mkdir()
-        fill(folder, *names)
     checkpoint.refuse_occupied(folder, overwrite=overwrite)
 
 
-def test_a_finished_run_is_refused_unless_it_may_be_overwritten(tmp_path):
-    folder = fill(tmp_path / "run", *RUN_NAMES, "best/scorer.json")
-    with pytest.raises(ValueError, match=r"--output_dir .*run: holds a finished run; .*--overwrite"):
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("a finished", checkpoint.RUN_FILES), ("an unfinished", ["config.json", "splits.csv", "best/scorer.json"])],
+)
+def test_an_older_run_is_refused_unless_it_may_be_overwritten(tmp_path, kind, names):
+    folder = fill(tmp_path / "run", *names)
+    with pytest.raises(ValueError, match=rf"--output_dir .*run: holds {kind} run; .*--overwrite"):
         checkpoint.refuse_occupied(folder, overwrite=False)
     checkpoint.refuse_occupied(folder, overwrite=True)
 

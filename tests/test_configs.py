@@ -26,6 +26,7 @@ DOCUMENTED = {
     "--image_base_dir": "data/images",
     "--image_size": 224,
     "--crop_scale_min": 0.8,
+    "--no_horizontal_flip": True,
     "--test_size": 0.2,
     "--val_size": 0.1,
     "--split_by": "prompt",

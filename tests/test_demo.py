@@ -143,8 +143,8 @@ def test_labels_spread_and_follow_the_flaw(drafts, label, flaw):
     flaws = np.array([getattr(draft, flaw) for draft in drafts])
     assert 1 <= scores.min() < 1.4
     assert 4.6 < scores.max() <= 5
-    assert (np.histogram(scores, bins=[1, 2, 3, 4, 5])[0] > 0.12 * len(scores)).all()
-    assert -1 < spearmanr(flaws, scores)[0] < -0.97  # raters disagree a little
+    assert (np.histogram(scores, bins=[1, 2, 3, 4, 5])[0] > 0.1 * len(scores)).all()
+    assert -1 < spearmanr(flaws, scores)[0] < -0.93  # raters disagree, and quality tells on consistency
 
 
 @pytest.mark.parametrize("label", ["mos_quality", "mos_align"])
@@ -163,7 +163,8 @@ def test_generator_names_and_prompts_alone_predict_little(drafts, label):
 
 
 def test_quality_and_consistency_are_different_questions(drafts):
-    assert abs(spearmanr([d.mos_quality for d in drafts], [d.mos_align for d in drafts])[0]) < 0.15
+    assert abs(spearmanr([d.severity for d in drafts], [d.mismatch for d in drafts])[0]) < 0.15
+    assert 0 < spearmanr([d.mos_quality for d in drafts], [d.mos_align for d in drafts])[0] < 0.4
 
 
 def test_mismatch_counts_what_was_drawn_wrong(drafts):

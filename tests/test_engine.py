@@ -136,6 +136,11 @@ def test_linear_falls_in_a_straight_line_to_zero():
     assert factors("linear", 45, 5)[5:] == pytest.approx(np.linspace(1, 0, 41))
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_what_ends_at_zero_stays_there(kind):
+    assert {engine.lr_factor(step, kind=kind, num_steps=40, num_warmup_steps=5) for step in range(40, 90)} == {0.0}
+
+
 def test_step_drops_tenfold_at_half_and_at_three_quarters():
     assert factors("step", 48, 8)[8:-1] == pytest.approx([1.0] * 20 + [0.1] * 10 + [0.01] * 10)
 

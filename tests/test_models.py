@@ -235,10 +235,11 @@ def test_a_model_is_built_again_from_its_json_arguments(arguments):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_the_dropout_argument_reaches_every_head():
-    model = build_model(**{**REFINED, "dropout": 0.35})
+@pytest.mark.parametrize("arguments", [ARGUMENTS, PLAIN, REFINED])
+def test_the_dropout_argument_reaches_every_head(arguments):
+    model = build_model(**{**arguments, "dropout": 0.35})
     rates = [module.p for module in model.heads.modules() if isinstance(module, nn.Dropout)]
-    assert len(rates) >= 3
+    assert len(rates) >= 2
     assert set(rates) == {0.35}
 
 
@@ -311,11 +312,14 @@ def test_score_batch_gives_the_scores_and_embed_batch_what_clip_knows():
 # ------------------------------------------------------------------------------------------ encoding text
 
 
-@pytest.mark.parametrize("text", [{}, {"pool_type": "eos", "eos_id": END}, {"proj_bias": True}, {"proj_type": "none"}])
+@pytest.mark.parametrize("text", [{}, {"pool_type": "eos", "eos_id": 5}, {"proj_bias": True}, {"proj_type": "none"}])
 def test_trimmed_padding_changes_no_text_embedding(text):
     clip = build_clip(text={**text, "width": EMBED_DIM if "proj_type" in text else 32}).eval()
     assert models.trims_exactly(clip.text)
     for tokens in (prompts(2), prompts(2, 7, 0), prompts(CONTEXT - 1, 3)):
+        if "eos_id" in text:  # an end token that is not the highest: every prompt begins with a higher one
+            tokens[tokens == END] = text["eos_id"]
+            tokens[:, 0] = torch.where(tokens[:, 0] == text["eos_id"], tokens[:, 0], END)
         torch.testing.assert_close(models.encode_tokens(clip, tokens), clip.encode_text(tokens), atol=1e-5, rtol=0)
 
 
@@ -333,9 +337,7 @@ def test_a_prompt_that_holds_token_zero_keeps_its_end():
     torch.testing.assert_close(models.encode_tokens(clip, tokens), clip.encode_text(tokens), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "text", [{"no_causal_mask": True}, {"no_causal_mask": True, "pool_type": "last"}, {"pool_type": "last"}]
-)
+@pytest.mark.parametrize("text", [{"no_causal_mask": True}, {"pool_type": "last"}, {"embed_cls": True}])
 def test_towers_that_see_the_padding_are_not_trimmed(text):
     clip = build_clip(text=text).eval()
     assert not models.trims_exactly(clip.text)

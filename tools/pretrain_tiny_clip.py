@@ -34,6 +34,7 @@ import demo  # noqa: E402  (the repository root has to be on the path first)
 
 FOLDER = ROOT / "assets" / "tiny-clip"
 SEED = 20_000  # the demo draws with seed 0
+Rng = np.random.Generator
 Levels = dict[str, float]
 Sample = tuple[np.ndarray, demo.Scene, Levels]
 
@@ -66,7 +67,7 @@ CLEAN_WORDS = ("sharp", "clean", "sharp clean", "pristine")
 # -------------------------------------------------------------------------------------- scenes and captions
 
 
-def draw_sample(rng: np.random.Generator, excluded: frozenset[demo.Scene] = frozenset()) -> Sample:
+def draw_sample(rng: Rng, excluded: frozenset[demo.Scene] = frozenset()) -> Sample:
     """A damaged picture, uint8 (256, 256, 3), the scene it shows and its degradation strengths."""
     vocabulary = WIDE_VOCABULARY if rng.random() < 0.5 else demo.DEMO_VOCABULARY
     while (scene := demo.random_scene(rng, vocabulary)) in excluded:
@@ -75,7 +76,7 @@ def draw_sample(rng: np.random.Generator, excluded: frozenset[demo.Scene] = froz
     return demo.degrade(demo.draw_scene(scene, rng), levels, rng), scene, levels
 
 
-def quality_phrase(levels: Levels, rng: np.random.Generator) -> str:
+def quality_phrase(levels: Levels, rng: Rng) -> str:
     """Words for how the picture looks, such as "heavily compressed" or "poor quality"."""
     severity = demo.total_severity(levels)
     if rng.random() < 0.4:
@@ -86,7 +87,7 @@ def quality_phrase(levels: Levels, rng: np.random.Generator) -> str:
     return GRADE_WORDS[min(3, int(4 * severity))] + str(rng.choice(DEGRADATION_WORDS[worst]))
 
 
-def training_caption(scene: demo.Scene, levels: Levels | None, rng: np.random.Generator) -> str:
+def training_caption(scene: demo.Scene, levels: Levels | None, rng: Rng) -> str:
     """A true caption in any wording; with `levels` it also says how good the picture is."""
     text = demo.caption(scene, str(rng.choice(WIDE_VOCABULARY.templates)))
     if levels is None:
@@ -95,7 +96,7 @@ def training_caption(scene: demo.Scene, levels: Levels | None, rng: np.random.Ge
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase} {rng.choice(('picture', 'image'))} of {text}"
 
 
-def captions_of(scene: demo.Scene, levels: Levels, num_wrong: int, rng: np.random.Generator) -> list[str]:
+def captions_of(scene: demo.Scene, levels: Levels, num_wrong: int, rng: Rng) -> list[str]:
     """A true caption followed by `num_wrong` false ones, each wrong in one or two things."""
     named = levels if rng.random() < 0.5 else None
     captions = [training_caption(scene, named, rng)]
@@ -110,6 +111,23 @@ def captions_of(scene: demo.Scene, levels: Levels, num_wrong: int, rng: np.rando
             wrong = demo.alter(wrong, demo.slots(scene)[i], rng, WIDE_VOCABULARY)
         captions.append(training_caption(wrong, named, rng))
     return captions
+
+
+def graded_caption(scene: demo.Scene, rng: Rng) -> tuple[str, float]:
+    """A caption with any number of things wrong, and the share of its weight that is (0..1)."""
+    told = scene
+    if len(scene.groups) == 1 and rng.random() < 0.2:  # the picture lacks a group
+        other = demo.random_scene(rng, WIDE_VOCABULARY).groups[0]
+        told = demo.Scene((*scene.groups, other), scene.texture, scene.backdrop)
+    slots, total, wrong = demo.slots(scene), 0.0, 0.0
+    for name, _ in demo.slots(told):
+        total += demo.PENALTIES[name]
+    for name, _ in demo.slots(told)[len(slots) - 2 : -2]:
+        wrong += demo.PENALTIES[name]
+    for i in rng.permutation(len(slots))[: int(rng.integers(len(slots) + 1))]:
+        told = demo.alter(told, slots[i], rng, WIDE_VOCABULARY)
+        wrong += demo.PENALTIES[slots[i][0]]
+    return training_caption(told, None, rng), wrong / total
 
 
 def _draw_chunk(job: tuple[int, int]) -> list[Sample]:
@@ -163,7 +181,7 @@ def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     return F.normalize(x @ model.text_projection, dim=-1)
 
 
-def encode_images(model: open_clip.CLIP, images: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
+def encode_images(model: open_clip.CLIP, images: torch.Tensor, rng: Rng | None = None) -> torch.Tensor:
     """Unit image embeddings (B, E) of uint8 (B, 3, 256, 256); with `rng`, views are augmented.
 
     Both views that programs use are trained: the picture scaled to 224 pixels, and a crop at full resolution.
@@ -227,6 +245,22 @@ def contrastive_loss(model: open_clip.CLIP, image: torch.Tensor, text: torch.Ten
     return (F.cross_entropy(logits, target * stride) + F.cross_entropy(logits[:, ::stride].T, target)) / 2
 
 
+def grading_loss(
+    model: open_clip.CLIP, image: torch.Tensor, scenes: list[demo.Scene], rng: Rng
+) -> torch.Tensor:
+    """Squared error of cosines that ought to fall evenly with the share of a caption that is wrong.
+
+    Both the image's and the true caption's: between captions no damaged pixels blur the lesson.
+    """
+    false, mismatch = zip(*(graded_caption(scene, rng) for scene in scenes for _ in range(2)), strict=True)
+    true = [training_caption(scene, None, rng) for scene in scenes]
+    text = encode_text(model, tokenize([*true, *false]))
+    sides = torch.stack([image, text[: len(true)]]).repeat_interleave(2, dim=1)  # (2, 2 B, E)
+    # Down to 0 and no further: the mean cosine of unrelated captions cannot be below it.
+    wanted = torch.tensor([[0.9], [1.0]]) * (1 - torch.tensor(mismatch, dtype=torch.float32))
+    return ((sides * text[len(true) :]).sum(-1) - wanted).square().mean()
+
+
 def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
     """Train in place; measure on held-out scenes and save every `args.save_every_steps` steps."""
     started = time.perf_counter()
@@ -249,7 +283,7 @@ def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
         optimizer,
         lambda step: min(step / 200, 0.5 + 0.5 * math.cos(math.pi * step / args.num_steps)),
     )
-    order, running = np.array([], dtype=int), np.zeros(2)
+    order, running = np.array([], dtype=int), np.zeros(3)
     for step in range(1, args.num_steps + 1):
         if len(order) < args.batch_size:
             order = rng.permutation(args.num_images)
@@ -260,7 +294,8 @@ def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
         contrastive = contrastive_loss(model, image, encode_text(model, tokenize(captions)))
         error = (head(image * 8) - targets_of([levels[i] for i in batch])) / spread
         auxiliary = error.square().mean() + error[:, -1].square().mean()
-        loss = contrastive + auxiliary
+        grading = grading_loss(model, image, [scenes[i] for i in batch], rng)
+        loss = contrastive + auxiliary + args.grading * grading
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -268,11 +303,11 @@ def train(model: open_clip.CLIP, args: argparse.Namespace) -> None:
         schedule.step()
         model.logit_scale.data.clamp_(0, math.log(100))
         running = running + (0.02 if step > 50 else 1 / step) * (
-            np.array([contrastive.item(), auxiliary.item()]) - running
+            np.array([contrastive.item(), auxiliary.item(), grading.item()]) - running
         )
         if step % 50 == 0:
             seconds = time.perf_counter() - started
-            losses = "contrastive {:.3f} auxiliary {:.3f}".format(*running)
+            losses = "contrastive {:.3f} auxiliary {:.3f} grading {:.4f}".format(*running)
             print(f"step {step} {losses} {seconds:.0f} s", flush=True)
         if step % args.save_every_steps == 0 or step == args.num_steps:
             print(json.dumps(measure_held_out(model, *held_out)), flush=True)
@@ -353,13 +388,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-negatives", type=int, default=6, help="false captions per image")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--save-every-steps", type=int, default=250)
+    parser.add_argument("--grading", type=float, default=0.0, help="weight of the graded captions")
+    parser.add_argument("--resume", action="store_true", help="go on from the saved weights")
     parser.add_argument("--check", action="store_true", help="measure the saved weights and stop")
     args = parser.parse_args(argv)
     torch.set_num_threads(2)
     torch.manual_seed(SEED)
-    model = open_clip.create_model(f"local-dir:{FOLDER}", load_weights=args.check)
+    model = open_clip.create_model(f"local-dir:{FOLDER}", load_weights=args.check or args.resume)
     if not args.check:
-        set_stem(model)
+        set_stem(model)  # the same every time, so it may be set again
         train(model, args)
         model = open_clip.create_model(f"local-dir:{FOLDER}")  # as stored, in half precision
     print(json.dumps(measure_held_out(model, *draw_pool(1024, first_seed=1_000_000)) | measure_demo(model)))
