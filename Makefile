@@ -42,7 +42,7 @@ demo: $(STAMP)
 	$(BIN)/python baseline.py --demo --overwrite --output_dir runs/demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # a process per core, each with one thread
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
