@@ -226,9 +226,9 @@ def set_stem(model: open_clip.CLIP, num_waves: int = 16) -> None:
         mlp.c_fc.weight[both, channel] = torch.tensor([2.0, -2.0])
         mlp.c_proj.weight[channel - num_waves, both] = 0.5
     for i, (y, x) in enumerate(coarse):
-        for colour in range(3):
+        for band in range(3):
             gain = 0.06 * (1 + x + y)  # natural pictures hold less the finer the wave
-            conv[num_waves + 3 * i + colour, colour] = gain * torch.outer(waves[y], waves[x])
+            conv[num_waves + 3 * i + band, band] = gain * torch.outer(waves[y], waves[x])
     for parameter in (conv, *mlp.parameters()):
         parameter.requires_grad_(False)
 
