@@ -1,0 +1,71 @@
+"""The embedded tiny CLIP and the demo on it: what the README promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import backbones
+import baseline
+import data
+import engine
+import metrics
+import models
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory) -> Path:
+    """A cache folder, so that the demo set is drawn once for this file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def demo_run(cache_dir: Path, folder: Path, *flags: str) -> dict:
+    return baseline.main(["--demo", "--cache_dir", str(cache_dir), "--output_dir", str(folder), *flags])
+
+
+def test_the_asset_is_small_and_complete():
+    files = {path.name: path.stat().st_size for path in backbones.TINY_DIR.iterdir()}
+    assert {"open_clip_config.json", "open_clip_model.safetensors", "README.md"} == set(files)
+    assert sum(files.values()) <= 12 * 2**20
+
+
+def test_its_cosine_knows_something_of_consistency_without_training(demo_set):
+    table = data.read_table(*demo_set, data.Columns())
+    backbone = backbones.load_backbone("tiny", "assets", image_size=224)
+    model = models.ScoreModel(backbone.clip, torch.nn.Identity(), embed_dim=64)
+    runtime = engine.start_runtime("cpu", "off")
+    feed = data.Feed(
+        device=runtime.device,
+        mean=backbone.config["preprocess_cfg"]["mean"],
+        std=backbone.config["preprocess_cfg"]["std"],
+        targets={},
+        prompts=data.TextTable(table["prompt"].tolist(), backbone.tokenizer, runtime.device),
+    )
+    images = data.ImageSet(table["path"].tolist(), image_size=224, crop_scale_min=1.0, seed=0)
+    loader = data.image_loader(
+        images, np.arange(len(table)), batch_size=32, shuffle=False, num_workers=0, pin_memory=False
+    )
+    known = engine.predict(model, feed.batches(loader), models.embed_batch, runtime=runtime)
+    assert metrics.srocc(known["cos"], table["c"]) >= 0.4
+
+
+def test_the_demo_reaches_what_it_promises_above_every_floor(cache_dir, tmp_path):
+    results = demo_run(cache_dir, tmp_path / "run")
+    assert results["test"]["srocc_q"] >= 0.80
+    assert results["test"]["srocc_c"] >= 0.80
+    for floor in results["floors"].values():
+        assert results["test"]["srocc_q"] > floor["srocc_q"] + 0.2
+        assert results["test"]["srocc_c"] > floor["srocc_c"] + 0.2
+    history = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+
+
+def test_heads_on_a_frozen_clip_do_not_lose_what_it_knew(cache_dir, tmp_path):
+    results = demo_run(cache_dir, tmp_path / "run", "--freeze_clip", "--no_partial_freeze", "--lr", "1e-3")
+    assert results["test"]["main"] > results["base"]["test"]["main"] - 0.005
