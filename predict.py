@@ -168,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
         data.check_images(paths)
         scorer = Scorer.load(args.checkpoint, device=args.device)
         scores = scorer.score(paths, prompts, batch_size=args.batch_size, num_workers=args.num_workers)
+        if scorer.num_truncated:
+            print(f"note: {scorer.num_truncated} prompt(s) exceed CLIP's context length and were cut", file=sys.stderr)
         scores.insert(0, "name", names)
         if args.out:
             checkpoint.write_csv(Path(args.out), scores)
