@@ -66,6 +66,15 @@ def test_the_demo_reaches_what_it_promises_above_every_floor(cache_dir, tmp_path
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
 
 
-def test_heads_on_a_frozen_clip_do_not_lose_what_it_knew(cache_dir, tmp_path):
-    results = demo_run(cache_dir, tmp_path / "run", "--freeze_clip", "--no_partial_freeze", "--lr", "1e-3")
-    assert results["test"]["main"] > results["base"]["test"]["main"] - 0.005
+def test_a_frozen_clip_gains_by_its_heads_and_more_by_thawing_its_last_blocks(cache_dir, tmp_path):
+    """On average over three splits: one split's gain is within what its few prompts decide."""
+    before, frozen, partial = [], [], []
+    for seed in ("1", "2", "3"):
+        thawed = demo_run(cache_dir, tmp_path / f"partial{seed}", "--seed", seed)
+        heads = ("--freeze_clip", "--no_partial_freeze", "--lr", "1e-3", "--seed", seed)
+        fixed = demo_run(cache_dir, tmp_path / f"frozen{seed}", *heads)
+        assert fixed["seconds"] < 120
+        before.append(fixed["base"]["test"]["main"])
+        frozen.append(fixed["test"]["main"])
+        partial.append(thawed["test"]["main"])
+    assert np.mean(before) < np.mean(frozen) < np.mean(partial)
