@@ -365,9 +365,12 @@ def test_half_precision_weights_become_float32(reference, small_name, tmp_path):
     assert torch.equal(clip.visual.proj, reference.visual.proj.half().float())
 
 
-def test_a_one_element_temperature_fits_a_scalar_one(reference, small_name, tmp_path):
-    save_file({**reference.state_dict(), "logit_scale": torch.tensor([3.0])}, tmp_path / "weights.safetensors")
+@pytest.mark.parametrize(("shape", "nonscalar"), [((1,), False), ((), True)])
+def test_a_scalar_temperature_and_one_of_one_element_fit_each_other(reference, small_name, tmp_path, shape, nonscalar):
+    open_clip.factory._MODEL_CONFIGS[small_name] = {**SMALL, "nonscalar_logit_scale": nonscalar}
+    save_file({**reference.state_dict(), "logit_scale": torch.full(shape, 3.0)}, tmp_path / "weights.safetensors")
     clip = load_backbone(small_name, str(tmp_path / "weights.safetensors"), image_size=IMAGE_SIZE).clip
+    assert clip.logit_scale.shape == ((1,) if nonscalar else ())
     assert clip.logit_scale.item() == 3.0
 
 
