@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ import engine
 import losses
 import metrics
 import models
-from configs import TrainingConfig, one_line_errors, parse_args, with_options
+from configs import TrainingConfig, one_line_errors, parse_args
 
 EVAL_LOADERS = ("train_eval", "val", "test")
 MOS_COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
@@ -61,7 +61,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     engine.seed_everything(config.seed)
 
     # Data, model, and how one becomes batches for the other.
-    config = with_options(config, demo_paths(config) if config.demo else {})
+    config = replace(config, **demo_paths(config)) if config.demo else config
     examples = read_examples(config)
     backbone, model, arguments = start_model(config, examples)
     model.to(runtime.device)
@@ -492,7 +492,7 @@ def new_run_dir(config: TrainingConfig) -> Path:
 
 def write_inputs(folder: Path, config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime) -> None:
     """Write what the run starts from: config.json and splits.csv."""
-    config = with_options(config, {"output_dir": str(folder)})
+    config = replace(config, output_dir=str(folder))
     provenance = {
         **checkpoint.environment(),
         "machine": runtime.describe(),

@@ -13,7 +13,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_type_hints
 
@@ -288,7 +289,7 @@ class TrainingConfig:
             spec.check(getattr(self, name))
         check_together(self)
 
-    @property
+    @cached_property
     def loss_terms(self) -> tuple[tuple[float, str], ...]:
         """`loss` as (weight, name) pairs."""
         return parse_loss(self.loss)
@@ -565,12 +566,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
             ways = "drop it" if "demo" in flags else "add --no_demo (--config has it on)"
             raise ValueError(f"--demo draws its own data: {ways} or drop --{name}")
     demo = DEMO_SETTINGS if is_demo else {}
-    return with_options(TrainingConfig(), {**demo, **saved, **flags})
-
-
-def with_options(config: TrainingConfig, changes: Mapping[str, Any]) -> TrainingConfig:
-    """`config` with some options changed and checked again."""
-    return replace(config, **changes)
+    return TrainingConfig(**{**demo, **saved, **flags})
 
 
 def build_predict_parser() -> argparse.ArgumentParser:

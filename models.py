@@ -170,6 +170,13 @@ class ScoreModel(nn.Module):
         """(P, N) token ids -> (P, E) unit vectors, float32."""
         return F.normalize(encode_tokens(self.clip, tokens_PN).float(), dim=-1)
 
+    def encode(
+        self, images_B3SS: Tensor, tokens_PN: Tensor | None, prompt_of_B: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Images and their prompts (as `forward` takes them) -> (B, E) and (B, E), or None without prompts."""
+        image_BE = self.encode_image(images_B3SS)
+        return image_BE, None if tokens_PN is None else self.encode_text(tokens_PN)[prompt_of_B]
+
     def score(self, image_BE: Tensor, text_BE: Tensor | None) -> dict[str, Tensor]:
         """Unit embeddings -> {"q": (B,), "c": (B,) if there is text, "rationale": (B, E) if predicted}.
 
@@ -197,9 +204,7 @@ class ScoreModel(nn.Module):
         Returns:
             As `score`.
         """
-        image_BE = self.encode_image(images_B3SS)
-        text_BE = self.encode_text(tokens_PN)[prompt_of_B] if tokens_PN is not None else None
-        return self.score(image_BE, text_BE)
+        return self.score(*self.encode(images_B3SS, tokens_PN, prompt_of_B))
 
     def train(self, mode: bool = True) -> ScoreModel:
         """As usual, but wholly frozen parts stay in eval mode: no dropout, no moving statistics."""
@@ -244,10 +249,9 @@ def score_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
 
 def embed_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
     """What CLIP itself knows of a batch: "image" (B, E) and, with prompts, "cos" (B,)."""
-    image_BE = model.encode_image(batch.images_B3SS)
-    if batch.tokens_PN is None:
+    image_BE, text_BE = model.encode(batch.images_B3SS, batch.tokens_PN, batch.prompt_of_B)
+    if text_BE is None:
         return {"image": image_BE}
-    text_BE = model.encode_text(batch.tokens_PN)[batch.prompt_of_B]
     return {"image": image_BE, "cos": (image_BE * text_BE).sum(dim=-1)}
 
 
