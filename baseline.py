@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,17 +35,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 import backbones
+import caching
 import calibration
 import checkpoint
 import data
 import demo
 import engine
+import features
+import images
+import inputs
 import losses
 import metrics
 import models
 from configs import TrainingConfig, one_line_errors, parse_args
 
-EVAL_LOADERS = ("train_eval", "val", "test")
+EVAL_ORDERS = ("train_eval", "val", "test")
+COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
+SAVE_EVERY_SECONDS = 60.0  # best weights of earlier epochs stay in memory so long
 MOS_COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
 
 
@@ -55,86 +63,98 @@ def run(config: TrainingConfig) -> dict[str, Any]:
         engine.NonFiniteLoss: training broke down.
     """
     started = time.perf_counter()
-    folder = Path(config.output_dir) if config.output_dir else new_run_dir(config)
-    checkpoint.refuse_occupied(folder, overwrite=config.overwrite)
-    runtime = engine.start_runtime(config.device, config.amp)
+    runtime, folder = start(config)
     engine.seed_everything(config.seed)
 
     # Data, model, and how one becomes batches for the other.
-    config = replace(config, **demo_paths(config)) if config.demo else config
+    config = draw_demo(config, runtime) if config.demo else config
     examples = read_examples(config)
     backbone, model, arguments = start_model(config, examples)
     model.to(runtime.device)
     feed, num_truncated = build_feed(config, examples, backbone, runtime)
-    loaders = build_loaders(config, examples, runtime)
+    orders = build_orders(config, examples)
     num_steps = engine.num_optimizer_steps(
         len(examples.rows("train")),
         batch_size=config.batch_size,
         accumulation=config.gradient_accumulation_steps,
         epochs=config.epochs,
     )
-    print(plan(config, examples, backbone, model, runtime, num_steps=num_steps, num_truncated=num_truncated))
+    notes = [f"{num_truncated} text(s) exceed CLIP's context length and were cut"] if num_truncated else []
+    runtime.say(plan(config, examples, backbone, model, feed, runtime, num_steps=num_steps, notes=notes))
     if config.dry_run:
         return {}
-    checkpoint.prepare_run_folder(folder)
-    write_inputs(folder, config, examples, runtime)
+    writer = checkpoint.RunFolder(folder, active=runtime.is_main)
+    write_inputs(writer, config, examples, runtime)
+
+    def predict(scorer: models.ScoreModel, fold: str, compute: Any = models.score_batch) -> dict[str, np.ndarray]:
+        return engine.predict(scorer, feed.batches(orders[fold]), compute, runtime=runtime)
 
     # What CLIP knows before training: the point to start from, and to be compared with at the end.
-    known = {
-        fold: engine.predict(model, feed.batches(loaders[fold]), models.embed_batch, runtime=runtime)
-        for fold in EVAL_LOADERS
-    }
+    ready = time.perf_counter()
+    cache_frozen(config, model, feed, examples, backbone, runtime)
+    known = {fold: predict(model, fold, models.embed_batch) for fold in EVAL_ORDERS}
     base = fit_base(known, examples)
     if config.calibration and isinstance(model.heads, models.ResidualHeads) and not config.init_from:
         model.heads.set_base(base.quality, base.consistency)
 
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, model, examples)
     schedule = engine.build_schedule(
         optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=config.warmup_ratio
     )
     average = engine.WeightAverage(model, config.ema_decay)
-    compute_losses = build_losses(config, examples)
+    tune_speed(config, model, runtime, num_images=config.epochs * len(examples.rows("train")))
+    trainee = runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
+    compute_losses = build_losses(config, examples, model, runtime)
+    micro = engine.MicroBatches(feed.split, enabled=config.dynamic_batch_size, max_usage=config.max_memory_usage)
     history: list[dict[str, float]] = []
     selection: list[float] = []
     predictions: dict[str, dict[str, np.ndarray]] = {}
+    newest_best = checkpoint.LatestState(
+        lambda state: save_scorer(writer, state, backbone, arguments, config, examples),
+        every_seconds=SAVE_EVERY_SECONDS,
+        constant=never_trained(model, optimizer),
+    )
 
-    def predict(scorer: models.ScoreModel, fold: str) -> dict[str, np.ndarray]:
-        return engine.predict(scorer, feed.batches(loaders[fold]), models.score_batch, runtime=runtime)
-
-    for epoch in range(1, config.epochs + 1):
-        enter_stage(config, model, epoch)
-        with Progress(len(examples.rows("train"))) as progress:
-            lr = config.lr * optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["initial_lr"]
-            trained = engine.train_epoch(
-                model,
-                feed.batches(loaders["train"]),
-                compute_losses,
-                optimizer=optimizer,
-                schedule=schedule,
-                runtime=runtime,
-                average=average,
-                accumulation=config.gradient_accumulation_steps,
-                max_grad_norm=config.max_grad_norm,
-                after_step=progress.update,
-            )
-        scores = predict(average.weights, "val")
-        validated = {f"val_{name}": value for name, value in evaluate(scores, "val", examples, config).items()}
-        history.append({"epoch": epoch, **trained, **validated, "lr": lr, **progress.timing()})
-        selection.append(validated[f"val_{config.select_by}"])
-        print(epoch_line(history[-1], config.epochs), flush=True)
-        checkpoint.write_csv(folder / "metrics.csv", pd.DataFrame(history))
-        if engine.best_epoch(selection) == epoch:
-            predictions["val"] = scores
-            save_scorer(folder / checkpoint.BEST_DIR, average.weights, backbone, arguments, config, examples)
-        if engine.should_stop(
-            selection, patience=config.early_stopping_patience, min_delta=config.early_stopping_min_delta
-        ):
-            print(f"no gain in {config.early_stopping_patience} epochs: stopped early")
-            break
+    with newest_best:
+        for epoch in range(1, config.epochs + 1):
+            if enter_stage(config, model, examples, epoch, runtime):
+                cache_frozen(config, model, feed, examples, backbone, runtime)
+                trainee = runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
+            with Progress(len(examples.rows("train")), runtime) as progress:
+                lr = config.lr * optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["initial_lr"]
+                trained = engine.train_epoch(
+                    trainee,
+                    feed.batches(orders["train"]),
+                    compute_losses,
+                    optimizer=optimizer,
+                    schedule=schedule,
+                    runtime=runtime,
+                    average=average,
+                    micro=micro,
+                    accumulation=config.gradient_accumulation_steps,
+                    max_grad_norm=config.max_grad_norm,
+                    after_step=progress.update,
+                )
+            scores = predict(average.weights, "val")
+            validated = {f"val_{name}": value for name, value in evaluate(scores, "val", examples, config).items()}
+            history.append({"epoch": epoch, **trained, **validated, "lr": lr, **progress.timing()})
+            selection.append(validated[f"val_{config.select_by}"])
+            runtime.say(epoch_line(history[-1], config.epochs))
+            writer.csv("metrics.csv", pd.DataFrame(history))
+            if engine.best_epoch(selection) == epoch:
+                predictions["val"] = scores
+                newest_best.keep(models.merged_state(average.weights))
+            if engine.should_stop(
+                selection, patience=config.early_stopping_patience, min_delta=config.early_stopping_min_delta
+            ):
+                runtime.say(f"no gain in {config.early_stopping_patience} epochs: stopped early")
+                break
 
     # The test fold's scores are looked at here, once, with the weights that validation has chosen.
     best = models.merge_lora(average.weights)
-    best.load_state_dict(checkpoint.load_weights(folder / checkpoint.BEST_DIR)[1])
+    if runtime.is_main:
+        best.load_state_dict(checkpoint.load_weights(folder / checkpoint.BEST_DIR)[1])
+    runtime.copy_weights(best)
     predictions |= {fold: predict(best, fold) for fold in ("train_eval", "test")}
     results = {
         "best_epoch": engine.best_epoch(selection),
@@ -143,12 +163,24 @@ def run(config: TrainingConfig) -> dict[str, Any]:
         "base": {fold: agreements(base.scores(known[fold]), fold, examples) for fold in ("val", "test")},
         "floors": floors(examples),
         "seconds": round(time.perf_counter() - started, 3),
+        "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
     }
-    checkpoint.write_csv(folder / "predictions.csv", prediction_table(predictions, examples))
-    checkpoint.write_json(folder / checkpoint.RESULTS_FILE, results)
-    print(results_table(results, examples))
-    print(f"run folder: {folder}")
+    writer.csv("predictions.csv", prediction_table(predictions, examples))
+    writer.json(checkpoint.RESULTS_FILE, results)
+    runtime.say(results_table(results, examples))
+    runtime.say(f"run folder: {folder}")
     return results
+
+
+def start(config: TrainingConfig) -> tuple[engine.Runtime, Path]:
+    """Join the other processes, if any, and agree on the run folder. Raises ValueError for what cannot work."""
+    runtime = engine.start_runtime(config.device, config.amp)
+    if config.dynamic_batch_size and runtime.world > 1:
+        raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
+    folder = Path(config.output_dir) if config.output_dir else new_run_dir(config)
+    if runtime.is_main:
+        checkpoint.refuse_occupied(folder, overwrite=config.overwrite)
+    return runtime, runtime.agree(folder)
 
 
 def start_model(
@@ -165,12 +197,23 @@ def start_model(
         backbone = backbones.load_backbone(config.clip_model, config.clip_pretrained, image_size=config.image_size)
         arguments = model_arguments(config, backbone.embed_dim)
         model = models.build_model(backbone.clip, **arguments)
-    num_layers = config.stages[0][0]
     if config.lora_rank:
-        models.add_lora(model.clip, config.lora_rank, num_layers=num_layers)
-    else:
-        models.freeze_backbone(model.clip, everything=config.freeze_clip, num_layers=num_layers)
+        models.add_lora(model.clip, config.lora_rank, num_layers=config.stages[0][0])
+    freeze(config, model, examples, config.stages[0][0])
     return backbone, model, arguments
+
+
+def freeze(config: TrainingConfig, model: models.ScoreModel, examples: data.Examples, num_layers: int | None) -> None:
+    """Freeze what is not to be trained while `num_layers` are frozen; the text tower where no score uses it."""
+    if not config.lora_rank:
+        models.freeze_backbone(model.clip, everything=config.freeze_clip, num_layers=num_layers)
+    if not uses_prompts(config, examples):
+        model.clip.text.requires_grad_(False)
+
+
+def uses_prompts(config: TrainingConfig, examples: data.Examples) -> bool:
+    """Whether anything that is trained looks at the prompts."""
+    return "c" in examples.scales or config.use_explanations
 
 
 def load_first_stage(
@@ -190,7 +233,8 @@ def load_first_stage(
             raise ValueError(f"--init_from {folder}: has {name} {value}, not {arguments[name]}; use the same flags")
     scales = {task: data.LabelScale(**scale) for task, scale in description["scales"].items()}
     if scales != examples.scales:
-        print(f"note      scores of --init_from lie on {scales}, those of this data on {examples.scales}")
+        note = f"scores of --init_from lie on {scales}, those of this data on {examples.scales}"
+        backbone = replace(backbone, notes=(*backbone.notes, note))
     splits = folder.parent / "splits.csv"
     if splits.is_file():
         before = pd.read_csv(splits, dtype=str, keep_default_na=False).set_index("name")["split"]
@@ -214,36 +258,93 @@ def origin(config: TrainingConfig) -> str:
     return config.init_from or f"{config.clip_model} ({'its own weights' if own else config.clip_pretrained})"
 
 
-def build_optimizer(config: TrainingConfig, model: models.ScoreModel) -> torch.optim.Optimizer:
+def build_optimizer(config: TrainingConfig, model: models.ScoreModel, examples: data.Examples) -> torch.optim.Optimizer:
     """AdamW over all that is trained at some stage; what is still frozen has no gradient and so no state yet."""
     scales = models.lr_scales(model, config.layer_decay)
 
     def lr_of(name: str) -> float:
         return config.lr * scales[name] if name in scales else config.head_lr or config.lr
 
-    if config.unfreeze_schedule:
-        models.freeze_backbone(model.clip, num_layers=config.stages[-1][0])
+    freeze(config, model, examples, config.stages[-1][0])
     optimizer = engine.build_optimizer(model, lr_of, weight_decay=config.weight_decay)
-    if config.unfreeze_schedule:
-        models.freeze_backbone(model.clip, num_layers=config.stages[0][0])
+    freeze(config, model, examples, config.stages[0][0])
     return optimizer
 
 
-def enter_stage(config: TrainingConfig, model: models.ScoreModel, epoch: int) -> None:
-    """Thaw the layers that the plan gives free from this epoch (counted from 1) on."""
+def enter_stage(
+    config: TrainingConfig, model: models.ScoreModel, examples: data.Examples, epoch: int, runtime: engine.Runtime
+) -> bool:
+    """Thaw the layers that the plan gives free from this epoch (counted from 1) on; whether there are any."""
     for num_layers, epochs_done in config.stages[1:]:
         if epochs_done == epoch - 1:
-            models.freeze_backbone(model.clip, num_layers=num_layers)
-            print(f"{num_layers} layers stay frozen from epoch {epoch} on")
+            freeze(config, model, examples, num_layers)
+            runtime.say(f"{num_layers} layers stay frozen from epoch {epoch} on")
+            return True
+    return False
+
+
+def caches_nothing(config: TrainingConfig, model: models.ScoreModel) -> bool:
+    """Whether every layer is computed anew in every epoch: so asked for, or no tower is frozen in front."""
+    return not config.cache or not max(map(models.frozen_stages, (model.clip.visual, model.clip.text)))
+
+
+def cache_frozen(
+    config: TrainingConfig,
+    model: models.ScoreModel,
+    feed: inputs.Feed[inputs.PixelSource],
+    examples: data.Examples,
+    backbone: backbones.Backbone,
+    runtime: engine.Runtime,
+) -> None:
+    """Compute what the frozen layers make of images and prompts once, as far as there are any and it fits."""
+    feed.source = feed.pixels
+    if feed.prompts:
+        feed.prompts.enter_at(0, None)
+    if caches_nothing(config, model):
+        return
+    started = time.perf_counter()
+    setting = caching.Caching(
+        features.FeatureCache(Path(config.cache_dir) / "features", config.cache_max_gb * 1e9),
+        runtime,
+        config.cache_dtype,
+        caching.identity(backbone.config, runtime),
+        batch_size=2 * config.batch_size,
+    )
+    train = examples.rows("train")
+    rows_of: dict[inputs.View, inputs.Rows] = {
+        None: np.arange(len(examples.table)),
+        **dict.fromkeys(range(config.num_views), train),
+    }
+    augmentation = {name: getattr(config, name) for name in ("crop_scale_min", "horizontal_flip", "seed")}
+    found = caching.cache_images(setting, model.clip.visual, feed.pixels, rows_of=rows_of, augmentation=augmentation)
+    reasons = {"images": found} if isinstance(found, str) else {}
+    if isinstance(found, inputs.CachedSource):
+        feed.source = found
+        if len(config.stages) == 1:
+            feed.pixels.store.drop()
+    if feed.prompts and (reason := caching.cache_texts(setting, model.clip.text, feed.prompts)):
+        reasons["prompts"] = reason
+    said = "; ".join(f"{what} not: {reason}" for what, reason in reasons.items())
+    kept = "" if isinstance(found, str) else f"{found.describe()}, "
+    runtime.say(f"cache     {kept}{time.perf_counter() - started:.1f} s{'; ' * bool(said)}{said}")
+
+
+def tune_speed(config: TrainingConfig, model: models.ScoreModel, runtime: engine.Runtime, *, num_images: int) -> None:
+    """Switch on what trades time against memory or start-up."""
+    model.clip.set_grad_checkpointing(config.gradient_checkpointing)
+    is_long = runtime.device.type != "cpu" and num_images > COMPILE_FROM and not config.lora_rank
+    can = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
+    if config.compile == "on" or (config.compile == "auto" and is_long and can):
+        models.compile_blocks(model.clip)
 
 
 class Progress:
     """A bar on a terminal (nothing elsewhere) and the time of one epoch."""
 
-    def __init__(self, num_images: int) -> None:
+    def __init__(self, num_images: int, runtime: engine.Runtime) -> None:
         self.num_images = num_images
         self.started = time.perf_counter()
-        self.bar = tqdm(total=num_images, unit="img", leave=False, disable=None)
+        self.bar = tqdm(total=num_images, unit="img", leave=False, disable=runtime.hide_progress)
         self.update = self.bar.update
 
     def __enter__(self) -> Progress:
@@ -294,12 +395,13 @@ def fit_base(known: Mapping[str, Mapping[str, np.ndarray]], examples: data.Examp
     return Base(quality, consistency)
 
 
-def demo_paths(config: TrainingConfig) -> dict[str, str]:
-    """Draw the demo set (once) and return where it is, as options."""
+def draw_demo(config: TrainingConfig, runtime: engine.Runtime) -> TrainingConfig:
+    """Draw the demo set (once); the config with the paths to it."""
     # Named after the code that draws it, so that an older program's set is never taken for this one's.
     version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:8]
-    csv_path, image_dir = demo.write_demo_set(Path(config.cache_dir) / f"demo-{version}")
-    return {"data_csv_path": str(csv_path), "image_base_dir": str(image_dir)}
+    with runtime.main_first():
+        csv_path, image_dir = demo.write_demo_set(Path(config.cache_dir) / f"demo-{version}")
+    return replace(config, data_csv_path=str(csv_path), image_base_dir=str(image_dir))
 
 
 def read_examples(config: TrainingConfig) -> data.Examples:
@@ -351,9 +453,10 @@ def model_arguments(config: TrainingConfig, embed_dim: int) -> dict[str, Any]:
 
 def build_feed(
     config: TrainingConfig, examples: data.Examples, backbone: backbones.Backbone, runtime: engine.Runtime
-) -> tuple[data.Feed, int]:
+) -> tuple[inputs.Feed[inputs.PixelSource], int]:
     """The feed of batches, and the number of texts cut because they exceed the context length."""
     num_truncated = 0
+    trim = models.trims_exactly(backbone.clip.text)
 
     def tokenize(texts: Sequence[str]) -> Tensor:
         nonlocal num_truncated
@@ -361,54 +464,61 @@ def build_feed(
         num_truncated += cut
         return tokens
 
-    def text_table(column: str) -> data.TextTable | None:
+    def text_table(column: str) -> inputs.TextTable | None:
         texts = examples.table[column].tolist()
-        return data.TextTable(texts, tokenize, runtime.device) if any(texts) else None
+        return inputs.TextTable(texts, tokenize, runtime.device, trim=trim) if any(texts) else None
 
     rationales = text_table("explanation") if config.use_explanations else None
-    feed = data.Feed(
-        device=runtime.device,
+    store = images.ImageStore(
+        examples.files,
+        image_size=config.image_size,
+        num_threads=num_threads(config, runtime),
+        max_memory=config.image_memory_gb * 1e9,
+        max_file=config.cache_max_gb * 1e9,
+        spill_dir=Path(config.cache_dir),
+    )
+    views = images.Views(
+        image_size=config.image_size,
         mean=backbone.config["preprocess_cfg"]["mean"],
         std=backbone.config["preprocess_cfg"]["std"],
+        device=runtime.device,
+        crop_scale_min=config.crop_scale_min,
+        flip=config.horizontal_flip,
+        seed=config.seed,
+    )
+    feed = inputs.Feed(
+        pixels=inputs.PixelSource(store, views),
+        device=runtime.device,
         targets=examples.unit_targets,
-        prompts=text_table("prompt") if "c" in examples.scales or rationales else None,
+        prompts=text_table("prompt") if uses_prompts(config, examples) else None,
         rationales=(rationales, (examples.table["explanation"] != "").to_numpy()) if rationales else None,
+        share=runtime.share,
+        num_ahead=runtime.num_ahead,
     )
     return feed, num_truncated
 
 
-def build_loaders(
-    config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime
-) -> dict[str, torch.utils.data.DataLoader]:
-    """Loaders by name: "train" is augmented and shuffled; "train_eval", "val" and "test" are plain and in order."""
-    images = data.ImageSet(
-        examples.table["path"].tolist(),
-        image_size=config.image_size,
-        crop_scale_min=config.crop_scale_min,
-        seed=config.seed,
-        flip=config.horizontal_flip,
-    )
-    return {
-        name: data.image_loader(
-            images,
-            examples.rows(name.removesuffix("_eval")),
-            batch_size=config.batch_size if name == "train" else 2 * config.batch_size,
-            shuffle=name == "train",
-            num_workers=num_workers(config, runtime),
-            pin_memory=runtime.device.type != "cpu",
-            keep_workers=name in ("train", "val"),  # the others are read once or twice
-        )
-        for name in ("train", *EVAL_LOADERS)
+def build_orders(config: TrainingConfig, examples: data.Examples) -> dict[str, inputs.BatchOrder]:
+    """Batches by name: "train" is augmented and shuffled; "train_eval", "val" and "test" are plain and in order."""
+    evaluated = {
+        name: inputs.BatchOrder(examples.rows(name.removesuffix("_eval")), batch_size=2 * config.batch_size)
+        for name in EVAL_ORDERS
     }
+    train = inputs.BatchOrder(examples.rows("train"), batch_size=config.batch_size, shuffle=True, seed=config.seed)
+    return {"train": train, **evaluated}
 
 
-def num_workers(config: TrainingConfig, runtime: engine.Runtime) -> int:
-    """Image-reading processes, as asked for or as suits the machine."""
-    return runtime.default_workers if config.num_workers is None else config.num_workers
+def num_threads(config: TrainingConfig, runtime: engine.Runtime) -> int:
+    """Threads that decode images, as asked for or as suits the machine."""
+    return runtime.num_threads if config.num_workers is None else config.num_workers
 
 
 def score_terms(
-    scores: Mapping[str, Tensor], targets: Mapping[str, Tensor], config: TrainingConfig, examples: data.Examples
+    scores: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    config: TrainingConfig,
+    examples: data.Examples,
+    labelled: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Named losses of label-unit scores: "loss_q", "loss_c" and their weighted sum "loss"."""
     return losses.score_losses(
@@ -418,22 +528,36 @@ def score_terms(
         terms=config.loss_terms,
         smoothing=config.label_smoothing,
         means=examples.train_means,
+        labelled=labelled,
     )
 
 
-def build_losses(config: TrainingConfig, examples: data.Examples) -> Any:
-    """The function (model, batch) -> named losses that training minimises."""
+def leaves_unused(examples: data.Examples, model: models.ScoreModel) -> bool:
+    """Whether some of what is trained may get no gradient: a head without labels, a part that a foreign tower skips."""
+    plain = all(map(models.staged_blocks, (model.clip.visual, model.clip.text)))
+    return not plain or len(examples.scales) < len(data.TASKS)
 
-    def compute(model: models.ScoreModel, batch: data.Batch) -> dict[str, Tensor]:
-        scores = model(batch.images_B3SS, batch.tokens_PN, batch.prompt_of_B)
-        terms = score_terms(scores, batch.targets, config, examples)
-        if batch.rationale_tokens_RN is not None and batch.has_rationale_B is not None:
+
+def build_losses(
+    config: TrainingConfig, examples: data.Examples, model: models.ScoreModel, runtime: engine.Runtime
+) -> Any:
+    """The function (model, batch) -> named losses of the whole batch that training minimises."""
+
+    def compute(trainee: torch.nn.Module, batch: inputs.Batch) -> dict[str, Tensor]:
+        own = trainee(**batch.inputs)
+        scores = {name: runtime.gather(values, len(batch)) for name, values in own.items()}
+        terms = score_terms(scores, batch.targets, config, examples, batch.labelled)
+        if batch.rationale_tokens_RN is not None and batch.has_rationale is not None:
             target_BE = torch.zeros_like(scores["rationale"])
+            has_rationale_B = inputs.to_device(batch.has_rationale, runtime.device)
             if len(batch.rationale_tokens_RN):
                 with torch.no_grad():
-                    target_BE[batch.has_rationale_B] = model.encode_text(batch.rationale_tokens_RN)
-            terms["loss_exp"] = losses.rationale_loss(scores["rationale"], target_BE, batch.has_rationale_B)
+                    places = inputs.to_device(np.flatnonzero(batch.has_rationale), runtime.device)
+                    target_BE[places] = model.encode_text(batch.rationale_tokens_RN)
+            terms["loss_exp"] = losses.rationale_loss(scores["rationale"], target_BE, has_rationale_B)
             terms["loss"] = terms["loss"] + config.w_exp * terms["loss_exp"]
+        if runtime.world > 1:  # every process has to have a gradient for all that it has computed
+            terms["loss"] = terms["loss"] + 0.0 * sum(values.sum() for values in own.values())
         return terms
 
     return compute
@@ -490,27 +614,37 @@ def new_run_dir(config: TrainingConfig) -> Path:
     return folder
 
 
-def write_inputs(folder: Path, config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime) -> None:
+def write_inputs(
+    writer: checkpoint.RunFolder, config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime
+) -> None:
     """Write what the run starts from: config.json and splits.csv."""
-    config = replace(config, output_dir=str(folder))
+    config = replace(config, output_dir=str(writer.path))
     provenance = {
         **checkpoint.environment(),
         "machine": runtime.describe(),
         "resolved": {
             "device": runtime.device.type,
             "amp": runtime.precision,
-            "num_workers": num_workers(config, runtime),
+            "num_workers": num_threads(config, runtime),
+            "cache_views": config.num_views,
+            "processes": runtime.world,
         },
         "data_fingerprint": examples.fingerprint,
         "mos_scales": {task: [scale.low, scale.high] for task, scale in examples.scales.items()},
     }
-    checkpoint.write_json(folder / checkpoint.CONFIG_FILE, {**config.to_json(), "provenance": provenance})
-    checkpoint.write_csv(folder / "splits.csv", pd.DataFrame({"name": examples.table["name"], "split": examples.folds}))
+    writer.json(checkpoint.CONFIG_FILE, {**config.to_json(), "provenance": provenance})
+    writer.csv("splits.csv", pd.DataFrame({"name": examples.table["name"], "split": examples.folds}))
+
+
+def never_trained(model: models.ScoreModel, optimizer: torch.optim.Optimizer) -> set[str]:
+    """Names of the parameters that the optimiser does not know."""
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in known}
 
 
 def save_scorer(
-    folder: Path,
-    model: models.ScoreModel,
+    writer: checkpoint.RunFolder,
+    state: Mapping[str, Tensor],
     backbone: backbones.Backbone,
     arguments: Mapping[str, Any],
     config: TrainingConfig,
@@ -524,8 +658,7 @@ def save_scorer(
         "scales": {task: {"low": scale.low, "high": scale.high} for task, scale in examples.scales.items()},
         "source": origin(config),
     }
-    state = models.merged_state(model)
-    checkpoint.save_weights(folder, state, description, lambda path: backbones.save_text_files(backbone, path))
+    writer.weights(checkpoint.BEST_DIR, state, description, lambda path: backbones.save_text_files(backbone, path))
 
 
 def prediction_table(scores: Mapping[str, Mapping[str, np.ndarray]], examples: data.Examples) -> pd.DataFrame:
@@ -549,10 +682,11 @@ def plan(
     examples: data.Examples,
     backbone: backbones.Backbone,
     model: models.ScoreModel,
+    feed: inputs.Feed[inputs.PixelSource],
     runtime: engine.Runtime,
     *,
     num_steps: int,
-    num_truncated: int,
+    notes: Sequence[str],
 ) -> str:
     """What is about to be trained, in a few lines."""
     table = examples.table
@@ -576,13 +710,14 @@ def plan(
             f"{config.epochs} epochs, {num_steps} steps of {config.batch_size * config.gradient_accumulation_steps}, "
             f"lr {config.lr:g} {config.scheduler}, loss {config.loss}, seed {config.seed}",
         ),
+        ("images", feed.pixels.store.describe()),
         ("machine", runtime.describe()),
     ]
-    notes = list(backbone.notes)
-    if num_truncated:
-        notes.append(f"{num_truncated} text(s) exceed CLIP's context length and were cut")
+    notes = [*backbone.notes, *notes]
     if config.freeze_layers != TrainingConfig.freeze_layers and not config.partial_freeze:
         notes.append("--freeze_layers does nothing without --partial_freeze")
+    if config.cache_views is not None and caches_nothing(config, model):
+        notes.append("--cache_views does nothing here: no layers in front are frozen and cached")
     if config.stages[-1][1] >= config.epochs:
         notes.append(f"--unfreeze_schedule: epoch {config.stages[-1][1]} is never reached in {config.epochs} epochs")
     lines += [("note", note) for note in notes]
@@ -600,7 +735,7 @@ def epoch_line(row: Mapping[str, float], epochs: int) -> str:
     return (
         f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f} ({pair('loss')}{rationale})  "
         f"val {row['val_loss']:.4f}  SROCC {pair('val_srocc')}  PLCC {pair('val_plcc')}  "
-        f"lr {row['lr']:.1e}  {row['images_per_s']:.0f} img/s  {row['seconds']:.1f} s"
+        f"lr {row['lr']:.1e}  {row['images_per_s']:.0f} img/s, waited {row['data_wait']:.0%}  {row['seconds']:.1f} s"
     )
 
 
@@ -637,8 +772,10 @@ def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the command line and run; returns the results. Mistakes are one line and exit code 2."""
-    with one_line_errors(engine.NonFiniteLoss):
-        return run(parse_args(argv))
+    with one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory):
+        results = run(parse_args(argv))
+        engine.stop_runtime()
+        return results
 
 
 if __name__ == "__main__":

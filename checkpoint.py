@@ -10,7 +10,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,74 @@ def prepare_run_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+class RunFolder:
+    """The run folder of one process; where another process writes, `active` is False and nothing happens here."""
+
+    def __init__(self, path: Path, *, active: bool = True) -> None:
+        """Make the folder, without what an older run left in it."""
+        self.path = path
+        self.active = active
+        if active:
+            prepare_run_folder(path)
+
+    def json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file, see `write_json`."""
+        if self.active:
+            write_json(self.path / name, value)
+
+    def csv(self, name: str, table: pd.DataFrame) -> None:
+        """Write a CSV file, see `write_csv`."""
+        if self.active:
+            write_csv(self.path / name, table)
+
+    def weights(
+        self, name: str, state: Mapping[str, Tensor], description: Mapping[str, Any], extra: Callable[[Path], None]
+    ) -> None:
+        """Write a checkpoint, see `save_weights`."""
+        if self.active:
+            save_weights(self.path / name, state, description, extra)
+
+
+class LatestState:
+    """Holds the newest weights in memory and writes them now and then, and in any case when the block is left.
+
+    Args:
+        write: writes a state.
+        every_seconds: the least time between two writes.
+        constant: names of weights that never change, which need no copy.
+    """
+
+    def __init__(
+        self, write: Callable[[Mapping[str, Tensor]], None], *, every_seconds: float, constant: Collection[str] = ()
+    ) -> None:
+        self.write = write
+        self.every_seconds = every_seconds
+        self.constant = constant
+        self.state: dict[str, Tensor] | None = None
+        self.written = time.monotonic()
+
+    def __enter__(self) -> LatestState:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.flush()
+
+    def keep(self, state: Mapping[str, Tensor]) -> None:
+        """Take this state, and forget the one before."""
+        self.state = {
+            name: value if name in self.constant else value.detach().to("cpu", copy=True)
+            for name, value in state.items()
+        }
+        if time.monotonic() - self.written >= self.every_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has not been written yet."""
+        if self.state is not None:
+            self.write(self.state)
+        self.state, self.written = None, time.monotonic()
+
+
 def save_weights(
     folder: Path, state: Mapping[str, Tensor], description: Mapping[str, Any], extra: Callable[[Path], None]
 ) -> None:
@@ -105,14 +174,19 @@ def save_weights(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def weights_folder(folder: Path) -> Path:
+    """The checkpoint folder that is meant: a run folder stands for the `best` in it."""
+    is_run = not (folder / DESCRIPTION_FILE).exists() and (folder / BEST_DIR).is_dir()
+    return folder / BEST_DIR if is_run else folder
+
+
 def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """Read what `save_weights` wrote: its folder, weights and description. A run folder stands for the `best` in it.
 
     Raises:
         ValueError: it is no checkpoint, or a damaged one.
     """
-    if not (folder / DESCRIPTION_FILE).exists() and (folder / BEST_DIR).is_dir():
-        folder = folder / BEST_DIR
+    folder = weights_folder(folder)
     try:
         description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
         state = load_file(folder / WEIGHTS_FILE)

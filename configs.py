@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ GROUPS = {
     "heads": "the residual heads on top of CLIP",
     "loss": "what is minimised",
     "optimisation": "how it is minimised, and which epoch is kept",
+    "speed": "how fast, and with how much memory; nothing here changes what a step computes",
     "meta": "about the run itself",
 }
 
@@ -88,7 +90,6 @@ class TrainingConfig:
         choices=("prompt", "image"),
     )
     seed: int = option(42, "data", "seed of splits, weights, augmentation and order", within="[0, 4294967295]")
-    num_workers: int | None = option(None, "data", "image-reading processes (default: by machine)", within="[0, 256]")
     mos_range_q: tuple[float, float] | None = option(
         None,
         "data",
@@ -275,10 +276,57 @@ class TrainingConfig:
         recommended="0.99-0.9999",
     )
 
+    # speed
+    cache: bool = option(True, "speed", "compute the frozen layers in front anew in every epoch, cache nothing of them")
+    cache_views: int | None = option(
+        None,
+        "speed",
+        "augmented views of each training image that are cached, and cycled through; 0 = the evaluation view "
+        "(default: 0 with --freeze_clip, else 4)",
+        within="[0, 10000]",
+        recommended="0-8",
+    )
+    cache_dtype: str = option(
+        "auto",
+        "speed",
+        "of cached activations (embeddings stay float32); auto: what the frozen layers compute in",
+        choices=("auto", "float32", "bf16", "fp16"),
+    )
+    cache_max_gb: float = option(
+        20.0,
+        "speed",
+        "largest size of the feature cache in --cache_dir; what does not fit is not cached",
+        within="[0, 1e9]",
+    )
+    image_memory_gb: float = option(
+        4.0,
+        "speed",
+        "decoded images up to this size stay in memory, up to --cache_max_gb in a file, beyond they are decoded anew",
+        within="[0, 1e9]",
+    )
+    num_workers: int | None = option(
+        None, "speed", "threads that decode images (default: one per core, at most 16)", within="[0, 256]"
+    )
+    compile: str = option(
+        "auto",
+        "speed",
+        "compile CLIP's blocks; auto: on a GPU, for runs of more than 200,000 images",
+        choices=("auto", "on", "off"),
+    )
+    gradient_checkpointing: bool = option(
+        False, "speed", "recompute activations in the backward pass: less memory, about a third slower"
+    )
+    dynamic_batch_size: bool = option(
+        False, "speed", "when GPU memory runs out, put smaller parts of a batch through; the step stays as large"
+    )
+    max_memory_usage: float = option(
+        0.9, "speed", "share of GPU memory that --dynamic_batch_size plans for at the start", within="(0, 1]"
+    )
+
     # meta
     output_dir: str | None = option(None, "meta", "run folder (default: runs/<time>-<short name>)", metavar="DIR")
     overwrite: bool = option(False, "meta", "replace the finished run in --output_dir")
-    cache_dir: str = option(".cache", "meta", "folder for what is computed once, such as the demo set", metavar="DIR")
+    cache_dir: str = option(".cache", "meta", "folder for what is computed once: features, the demo set", metavar="DIR")
     config: str | None = option(None, "meta", "start from a saved config.json; flags override it", metavar="FILE")
     demo: bool = option(False, "meta", "draw a demo set and train on it: works without data or network")
     dry_run: bool = option(False, "meta", "build everything, print the plan, train nothing")
@@ -302,6 +350,13 @@ class TrainingConfig:
         return ((self.freeze_layers if self.partial_freeze else None, 0),)
 
     @property
+    def num_views(self) -> int:
+        """Cached training views of each image: as asked for, or as measured to suit the freezing mode."""
+        if self.cache_views is not None:
+            return self.cache_views
+        return CACHED_VIEWS["frozen" if self.freeze_clip else "partial"]
+
+    @property
     def freezing(self) -> str:
         """Short name of the freezing mode: "frozen", "partial8" or "full", with "-lora4" behind it for LoRA."""
         layers = self.stages[0][0]
@@ -312,6 +367,9 @@ class TrainingConfig:
         """Every option as JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
+
+# Training views that are cached by default, by freezing mode: docs/experiments.md has the measurements.
+CACHED_VIEWS = {"frozen": 0, "partial": 4}
 
 # What --demo stands for: a small, fast run that shows the whole program. Explicit flags win.
 DEMO_SETTINGS: dict[str, Any] = {
@@ -457,6 +515,8 @@ def check_together(config: TrainingConfig) -> None:
             raise ValueError("--unfreeze_schedule thaws CLIP's own weights: drop it, or --freeze_clip and --lora_rank")
     if config.freeze_clip and config.lora_rank:
         raise ValueError("--lora_rank trains CLIP's blocks, --freeze_clip does not: drop one")
+    if config.compile == "on" and config.lora_rank:
+        raise ValueError("--compile on: LoRA makes every block a kind of its own to compile; drop it, or --lora_rank")
     if config.use_refinement and config.use_residual_learning:
         raise ValueError("--use_refinement is the older design and needs --no_residual_learning")
     if config.refinement_dim % config.refinement_heads:
@@ -586,7 +646,12 @@ def build_predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt_column", default="prompt", metavar="COLUMN", help="(default: prompt)")
     parser.add_argument("--out", metavar="FILE", help="write name,pred_quality,pred_align there instead of printing")
     parser.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--num_workers", type=int, default=0, help="image-reading processes (default: 0)")
+    parser.add_argument(
+        "--chunk_size", type=int, default=4096, help="rows at a time that --out keeps if stopped (default: 4096)"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, help="threads that decode images (default: one per core, at most 16)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     return parser
 
@@ -600,6 +665,8 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = build_predict_parser().parse_args(argv)
     for name in ("batch_size", "num_workers"):
         OPTIONS[name].check(getattr(args, name))
+    if args.chunk_size < 1:
+        raise ValueError(f"--chunk_size {args.chunk_size}: must be at least 1")
     if args.images and (args.csv or args.image_dir):
         raise ValueError(f"{args.images[0]}: image files or {'--csv' if args.csv else '--image_dir'}, not both")
     if not (args.images or args.csv or args.image_dir):
@@ -608,6 +675,8 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError("--prompt: the prompts come from --csv, drop one of the two")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         raise ValueError(f"--out {args.out}: must be a file in a folder that exists")
+    if not args.out and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several processes need --out FILE: each scores a part of it")
     return args
 
 

@@ -1,4 +1,4 @@
-"""From a CSV and a folder of images to batches: reading, checking, splitting, scaling, loading.
+"""From a CSV and a folder of images to a checked data set: reading, splitting, scaling.
 
 Scores live on [0, 1] inside (`LabelScale`) and on the data set's own MOS scale everywhere a person looks.
 A missing score is NaN from here on; it is masked in the loss and left out of every statistic.
@@ -7,23 +7,18 @@ A missing score is NaN from here on; it is masked in the loss and left out of ev
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.model_selection import GroupShuffleSplit
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
+
+from images import ImageFile, check_images, first_five
 
 FOLDS = ("train", "val", "test")
 TASKS = {"q": "quality", "c": "consistency"}
@@ -113,7 +108,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
 
     Rows without any text are left out. Raises ValueError.
     """
-    try:
+    with csv_errors(path):
         raw = pd.read_csv(
             path,
             header=None,
@@ -123,6 +118,24 @@ def read_csv(path: str | Path) -> pd.DataFrame:
             skipinitialspace=True,
             skip_blank_lines=False,  # they count as rows
         )
+    raw = raw.fillna("")  # a row that ends early
+    raw.columns = raw.iloc[0].str.strip().tolist()
+    raw.index = raw.index + 1
+    repeated = sorted({column for column in raw.columns[raw.columns.duplicated()] if column})
+    if repeated:
+        raise ValueError(f"{path}: the header has {repeated[0]!r} more than once")
+    rows = raw.iloc[1:]
+    rows = rows[(rows.apply(lambda column: column.str.strip()) != "").any(axis=1)]
+    if rows.empty:
+        raise ValueError(f"{path}: has a header but no rows")
+    return rows
+
+
+@contextmanager
+def csv_errors(path: str | Path) -> Iterator[None]:
+    """Turn what pandas raises for an unreadable CSV into a ValueError of one line."""
+    try:
+        yield
     except FileNotFoundError:
         raise ValueError(
             NO_DATA.format(path=path) if str(path) == "data/data.csv" else f"{path}: no such file"
@@ -138,17 +151,6 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         ) from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    raw = raw.fillna("")  # a row that ends early
-    raw.columns = raw.iloc[0].str.strip().tolist()
-    raw.index = raw.index + 1
-    repeated = sorted({column for column in raw.columns[raw.columns.duplicated()] if column})
-    if repeated:
-        raise ValueError(f"{path}: the header has {repeated[0]!r} more than once")
-    rows = raw.iloc[1:]
-    rows = rows[(rows.apply(lambda column: column.str.strip()) != "").any(axis=1)]
-    if rows.empty:
-        raise ValueError(f"{path}: has a header but no rows")
-    return rows
 
 
 def parse_scores(raw: pd.DataFrame, column: str, path: str | Path) -> pd.Series:
@@ -172,11 +174,6 @@ def generator_of(name: str) -> str:
     return PurePosixPath(name).name.rpartition("_")[0]
 
 
-def first_five(items: Sequence[object]) -> str:
-    """The first five of a list, and that there are more."""
-    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
-
-
 def check_names(table: pd.DataFrame, image_dir: Path, csv_path: str | Path) -> list[Path]:
     """Paths of all images. Raises ValueError for empty, repeated, escaping or missing names."""
     empty = table.loc[table["name"] == "", "row"]
@@ -198,61 +195,6 @@ def check_names(table: pd.DataFrame, image_dir: Path, csv_path: str | Path) -> l
     if missing:
         raise ValueError(f"{image_dir}: {len(missing)} of {len(paths)} images are missing: {first_five(missing)}")
     return paths
-
-
-def check_images(paths: Sequence[Path]) -> list[str]:
-    """Read every image once; return their SHA-256 content hashes.
-
-    JPEGs are decoded at an eighth of their size: that still reads the file to its end, so a truncated one shows.
-
-    Raises:
-        ValueError: some cannot be read; all are counted, the first five named.
-    """
-
-    def check(path: Path) -> tuple[str, str]:
-        try:
-            content = path.read_bytes()
-            with Image.open(BytesIO(content)) as image:
-                image.draft("RGB", (1, 1))
-                image.load()
-                check_mode(image)
-            return hashlib.sha256(content).hexdigest(), ""
-        except UnidentifiedImageError:
-            return "", f"{path.name} (not an image)"
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            return "", f"{path.name} ({str(error) or type(error).__name__})"
-
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        results = list(pool.map(check, paths, chunksize=8))
-    broken = [problem for _, problem in results if problem]
-    if broken:
-        raise ValueError(f"{len(broken)} of {len(paths)} images cannot be read: {first_five(broken)}")
-    return [digest for digest, _ in results]
-
-
-def check_mode(image: Image.Image) -> None:
-    """Raise ValueError for a pixel format without a known range."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 bits")
-
-
-def load_image(path: str | Path | Image.Image) -> Image.Image:
-    """Any image as upright 8-bit RGB: EXIF rotation applied, transparency on white, 16-bit scaled down.
-
-    Raises:
-        OSError: not an image, or truncated. ValueError: a pixel format without a known range.
-    """
-    with Image.open(path) if not isinstance(path, Image.Image) else path.copy() as source:
-        check_mode(source)
-        image = ImageOps.exif_transpose(source)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white rather than scale
-            return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
-                "RGB"
-            )
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
 
 
 def assign_folds(table: pd.DataFrame, *, split_by: str, test_size: float, val_size: float, seed: int) -> np.ndarray:
@@ -375,166 +317,6 @@ def fingerprint(csv_path: str | Path, image_hashes: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-class ImageSet(Dataset):
-    """Images as (3, S, S) uint8, S = image_size.
-
-    Indexed by (epoch, index): the augmentation of a sample depends on these and the seed alone, not on the
-    worker that draws it. Epoch `None` is the evaluation view: short side to S (bicubic), centre crop, as in CLIP.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str | Path | Image.Image],
-        *,
-        image_size: int,
-        crop_scale_min: float,
-        seed: int,
-        flip: bool = True,
-    ) -> None:
-        self.paths = list(paths)
-        self.seed = seed
-        self.train_view = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    image_size, scale=(crop_scale_min, 1.0), interpolation=v2.InterpolationMode.BICUBIC
-                ),
-                v2.RandomHorizontalFlip(0.5 if flip else 0.0),
-                v2.PILToTensor(),
-            ]
-        )
-        self.eval_view = v2.Compose(
-            [
-                v2.Resize(image_size, interpolation=v2.InterpolationMode.BICUBIC),
-                v2.CenterCrop(image_size),
-                v2.PILToTensor(),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, key: tuple[int | None, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        image = load_image(self.paths[index])
-        if epoch is None:
-            return self.eval_view(image), index
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
-            return self.train_view(image), index
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images with their prompts and labels, on the device."""
-
-    images_B3SS: Tensor  # normalised float32
-    targets: dict[str, Tensor]  # task -> (B,) label units, NaN where missing
-    tokens_PN: Tensor | None = None  # the batch's distinct prompts
-    prompt_of_B: Tensor | None = None  # (B,) row of tokens_PN
-    rationale_tokens_RN: Tensor | None = None  # rationales of those images that have one
-    has_rationale_B: Tensor | None = None  # (B,) bool; R of them are true
-
-    def __len__(self) -> int:
-        return len(self.images_B3SS)
-
-
-class TextTable:
-    """The texts of a table, each distinct one tokenised once. Row r has text number `text_of_row[r]`."""
-
-    def __init__(self, texts: Sequence[str], tokenize: Callable[[Sequence[str]], Tensor], device: torch.device) -> None:
-        codes, distinct = pd.factorize(np.asarray(texts, dtype=object))
-        self.tokens_UN = tokenize(list(distinct)).to(device)
-        self.text_of_row = torch.from_numpy(codes).to(device)
-
-    def select(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (B,) -> their distinct texts (P, N) and the number of each row's text among these (B,)."""
-        chosen_P, place_B = torch.unique(self.text_of_row[rows_B], return_inverse=True)
-        return self.tokens_UN[chosen_P], place_B
-
-
-class Feed:
-    """Turns what a loader yields into Batches: moves to the device, normalises, adds prompts and labels."""
-
-    def __init__(
-        self,
-        *,
-        device: torch.device,
-        mean: Sequence[float],
-        std: Sequence[float],
-        targets: Mapping[str, np.ndarray],
-        prompts: TextTable | None,
-        rationales: tuple[TextTable, np.ndarray] | None = None,
-    ) -> None:
-        self.device = device
-        self.scale = torch.tensor(std, device=device).mul(255).reciprocal().view(1, 3, 1, 1)
-        self.shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(1, 3, 1, 1)
-        self.targets = {task: torch.from_numpy(values).to(device, torch.float32) for task, values in targets.items()}
-        self.prompts = prompts
-        self.rationales = rationales and (rationales[0], torch.from_numpy(rationales[1]).to(device))
-
-    def batches(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
-        """One Batch for each ((B, 3, S, S) uint8, (B,) rows) of the loader."""
-        for pixels, rows in loader:
-            rows_B = rows.to(self.device, non_blocking=True)
-            images = pixels.to(self.device, non_blocking=True).float() * self.scale - self.shift
-            tokens, place = self.prompts.select(rows_B) if self.prompts else (None, None)
-            rationale_tokens = has_rationale = None
-            if self.rationales:
-                table, present = self.rationales
-                has_rationale = present[rows_B]
-                rationale_tokens = table.tokens_UN[table.text_of_row[rows_B[has_rationale]]]
-            yield Batch(
-                images_B3SS=images,
-                targets={task: values[rows_B] for task, values in self.targets.items()},
-                tokens_PN=tokens,
-                prompt_of_B=place,
-                rationale_tokens_RN=rationale_tokens,
-                has_rationale_B=has_rationale,
-            )
-
-
-class EpochOrder(Sampler[tuple[int | None, int]]):
-    """Yields (epoch, index): all indices, shuffled anew in each epoch when `shuffle`."""
-
-    def __init__(self, indices: np.ndarray, *, seed: int, shuffle: bool) -> None:
-        self.indices = np.asarray(indices)
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[tuple[int | None, int]]:
-        if not self.shuffle:
-            yield from ((None, int(index)) for index in self.indices)
-            return
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.indices)
-        yield from ((self.epoch, int(index)) for index in order)
-        self.epoch += 1
-
-
-def image_loader(
-    images: ImageSet,
-    indices: np.ndarray,
-    *,
-    batch_size: int,
-    shuffle: bool,
-    num_workers: int,
-    pin_memory: bool,
-    keep_workers: bool = False,
-) -> DataLoader:
-    """Batches of ((B, 3, S, S) uint8, (B,) int64 index into the table)."""
-    return DataLoader(
-        images,
-        batch_size=batch_size,
-        sampler=EpochOrder(indices, seed=images.seed, shuffle=shuffle),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0 and keep_workers,
-    )
-
-
 @dataclass(frozen=True)
 class Examples:
     """A checked data set: images, prompts and scores with their folds and scales."""
@@ -542,6 +324,7 @@ class Examples:
     table: pd.DataFrame  # as `read_table` returns it
     folds: np.ndarray  # (n,) of FOLDS
     scales: dict[str, LabelScale]  # task -> MOS scale; the tasks that have scores
+    files: list[ImageFile]  # the checked images
     fingerprint: str
 
     def rows(self, fold: str) -> np.ndarray:
@@ -582,5 +365,5 @@ def load_examples(
         for task in TASKS
         if table[task].notna().any()
     }
-    hashes = check_images(table["path"].tolist())
-    return Examples(table, folds, scales, fingerprint(csv_path, hashes))
+    files = check_images(table["path"].tolist())
+    return Examples(table, folds, scales, files, fingerprint(csv_path, [file.digest for file in files]))

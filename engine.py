@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import os
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -25,59 +28,176 @@ class NonFiniteLoss(RuntimeError):
     """Training broke down: a loss or a gradient is NaN or infinite."""
 
 
+class OutOfMemory(RuntimeError):
+    """The memory does not suffice, and nothing smaller is left to try."""
+
+
 class SizedBatch(Protocol):
-    """What the engine needs of a batch: its number of samples."""
+    """What the engine needs of a batch: its number of samples, over all processes."""
 
     def __len__(self) -> int: ...
 
 
 B = TypeVar("B", bound=SizedBatch)
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how precisely to compute. Always complete: on a CPU the scaler and autocast do nothing."""
+    """Where and how precisely to compute, and with how many processes. Always complete: on a CPU the scaler and
+    autocast do nothing, and a single process shares with nobody."""
 
     device: torch.device
     precision: str  # "bf16", "fp16" or "off"
     scaler: torch.amp.GradScaler
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[self.precision]
+
+    @property
+    def num_threads(self) -> int:
+        """Threads for work beside the model, such as decoding images."""
+        return min(16, num_cpus())
+
+    @property
+    def num_ahead(self) -> int:
+        """Batches to prepare while the model computes. On a CPU that would take cores from it."""
+        return 0 if self.device.type == "cpu" else 2
+
+    @property
+    def hide_progress(self) -> bool | None:
+        """tqdm's `disable`: the first process lets it decide by whether there is a terminal."""
+        return None if self.is_main else True
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context in which to run a forward pass."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "off")
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.precision != "off")
 
     def describe(self) -> str:
-        """Device and precision in words."""
+        """Device, number of processes and precision in words."""
         name = torch.cuda.get_device_name(self.device) if self.device.type != "cpu" else f"{num_cpus()} CPU cores"
-        return f"{name}, {'float32' if self.precision == 'off' else self.precision + ' autocast'}"
+        processes = f"{self.world} processes, " if self.world > 1 else ""
+        return f"{processes}{name}, {'float32' if self.precision == 'off' else self.precision + ' autocast'}"
 
-    @property
-    def default_workers(self) -> int:
-        """Image-reading processes that suit this machine. On a CPU they would fight with training for the cores."""
-        return min(8, num_cpus()) if self.device.type != "cpu" else 0
+    def say(self, text: str) -> None:
+        """Print, in one process only."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def free_memory(self) -> float:
+        """Bytes free on a GPU; 0 on a CPU, whose memory is the host's."""
+        return 0 if self.device.type == "cpu" else torch.get_device_module(self.device).mem_get_info(self.device)[0]
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        """This process's part of a batch's rows: every `world`-th. One that gets none takes the first, uncounted."""
+        own = rows[self.rank :: self.world]
+        return own if len(own) else rows[:1]
+
+    def gather(self, x: Tensor, size: int) -> Tensor:
+        """Put together what all processes computed on their shares of `size` rows: (b, ...) -> (size, ...).
+
+        A gradient flows to this process's own rows; summed over processes it is the whole gradient.
+        """
+        if self.world == 1:
+            return x
+        counts = [len(range(rank, size, self.world)) for rank in range(self.world)]
+        own = x[: counts[self.rank]]
+        padded = x.new_zeros((counts[0], *x.shape[1:]))
+        padded[: len(own)] = own.detach()
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        whole = x.new_empty((size, *x.shape[1:]))
+        for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            whole[rank :: self.world] = own if rank == self.rank else part[:count]
+        return whole
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the first process through before the others, to make what they then find."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def agree(self, value: T) -> T:
+        """The first process's value, in all processes."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def distribute(self, model: nn.Module, *, may_be_unused: bool) -> nn.Module:
+        """The model to train: with several processes, one that averages gradients over them.
+
+        `may_be_unused`: some trained parameters may get no gradient.
+        """
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model, find_unused_parameters=may_be_unused, gradient_as_bucket_view=True)
+
+    def copy_weights(self, model: nn.Module) -> None:
+        """Give all processes the first one's weights."""
+        if self.world > 1:
+            for value in model.state_dict().values():
+                dist.broadcast(value, src=0)
 
 
 def start_runtime(device: str, amp: str) -> Runtime:
-    """Resolve "auto" device and precision. Raises ValueError for what this machine lacks."""
+    """Resolve "auto" device and precision; join the other processes if torchrun has started several.
+
+    Raises:
+        ValueError: for what this machine lacks.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ValueError("--device cuda: no usable GPU found; use --device cpu")
     on_gpu = has_gpu and device != "cpu"
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"process {local_rank} has no GPU of its own: start one per GPU ({torch.cuda.device_count()})")
     if amp == "fp16" and not on_gpu:
         raise ValueError("--amp fp16: needs a GPU; on a CPU use bf16 or off")
     if amp == "auto":
         amp = "off" if not on_gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    chosen = torch.device("cpu")
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32
-    chosen = torch.device("cuda" if on_gpu else "cpu")
-    return Runtime(chosen, amp, torch.amp.GradScaler(chosen.type, enabled=amp == "fp16"))
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+    scaler = torch.amp.GradScaler(chosen.type, enabled=amp == "fp16")
+    return Runtime(chosen, amp, scaler, rank=dist.get_rank() if world > 1 else 0, world=world)
+
+
+def stop_runtime() -> None:
+    """Take leave of the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def num_cpus() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores for this process: those it may use, divided among the processes on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def seed_everything(seed: int) -> None:
@@ -168,15 +288,101 @@ def grouped(batches: Iterable[B], size: int) -> Iterator[list[B]]:
         yield group
 
 
+class Stopwatch:
+    """Adds up the time that is spent waiting for items."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, unchanged."""
+        iterator = iter(items)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - start
+            yield item
+
+
+class MicroBatches(Generic[B]):
+    """Cuts batches into as many parts as memory demands; the optimiser still sees whole ones.
+
+    Args:
+        split: (batch, size) -> the batch in parts of at most `size` samples.
+        enabled: False never cuts: too little memory is then the user's to solve.
+        max_usage: share of a GPU's memory that the first size may plan for.
+    """
+
+    def __init__(self, split: Callable[[B, int], list[B]], *, enabled: bool, max_usage: float = 0.9) -> None:
+        self.split = split
+        self.enabled = enabled
+        self.max_usage = max_usage
+        self.size: int | None = None  # None: whole batches
+        self.probed = False
+
+    def parts(self, batch: B) -> list[B]:
+        """The batch, in parts if it is too large."""
+        return [batch] if self.size is None else self.split(batch, self.size)
+
+    def halve(self, largest: int) -> None:
+        """Memory ran out with parts of up to `largest` samples. Raises OutOfMemory if nothing smaller is left."""
+        if not self.enabled:
+            raise OutOfMemory(
+                f"out of memory with {largest} images at once: add --gradient_checkpointing or (in one process) "
+                "--dynamic_batch_size, lower --batch_size, or freeze more layers"
+            )
+        if largest == 1:
+            raise OutOfMemory("out of memory with a single image at once: add --gradient_checkpointing, freeze more")
+        self.size = (largest + 1) // 2
+        print(f"note      out of memory: from here on {self.size} images at once, steps stay as large", flush=True)
+
+    def probe(self, batch: B, run: Callable[[list[B]], object], runtime: Runtime, reserve: float = 0) -> None:
+        """Choose the first size on a GPU: the batch halved until the memory it should take fits, beside `reserve`."""
+        if self.probed:
+            return
+        self.probed = True
+        if not self.enabled or runtime.device.type == "cpu" or len(batch) < 4:
+            return
+        gpu = torch.get_device_module(runtime.device)
+
+        def peak(size: int) -> float:
+            gpu.reset_peak_memory_stats(runtime.device)
+            try:
+                with torch.random.fork_rng(devices=[runtime.device], device_type=runtime.device.type):
+                    run([self.split(batch, size)[0]])
+            except torch.OutOfMemoryError:
+                return math.inf
+            return gpu.max_memory_allocated(runtime.device)
+
+        budget = self.max_usage * gpu.mem_get_info(runtime.device)[1] - reserve
+        size = fitting_size(len(batch), peak(1), peak(2), budget)
+        if size < len(batch):
+            self.size = size
+            print(f"note      {size} images at once fit into {self.max_usage:.0%} of the memory, steps stay as large")
+
+
+def fitting_size(batch_size: int, bytes_of_1: float, bytes_of_2: float, budget: float) -> int:
+    """`batch_size` halved until memory, which grows linearly with it, stays within the budget; at least 1."""
+    size = batch_size
+    while size > 1 and not bytes_of_1 + (size - 1) * (bytes_of_2 - bytes_of_1) <= budget:  # NaN if both are infinite
+        size = (size + 1) // 2
+    return size
+
+
 def train_epoch(
-    model: M,
+    model: nn.Module,
     batches: Iterable[B],
-    compute_losses: Callable[[M, B], Mapping[str, Tensor]],
+    compute_losses: Callable[[nn.Module, B], Mapping[str, Tensor]],
     *,
     optimizer: Optimizer,
     schedule: LambdaLR,
     runtime: Runtime,
-    average: WeightAverage[M],
+    average: WeightAverage,
+    micro: MicroBatches[B],
     accumulation: int = 1,
     max_grad_norm: float = 0.0,
     after_step: Callable[[int], None] = lambda num_samples: None,
@@ -184,49 +390,127 @@ def train_epoch(
     """Train over all batches once.
 
     Args:
-        compute_losses: (model, batch) -> named scalar tensors, "loss" among them.
+        model: as `Runtime.distribute` returns it.
+        compute_losses: (model, batch) -> named scalar tensors of the whole batch, "loss" among them.
+        micro: how batches are cut where memory is short.
         accumulation: batches per optimiser step; each counts by its number of samples.
         after_step: called with the number of samples of each optimiser step, for progress.
 
     Returns:
-        Mean of every named loss per sample, and "grad_norm" (before clipping; mean over the steps taken).
+        Mean of every named loss per sample, "grad_norm" (before clipping; mean over the steps taken), and
+        "data_wait", the share of the time in which this process waited for the next batch.
 
     Raises:
         NonFiniteLoss: names the loss (or "grad_norm") and the step.
+        OutOfMemory: says what to change.
     """
     model.train()
+    started, watch, record = time.perf_counter(), Stopwatch(), EpochRecord()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sums: dict[str, Tensor] = {}
-    norms: list[Tensor] = []
-    unchecked: list[tuple[int, dict[str, Tensor]]] = []
-    num_samples = 0
-    for step, group in enumerate(grouped(batches, accumulation), start=1):
-        size = sum(len(batch) for batch in group)
-        for batch in group:
-            with runtime.autocast():
-                losses = compute_losses(model, batch)
-            runtime.scaler.scale(losses["loss"] * (len(batch) / size)).backward()
-            detached = {name: value.detach() for name, value in losses.items()}
-            unchecked.append((step, detached))
-            for name, value in detached.items():
-                # In float64: a loss may be bf16 under autocast, and a long sum in bf16 stands still.
-                sums[name] = sums.get(name, 0.0) + value.double() * len(batch)
+    for group in grouped(watch.over(batches), accumulation):
+        losses = gradients(model, group, compute_losses, optimizer=optimizer, runtime=runtime, micro=micro)
         runtime.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-        if take_step(optimizer, runtime.scaler):
+        is_taken = take_step(optimizer, runtime.scaler)
+        if is_taken:
             schedule.step()
             average.update()
-            norms.append(norm)
-            unchecked.append((step, {"grad_norm": norm}))
         optimizer.zero_grad(set_to_none=True)
-        num_samples += size
-        if step % CHECK_EVERY_STEPS == 0:
-            check_finite(unchecked)
-            unchecked.clear()
-        after_step(size)
-    check_finite(unchecked)
-    means = {name: float(total) / num_samples for name, total in sums.items()}
-    return {**means, "grad_norm": float(torch.stack(norms).mean()) if norms else math.nan}
+        record.add(losses, norm if is_taken else None)
+        after_step(sum(len(batch) for batch in group))
+    return {**record.means(), "data_wait": watch.seconds / (time.perf_counter() - started)}
+
+
+class EpochRecord:
+    """Losses and gradient norms of an epoch's steps; they are fetched from the device now and then only."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.num_samples = 0
+        self.sums: dict[str, Tensor] = {}
+        self.norms: list[Tensor] = []
+        self.unchecked: list[tuple[int, dict[str, Tensor]]] = []
+
+    def add(self, losses: Sequence[tuple[int, dict[str, Tensor]]], norm: Tensor | None) -> None:
+        """Take in an optimiser step: (samples, losses) of its parts, and the norm unless it was skipped."""
+        self.step += 1
+        for size, terms in losses:
+            self.num_samples += size
+            self.unchecked.append((self.step, terms))
+            for name, value in terms.items():
+                # In float64: a loss may be bf16 under autocast, and a long sum in bf16 stands still.
+                self.sums[name] = self.sums.get(name, 0.0) + value.double() * size
+        if norm is not None:
+            self.norms.append(norm)
+            self.unchecked.append((self.step, {"grad_norm": norm}))
+        if self.step % CHECK_EVERY_STEPS == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss if anything since the last check is not finite."""
+        check_finite(self.unchecked)
+        self.unchecked.clear()
+
+    def means(self) -> dict[str, float]:
+        """Mean of every loss per sample, and of the gradient norm over the steps taken. Raises NonFiniteLoss."""
+        self.check()
+        means = {name: float(total) / self.num_samples for name, total in self.sums.items()}
+        return {**means, "grad_norm": float(torch.stack(self.norms).mean()) if self.norms else math.nan}
+
+
+def gradients(
+    model: nn.Module,
+    group: Sequence[B],
+    compute_losses: Callable[[nn.Module, B], Mapping[str, Tensor]],
+    *,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    micro: MicroBatches[B],
+) -> list[tuple[int, dict[str, Tensor]]]:
+    """Compute the gradients of one optimiser step, in smaller parts if memory runs out.
+
+    Returns:
+        (samples, losses) of each part.
+    """
+    size = sum(len(batch) for batch in group)
+
+    def run(parts: list[B]) -> list[tuple[int, dict[str, Tensor]]]:
+        return backward(model, parts, compute_losses, size=size, runtime=runtime)
+
+    if not micro.probed:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        micro.probe(group[0], run, runtime, reserve=8 * trained)  # AdamW's two moments come with the first step
+    while True:
+        optimizer.zero_grad(set_to_none=True)  # what the probe or a failed attempt has left
+        parts = [part for batch in group for part in micro.parts(batch)]
+        try:
+            return run(parts)
+        except torch.OutOfMemoryError:
+            pass
+        micro.halve(max(len(part) for part in parts))  # outside of `except`, whose traceback holds on to memory
+
+
+def backward(
+    model: nn.Module,
+    parts: Sequence[B],
+    compute_losses: Callable[[nn.Module, B], Mapping[str, Tensor]],
+    *,
+    size: int,
+    runtime: Runtime,
+) -> list[tuple[int, dict[str, Tensor]]]:
+    """Add up the gradients of one optimiser step of `size` samples; returns (samples, losses) of each part."""
+    found = []
+    for number, part in enumerate(parts, start=1):
+        # Gradients are averaged over processes once, with the last part.
+        is_last = number == len(parts)
+        with nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            with runtime.autocast():
+                losses = compute_losses(model, part)
+            # Each process holds its own rows' part of the gradient, and averaging divides by their number.
+            loss = losses["loss"] * (runtime.world * len(part) / size)
+            runtime.scaler.scale(loss).backward()
+        found.append((len(part), {name: value.detach() for name, value in losses.items()}))
+    return found
 
 
 def take_step(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> bool:
@@ -239,6 +523,9 @@ def take_step(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> bool:
 
 def check_finite(losses: Sequence[tuple[int, Mapping[str, Tensor]]]) -> None:
     """Raise NonFiniteLoss for the first value that is not finite."""
+    values = [value.float() for _, terms in losses for value in terms.values()]
+    if not values or bool(torch.stack(values).isfinite().all()):  # one look, for which a GPU is waited for once
+        return
     for step, terms in losses:
         for name, value in terms.items():
             if not math.isfinite(float(value)):
@@ -263,7 +550,7 @@ def predict(
         with runtime.autocast():
             scores = compute_scores(model, batch)
         for name, value in scores.items():
-            collected.setdefault(name, []).append(value.float())
+            collected.setdefault(name, []).append(runtime.gather(value.float(), len(batch)))
     return {name: torch.cat(parts).cpu().numpy().astype(np.float64) for name, parts in collected.items()}
 
 

@@ -109,17 +109,21 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def combined_loss(terms: Sequence[tuple[float, str]], pred_B: Tensor, target_B: Tensor) -> Tensor:
+def combined_loss(
+    terms: Sequence[tuple[float, str]], pred_B: Tensor, target_B: Tensor, labelled: Tensor | slice | None = None
+) -> Tensor:
     """Weighted sum of the named losses over the rows that have a label; a NaN in `target_B` is a missing one.
 
     `terms` are (weight, name) with names from LOSSES, as in [(1.0, "mse"), (0.5, "plcc")]. Rows without a
-    label get a gradient of exactly 0, and a batch without any gives 0.0. Returns a scalar.
+    label get a gradient of exactly 0, and a batch without any gives 0.0. `labelled` selects the rows that have
+    one; left out, they are looked for, for which a GPU has to be waited for. Returns a scalar.
     """
     unknown = [name for _, name in terms if name not in LOSSES]
     if unknown:
         raise ValueError(f"unknown loss {unknown[0]!r}, choose from {', '.join(LOSSES)}")
     pred, target = _prepare(pred_B, target_B)
-    labelled = ~torch.isnan(target)
+    if labelled is None:
+        labelled = ~torch.isnan(target)
     # Selecting, not multiplying by 0: NaN * 0 is NaN, in the backward pass too.
     pred, target = pred[labelled], target[labelled]
     total = _zero(pred)
@@ -158,17 +162,26 @@ def score_losses(
     terms: Sequence[tuple[float, str]],
     smoothing: float,
     means: Mapping[str, float],
+    labelled: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Losses of all tasks in `pred` ("q", "c"): {"loss_q": ..., "loss_c": ..., "loss": ...}, all scalars.
 
     `pred` and `target` map a task to its scores (B,), NaN for a missing label; `weights` and `means` (of the
     training labels, on [0, 1]) need every task in `pred`. A task's own entry is unweighted, "loss" is the sum
-    of weight * entry.
+    of weight * entry. `labelled` maps a task to the places that have a label, None for all; left out, they are
+    looked for.
     """
     if not pred:
         raise ValueError("score_losses needs the predictions of at least one task")
+
+    def places(task: str) -> Tensor | slice | None:
+        if labelled is None:
+            return None
+        found = labelled[task]
+        return slice(None) if found is None else found
+
     losses = {
-        f"loss_{task}": combined_loss(terms, scores, smooth_targets(target[task], means[task], smoothing))
+        f"loss_{task}": combined_loss(terms, scores, smooth_targets(target[task], means[task], smoothing), places(task))
         for task, scores in pred.items()
     }
     total = torch.stack([weights[task] * losses[f"loss_{task}"] for task in pred]).sum()

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from open_clip import CustomTextCLIP
-from open_clip.transformer import TextTransformer, text_global_pool
+from open_clip.transformer import PatchDropout, TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 # What follows a tower's last block, in open_clip's, timm's and Hugging Face's towers.
 TOP = "ln_post|ln_final|proj|text_projection|head|norm|fc_norm|attn_pool|attnpool"
@@ -162,20 +163,41 @@ class ScoreModel(nn.Module):
         self.heads = heads
         self.rationale = nn.Linear(2 * embed_dim + 1, embed_dim) if predict_rationale else None
 
-    def encode_image(self, images_B3SS: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised pixels -> (B, E) unit vectors, float32."""
-        return F.normalize(self.clip.encode_image(images_B3SS).float(), dim=-1)
+    def encode_image(self, image: Tensor, stage: int = 0) -> Tensor:
+        """What enters the image tower at `stage` (normalised pixels (B, 3, S, S) at 0) -> (B, E) unit vectors, float32.
 
-    def encode_text(self, tokens_PN: Tensor) -> Tensor:
-        """(P, N) token ids -> (P, E) unit vectors, float32."""
-        return F.normalize(encode_tokens(self.clip, tokens_PN).float(), dim=-1)
+        The frozen stages in front keep no activations.
+        """
+        frozen = max(stage, frozen_stages(self.clip.visual))
+        with torch.no_grad():
+            image = run_image(self.clip.visual, image, stage, frozen)
+        return run_image(self.clip.visual, image, frozen, num_stages(self.clip.visual))
+
+    def encode_text(self, text: Tensor, stage: int = 0, tokens_PN: Tensor | None = None) -> Tensor:
+        """What enters the text tower at `stage` (token ids (P, N) at 0) -> (P, E) unit vectors, float32.
+
+        Args:
+            tokens_PN: the token ids; needed between the first and the last stage.
+        """
+        frozen = max(stage, frozen_stages(self.clip.text))
+        tokens_PN = text if stage == 0 else tokens_PN
+        with torch.no_grad():
+            text = run_text(self.clip.text, text, tokens_PN, stage, frozen)
+        return run_text(self.clip.text, text, tokens_PN, frozen, num_stages(self.clip.text))
 
     def encode(
-        self, images_B3SS: Tensor, tokens_PN: Tensor | None, prompt_of_B: Tensor | None
+        self,
+        image: Tensor,
+        text: Tensor | None = None,
+        prompt_of_B: Tensor | None = None,
+        *,
+        image_stage: int = 0,
+        text_stage: int = 0,
+        tokens_PN: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Images and their prompts (as `forward` takes them) -> (B, E) and (B, E), or None without prompts."""
-        image_BE = self.encode_image(images_B3SS)
-        return image_BE, None if tokens_PN is None else self.encode_text(tokens_PN)[prompt_of_B]
+        image_BE = self.encode_image(image, image_stage)
+        return image_BE, None if text is None else self.encode_text(text, text_stage, tokens_PN)[prompt_of_B]
 
     def score(self, image_BE: Tensor, text_BE: Tensor | None) -> dict[str, Tensor]:
         """Unit embeddings -> {"q": (B,), "c": (B,) if there is text, "rationale": (B, E) if predicted}.
@@ -192,19 +214,20 @@ class ScoreModel(nn.Module):
         return scores
 
     def forward(
-        self, images_B3SS: Tensor, tokens_PN: Tensor | None = None, prompt_of_B: Tensor | None = None
+        self, image: Tensor, text: Tensor | None = None, prompt_of_B: Tensor | None = None, **stages: Any
     ) -> dict[str, Tensor]:
         """Score images against their prompts, each distinct prompt encoded once.
 
         Args:
-            images_B3SS: (B, 3, S, S) normalised pixels.
-            tokens_PN: (P, N) distinct prompts; None for quality alone.
-            prompt_of_B: (B,) the row of `tokens_PN` that belongs to each image.
+            image: (B, 3, S, S) normalised pixels, or what enters a later stage of the tower.
+            text: (P, N) token ids of the distinct prompts, or what enters a later stage; None for quality alone.
+            prompt_of_B: (B,) the row of `text` that belongs to each image.
+            stages: `image_stage`, `text_stage` and `tokens_PN` of `encode`.
 
         Returns:
             As `score`.
         """
-        return self.score(*self.encode(images_B3SS, tokens_PN, prompt_of_B))
+        return self.score(*self.encode(image, text, prompt_of_B, **stages))
 
     def train(self, mode: bool = True) -> ScoreModel:
         """As usual, but wholly frozen parts stay in eval mode: no dropout, no moving statistics."""
@@ -241,21 +264,21 @@ def build_model(
     return ScoreModel(clip, heads, embed_dim=embed_dim, predict_rationale=predict_rationale)
 
 
-def score_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
-    """The scores of a batch that carries `images_B3SS`, `tokens_PN` and `prompt_of_B`."""
-    scores = model(batch.images_B3SS, batch.tokens_PN, batch.prompt_of_B)
+def score_batch(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """The scores of a batch that carries a model's arguments as `inputs`."""
+    scores = model(**batch.inputs)
     return {task: scores[task] for task in ("q", "c") if task in scores}
 
 
 def embed_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
     """What CLIP itself knows of a batch: "image" (B, E) and, with prompts, "cos" (B,)."""
-    image_BE, text_BE = model.encode(batch.images_B3SS, batch.tokens_PN, batch.prompt_of_B)
+    image_BE, text_BE = model.encode(**batch.inputs)
     if text_BE is None:
         return {"image": image_BE}
     return {"image": image_BE, "cos": (image_BE * text_BE).sum(dim=-1)}
 
 
-def trims_exactly(text: Any) -> bool:
+def trims_exactly(text: nn.Module) -> bool:
     """Whether padding after the end token cannot matter: causal attention and pooling at the end token."""
     return (
         isinstance(text, TextTransformer)
@@ -266,21 +289,97 @@ def trims_exactly(text: Any) -> bool:
     )
 
 
-def encode_tokens(clip: CustomTextCLIP, tokens_PN: Tensor) -> Tensor:
-    """(P, N) token ids -> (P, E), computed only up to the longest prompt where that is exact."""
-    text = clip.text
-    if not trims_exactly(text):
-        return clip.encode_text(tokens_PN)
-    # The last column in use: token 0 is also "!" inside a word, so counting tokens would cut end tokens off.
-    length = int((tokens_PN != 0).any(dim=0).nonzero().max()) + 1
-    tokens_PN = tokens_PN[:, :length]
-    x_PND = text.token_embedding(tokens_PN) + text.positional_embedding[:length]
-    for block in text.transformer.resblocks:
-        x_PND = block(x_PND, attn_mask=text.attn_mask[:length, :length])
-    pooled_PD = text_global_pool(text.ln_final(x_PND), tokens_PN, text.pool_type, text.eos_id)
+def staged_blocks(tower: nn.Module) -> Sequence[nn.Module]:
+    """The blocks between which a tower can be entered; none if it is of a kind that can only be run as a whole."""
+    if isinstance(tower, VisionTransformer) or trims_exactly(tower):
+        transformer = cast(Any, tower).transformer
+        return transformer.resblocks if transformer.batch_first else ()
+    return ()
+
+
+def num_stages(tower: nn.Module) -> int:
+    """Stages of a tower: each block is one, the first with the embeddings; the last is pooling and projection."""
+    return len(staged_blocks(tower)) + 1
+
+
+def stage_of(name: str, depth: int) -> int:
+    """The stage (from 0) of a parameter, by its name within a tower that can be entered between `depth` blocks."""
+    if depth == 0 or re.match(rf"({TOP})\b", name):
+        return depth
+    block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
+    return int(block[1]) if block else 0
+
+
+def frozen_stages(tower: nn.Module) -> int:
+    """How many stages in front have nothing to train and nothing random: what leaves them never changes."""
+    depth = len(staged_blocks(tower))
+    trained = [stage_of(name, depth) for name, parameter in tower.named_parameters() if parameter.requires_grad]
+    if trained and isinstance(getattr(tower, "patch_dropout", None), PatchDropout):
+        return 0
+    return min(trained, default=depth + 1)
+
+
+def stage_state(tower: nn.Module, num: int) -> dict[str, Tensor]:
+    """Weights and buffers of the first `num` stages."""
+    depth = len(staged_blocks(tower))
+    return {name: value for name, value in tower.state_dict().items() if stage_of(name, depth) < num}
+
+
+def run_image(visual: Any, x: Tensor, start: int, stop: int) -> Tensor:
+    """Take images from the entry of stage `start` to that of `stop`; behind the last stage lie unit vectors (B, E)."""
+    if start == stop:
+        return x
+    blocks = staged_blocks(visual)
+    if not blocks:
+        return F.normalize(visual(x).float(), dim=-1)
+    if start == 0:
+        x = visual._embeds(x)
+    x = run_blocks(visual.transformer, x, start, stop)
+    if stop <= len(blocks):
+        return x
+    pooled_BD, _ = visual._pool(x)
+    return F.normalize((pooled_BD if visual.proj is None else pooled_BD @ visual.proj).float(), dim=-1)
+
+
+def run_text(text: Any, x: Tensor, tokens_PN: Tensor | None, start: int, stop: int) -> Tensor:
+    """As `run_image`, for prompts cut to N tokens of which none follows the last end token."""
+    if start == stop:
+        return x
+    blocks = staged_blocks(text)
+    if not blocks:
+        return F.normalize(text(x).float(), dim=-1)
+    if start == 0:
+        x = text.token_embedding(x) + text.positional_embedding[: x.shape[1]]
+    x = run_blocks(text.transformer, x, start, stop, text.attn_mask[: x.shape[1], : x.shape[1]])
+    if stop <= len(blocks):
+        return x
+    pooled_PD = text_global_pool(text.ln_final(x), tokens_PN, text.pool_type, text.eos_id)
     if isinstance(text.text_projection, nn.Linear):
-        return text.text_projection(pooled_PD)
-    return pooled_PD if text.text_projection is None else pooled_PD @ text.text_projection
+        pooled_PD = text.text_projection(pooled_PD)
+    elif text.text_projection is not None:
+        pooled_PD = pooled_PD @ text.text_projection
+    return F.normalize(pooled_PD.float(), dim=-1)
+
+
+def run_blocks(transformer: Any, x_BND: Tensor, start: int, stop: int, mask: Tensor | None = None) -> Tensor:
+    """Blocks `start` to `stop` of a transformer, recomputed in the backward pass if it is set so."""
+    if not torch.is_autocast_enabled(x_BND.device.type):  # they may come from a cache in half precision
+        x_BND = x_BND.to(next(transformer.parameters()).dtype)
+    for block in transformer.resblocks[start:stop]:
+        if transformer.grad_checkpointing and torch.is_grad_enabled():
+            x_BND = checkpoint(block, x_BND, None, None, mask, use_reentrant=False)
+        else:
+            x_BND = block(x_BND, attn_mask=mask)
+    return x_BND
+
+
+def compile_blocks(clip: CustomTextCLIP) -> None:
+    """Compile each transformer block by itself: blocks of equal shape share the work, weights keep their names."""
+    # Both towers share one count: training or not, with gradient or not, and shapes, each make a variant.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for tower, dynamic in ((clip.visual, None), (clip.text, True)):  # the number and length of prompts changes
+        for block in staged_blocks(tower):
+            block.compile(dynamic=dynamic)
 
 
 def tower_blocks(clip: CustomTextCLIP) -> dict[str, Sequence[Any]]:

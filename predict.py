@@ -8,8 +8,13 @@ print(scorer.score(["a.png", "b.png"], ["a red circle", "a blue square"]))
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +27,62 @@ if __name__ == "__main__":
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 import backbones
 import checkpoint
 import data
 import engine
+import inputs
 import models
 from configs import one_line_errors, parse_predict_args
+from images import Views, decode, decode_all, first_five
+from parts import Parts
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SCORE_COLUMNS = {"q": "pred_quality", "c": "pred_align"}
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+
+
+class LoosePixels:
+    """Evaluation views of files or Pillow images, each decoded when it is needed."""
+
+    stage = 0
+
+    def __init__(self, images: Sequence[str | Path | Image.Image], views: Views, num_threads: int) -> None:
+        self.images = images
+        self.views = views
+        self.num_threads = num_threads
+
+    def prepare(self, rows: inputs.Rows, view: inputs.View) -> list[Tensor]:
+        """Decoded images. Raises OSError that counts all images that cannot be read and names the first five."""
+        try:
+            decoded = decode_all([self.images[row] for row in rows], self.views.image_size, self.num_threads)
+        except UNREADABLE as error:
+            with ThreadPoolExecutor(max(1, self.num_threads)) as pool:
+                problems = [problem for problem in pool.map(self.problem, range(len(self.images))) if problem]
+            found = f"{len(problems)} of {len(self.images)} images cannot be read: {first_five(problems)}"
+            raise OSError(found if problems else f"an image could not be read at first ({error})") from error
+        return [inputs.pinned(image, self.views.device) for image in decoded]
+
+    def problem(self, row: int) -> str:
+        """Name of an image that cannot be read, and why; "" for one that can."""
+        image = self.images[row]
+        name = f"image {row + 1}" if isinstance(image, Image.Image) else str(image)
+        try:
+            decode(image, self.views.image_size)
+        except UnidentifiedImageError:
+            return f"{name} (not an image)"
+        except UNREADABLE as error:
+            return f"{name} ({getattr(error, 'strerror', None) or str(error) or type(error).__name__})"
+        return ""
+
+    def finish(self, prepared: list[Tensor], rows: inputs.Rows, view: inputs.View) -> Tensor:
+        """(B, 3, S, S) normalised pixels."""
+        return self.views(prepared, [], None)
 
 
 class Scorer:
@@ -74,14 +123,17 @@ class Scorer:
         prompts: Sequence[str] | str | None = None,
         *,
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> pd.DataFrame:
-        """Score images.
+        """Score images. Under torchrun every process scores what it is given, for itself.
 
         Args:
             images: paths or PIL images, of any size and mode.
             prompts: one per image, one for all, or None for quality alone. Empty texts count as none. Texts beyond
                 CLIP's context length are cut; `num_truncated` holds how many that were.
+            num_workers: threads that decode images; None: one per core, at most 16.
+            progress: is told the number of images after each batch.
 
         Returns:
             One row per image: pred_quality and pred_align in MOS units, NaN for what the model was not trained
@@ -89,8 +141,9 @@ class Scorer:
 
         Raises:
             ValueError: the numbers of images and prompts differ, or there is nothing that can be scored.
-            OSError: an image cannot be read.
+            OSError: images cannot be read; all are counted, the first five named.
         """
+        self.num_truncated = 0
         prompts = "" if prompts is None else prompts
         texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(images):
@@ -98,36 +151,58 @@ class Scorer:
         table = pd.DataFrame(np.nan, index=range(len(images)), columns=list(SCORE_COLUMNS.values()))
         if not len(images):
             return table
-        image_set = data.ImageSet(images, image_size=self.description["image_size"], crop_scale_min=1.0, seed=0)
-        loader = data.image_loader(
-            image_set,
-            np.arange(len(images)),
-            batch_size=batch_size,
-            shuffle=False,
-            num_workers=num_workers,
-            pin_memory=self.runtime.device.type != "cpu",
-        )
         has_prompt = np.array([bool(text.strip()) for text in texts])
         if not has_prompt.any() and "q" not in self.scales:
             raise ValueError("this model was trained on consistency alone: give it prompts")
-        feed = data.Feed(
+        feed = inputs.Feed(
+            pixels=self.pixels(images, num_workers),
             device=self.runtime.device,
-            mean=self.description["clip"]["preprocess_cfg"]["mean"],
-            std=self.description["clip"]["preprocess_cfg"]["std"],
             targets={},
-            prompts=data.TextTable(texts, self.tokenize, self.runtime.device) if has_prompt.any() else None,
+            prompts=self.text_table(texts) if has_prompt.any() else None,
+            num_ahead=self.runtime.num_ahead,
         )
-        scores = engine.predict(self.model, feed.batches(loader), models.score_batch, runtime=self.runtime)
+        order = inputs.BatchOrder(np.arange(len(images)), batch_size=batch_size)
+        batches = reported(feed.batches(order), progress or (lambda num_images: None))
+        alone = replace(self.runtime, rank=0, world=1)
+        scores = engine.predict(self.model, batches, models.score_batch, runtime=alone)
         for task, scale in self.scales.items():
             if task in scores:
                 table[SCORE_COLUMNS[task]] = scale.clamp(scale.to_mos(scores[task]))
         table.loc[~has_prompt, "pred_align"] = np.nan
         return table
 
+    def pixels(self, images: Sequence[str | Path | Image.Image], num_workers: int | None) -> LoosePixels:
+        """The source of evaluation views."""
+        preprocess = self.description["clip"]["preprocess_cfg"]
+        views = Views(image_size=self.description["image_size"], device=self.runtime.device, **preprocess)
+        return LoosePixels(images, views, self.runtime.num_threads if num_workers is None else num_workers)
+
+    def text_table(self, texts: Sequence[str]) -> inputs.TextTable:
+        """The prompts, tokenised."""
+        trim = models.trims_exactly(self.model.clip.text)
+        return inputs.TextTable(texts, self.tokenize, self.runtime.device, trim=trim)
+
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts -> (P, N) token ids; counts those that had to be cut."""
         tokens, self.num_truncated = backbones.tokenize(self.tokenizer, texts, self.model.clip.context_length)
         return tokens
+
+
+def reported(batches: Iterator[inputs.Batch], progress: Callable[[int], object]) -> Iterator[inputs.Batch]:
+    """The batches, unchanged; tells the size of each once it has been worked on."""
+    for batch in batches:
+        yield batch
+        progress(len(batch))
+
+
+def names_given(args: argparse.Namespace) -> list[str]:
+    """Names of the images that the flags give without a CSV. Raises ValueError for sources that do not exist."""
+    if args.image_dir and not Path(args.image_dir).is_dir():
+        raise ValueError(f"--image_dir {args.image_dir}: no such folder")
+    for path in args.images:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such image")
+    return images_in(Path(args.image_dir)) if args.image_dir and not args.csv else args.images
 
 
 def images_in(folder: Path) -> list[str]:
@@ -143,40 +218,185 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
-def gather(args: argparse.Namespace) -> tuple[list[str], list[Path], list[str]]:
-    """Names, paths and prompts ("" for none) that the flags ask to score. Raises ValueError."""
-    if args.image_dir and not Path(args.image_dir).is_dir():
-        raise ValueError(f"--image_dir {args.image_dir}: no such folder")
+def image_folder(args: argparse.Namespace) -> Path:
+    """The folder that names are relative to."""
+    return Path(args.image_dir or (Path(args.csv).parent if args.csv else ""))
+
+
+def pieces(args: argparse.Namespace, names: Sequence[str]) -> Iterator[pd.DataFrame]:
+    """What to score, `chunk_size` rows at a time: name, prompt ("" for none) and row. Raises ValueError."""
     if args.csv:
-        columns = data.Columns(name=args.name_column, prompt=args.prompt_column)
-        table = data.read_table(args.csv, args.image_dir or Path(args.csv).parent, columns, scored=False)
-        return table["name"].tolist(), table["path"].tolist(), table["prompt"].tolist()
-    if args.image_dir:
-        names = images_in(Path(args.image_dir))
-        return names, [Path(args.image_dir) / name for name in names], [args.prompt or ""] * len(names)
-    for path in args.images:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such image")
-    return args.images, [Path(path) for path in args.images], [args.prompt or ""] * len(args.images)
+        yield from csv_pieces(args)
+    for start in range(0, len(names), args.chunk_size):
+        some = names[start : start + args.chunk_size]
+        yield pd.DataFrame({"name": some, "prompt": args.prompt or "", "row": range(start, start + len(some))})
 
 
-def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
-    """Score what the command line names; print the table, or write it to --out. Returns it."""
+def csv_pieces(args: argparse.Namespace) -> Iterator[pd.DataFrame]:
+    """The CSV's rows that hold any text, read `chunk_size` at a time; row 1 is the header. Raises ValueError."""
+    with (
+        data.csv_errors(args.csv),
+        pd.read_csv(
+            args.csv,
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+            skipinitialspace=True,
+            skip_blank_lines=False,  # they count as rows
+            chunksize=args.chunk_size,
+        ) as reader,
+    ):
+        header = reader.get_chunk(1).fillna("").iloc[0].str.strip().tolist()
+        places = column_places(args, header)
+        is_empty = True
+        for raw in reader:
+            cells = raw.fillna("").apply(lambda column: column.str.strip())  # a row that ends early has NaN
+            cells = cells[(cells != "").any(axis=1)]
+            texts = {key: "" if place is None else cells[place] for key, place in places.items()}
+            if len(cells):
+                is_empty = False
+                yield pd.DataFrame({**texts, "row": cells.index + 1})
+        if is_empty:
+            raise ValueError(f"{args.csv}: has a header but no rows")
+
+
+def column_places(args: argparse.Namespace, header: Sequence[str]) -> dict[str, int | None]:
+    """Where the CSV has the names and, if at all, the prompts. Raises ValueError."""
+    places: dict[str, int | None] = {}
+    for key, column in (("name", args.name_column), ("prompt", args.prompt_column)):
+        if header.count(column) > 1:
+            raise ValueError(f"{args.csv}: the header has {column!r} more than once")
+        if column not in header and column != data.Columns.prompt:  # may be absent under its usual name
+            present = ", ".join(map(repr, header))
+            raise ValueError(f"{args.csv}: no column {column!r} among {present}; name yours with --{key}_column")
+        places[key] = header.index(column) if column in header else None
+    return places
+
+
+def image_paths(args: argparse.Namespace, piece: pd.DataFrame) -> list[Path]:
+    """Paths of a piece's images. Raises ValueError for a CSV's names that are empty, missing or leave the folder."""
+    folder = image_folder(args)
+    if args.csv:
+        repeated = piece["name"].map(Path).duplicated() & (piece["name"] != "")
+        data.check_names(piece[~repeated], folder, args.csv)
+    return [folder / name for name in piece["name"]]
+
+
+def describe_job(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """What must be the same for scores to go on where they stopped, as JSON values. Raises OSError."""
+
+    def stamp(path: str | Path) -> list[Any]:
+        status = Path(path).stat()
+        return [str(Path(path).resolve()), status.st_size, status.st_mtime_ns]
+
+    return {
+        "checkpoint": stamp(checkpoint.weights_folder(Path(args.checkpoint)) / checkpoint.WEIGHTS_FILE),
+        "csv": stamp(args.csv) if args.csv else None,
+        "columns": [args.name_column, args.prompt_column],
+        "image_dir": str(image_folder(args).resolve()),
+        "images": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "prompt": args.prompt or "",
+        "chunk_size": args.chunk_size,
+    }
+
+
+def score_piece(
+    scorer: Scorer, args: argparse.Namespace, piece: pd.DataFrame, progress: Callable[[int], object] | None = None
+) -> pd.DataFrame:
+    """name, pred_quality, pred_align. Raises ValueError, OSError."""
+    scores = scorer.score(
+        image_paths(args, piece),
+        piece["prompt"].tolist(),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        progress=progress,
+    )
+    scores.insert(0, "name", piece["name"].to_numpy())
+    return scores
+
+
+def score_share(
+    scorer: Scorer, args: argparse.Namespace, names: Sequence[str], parts: Parts, done: Collection[int]
+) -> tuple[int, int, int]:
+    """Score the pieces that are not done, of which process r of K takes number r, r + K, ...; each becomes a part.
+
+    Returns:
+        How many pieces and rows there are in all, and how many prompts this process cut.
+
+    Raises:
+        ValueError: the CSV or an image cannot be used.
+    """
+    runtime = scorer.runtime
+    num_pieces = num_rows = num_cut = 0
+    turns = cycle(range(runtime.world))
+    with tqdm(unit="img", leave=False, disable=None if runtime.is_main else True) as bar:
+        for number, piece in enumerate(pieces(args, names)):
+            num_pieces += 1
+            num_rows += len(piece)
+            if number in done or next(turns) != runtime.rank:
+                continue
+            try:
+                scores = score_piece(scorer, args, piece, bar.update)
+            except (ValueError, OSError) as error:
+                kept = "; the scores so far are kept, the same command goes on from there" if parts.finished() else ""
+                raise ValueError(f"{error}{kept}") from error
+            parts.write(number, scores)
+            num_cut += scorer.num_truncated
+    return num_pieces, num_rows, num_cut
+
+
+def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Score piece by piece, each process its share, and join the pieces into --out. Raises ValueError, OSError."""
+    if args.csv and not Path(args.csv).is_file():
+        raise ValueError(f"{args.csv}: no such file")
+    scorer = Scorer.load(args.checkpoint, device=args.device)
+    runtime = scorer.runtime
+    parts = Parts(Path(args.out), describe_job(args, names))
+    parts.check()
+    if runtime.is_main:
+        parts.clear()
+    done = set(runtime.agree(parts.finished()))
+    num_before = parts.count_rows() if done and runtime.is_main else 0
+    if done:
+        runtime.say(f"going on: {num_before} rows were scored before")
+    start = time.monotonic()
+    num_pieces, num_rows, num_cut = score_share(scorer, args, names, parts, done)
+    parts.wait_for(num_pieces)
+    num_cut = int(runtime.gather(torch.tensor([num_cut], device=runtime.device), runtime.world).sum())
+    if runtime.is_main:
+        parts.join(num_pieces)
+        note_cut_prompts(num_cut)
+        seconds, num_new = time.monotonic() - start, num_rows - num_before
+        print(f"{num_new} images scored in {seconds:.0f} s ({num_new / seconds:.0f} per second): {args.out}")
+
+
+def print_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Score all at once and print the table. Raises ValueError, OSError."""
+    table = pd.concat(pieces(args, names), ignore_index=True)
+    image_paths(args, table)  # complains before the model is loaded
+    scorer = Scorer.load(args.checkpoint, device=args.device)
+    scores = score_piece(scorer, args, table)
+    note_cut_prompts(scorer.num_truncated)
+    print(scores.dropna(axis=1, how="all").to_string(index=False, float_format="%.4f"))
+
+
+def note_cut_prompts(number: int) -> None:
+    """Say how many prompts were cut, if any."""
+    if number:
+        print(f"note: {number} prompt(s) exceed CLIP's context length and were cut", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score what the command line names; print the table, or write it to --out."""
     with one_line_errors():
         args = parse_predict_args(argv)
-        names, paths, prompts = gather(args)
-        data.check_images(paths)
-        scorer = Scorer.load(args.checkpoint, device=args.device)
-        scores = scorer.score(paths, prompts, batch_size=args.batch_size, num_workers=args.num_workers)
-        if scorer.num_truncated:
-            print(f"note: {scorer.num_truncated} prompt(s) exceed CLIP's context length and were cut", file=sys.stderr)
-        scores.insert(0, "name", names)
+        names = names_given(args)
         if args.out:
-            checkpoint.write_csv(Path(args.out), scores)
-            print(f"{len(scores)} images scored: {args.out}")
+            write_scores(args, names)
         else:
-            print(scores.dropna(axis=1, how="all").to_string(index=False, float_format="%.4f"))
-        return scores
+            print_scores(args, names)
+        engine.stop_runtime()
 
 
 if __name__ == "__main__":

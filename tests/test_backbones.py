@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import backbones
 import models
 from backbones import load_backbone, resolve
+from inputs import TextTable
 
 IMAGE_SIZE, CONTEXT, VOCAB = 32, 20, 60
 SMALL = {
@@ -52,6 +54,10 @@ def stir(module: nn.Module) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+def unit(rows: Tensor) -> Tensor:
+    return nn.functional.normalize(rows, dim=-1)
+
+
 def images(size: int = IMAGE_SIZE) -> Tensor:
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(6))
 
@@ -73,9 +79,14 @@ def assert_same_embeddings(clip: nn.Module, image: Callable[..., Any], text: Cal
     expected = text(tokens)
     assert (expected[0] - expected[1]).abs().max() > 1e-2  # the texts differ, so a match says something
     torch.testing.assert_close(clip.encode_text(tokens), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(models.encode_tokens(clip, tokens), expected, atol=1e-5, rtol=1e-5)
-    short = models.encode_tokens(clip, tokens[:3])  # here there is padding to leave out
-    torch.testing.assert_close(short, expected[:3], atol=1e-5, rtol=1e-5)
+    model = models.ScoreModel(clip, nn.Identity(), embed_dim=expected.shape[1])
+    torch.testing.assert_close(model.encode_image(pictures), unit(image(pictures)), atol=1e-5, rtol=1e-5)
+    table = TextTable(list("abcd"), lambda texts: tokens, tokens.device, trim=models.trims_exactly(clip.text))
+    for rows in (np.arange(4), np.arange(3)):  # without the last there is padding to leave out
+        chosen = table.select(rows)
+        assert len(rows) == 4 or chosen["text"].shape[1] < CONTEXT
+        embedded = model.encode_text(chosen["text"])[chosen["prompt_of_B"]]
+        torch.testing.assert_close(embedded, unit(expected[rows]), atol=1e-5, rtol=1e-5)
 
 
 def refusal(*arguments: Any, **options: Any) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import baseline
 import engine
 import metrics
+import models
 from configs import parse_args
 from predict import Scorer
 
@@ -46,6 +47,13 @@ def finished(demo_set, tmp_path_factory) -> tuple[Path, dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "best" / "model.safetensors")
+
+
+def untrained(folder: Path) -> models.ScoreModel:
+    """The model that a run started with."""
+    config = parse_args(["--config", str(folder / "config.json")])
+    engine.seed_everything(config.seed)
+    return baseline.start_model(config, baseline.read_examples(config))[1]
 
 
 def test_a_run_writes_exactly_its_files_and_the_loss_falls(finished):
@@ -134,10 +142,7 @@ def test_training_is_the_same_with_reader_processes(train):
 
 def test_frozen_layers_stay_bit_identical_and_trained_ones_move(train):
     folder, _ = train(f"{SHORT} --epochs 1")
-    torch.manual_seed(42)
-    config = parse_args(shlex.split(SHORT))
-    engine.seed_everything(config.seed)
-    _, fresh, _ = baseline.start_model(config, None)
+    fresh = untrained(folder)
     before, after = fresh.state_dict(), weights(folder)
     for name, value in before.items():
         frozen = name.startswith("clip.") and not dict(fresh.named_parameters())[name].requires_grad
@@ -156,8 +161,7 @@ def test_a_frozen_clip_still_trains_its_heads(train):
 
 def test_thawing_step_by_step_trains_each_layer_from_its_epoch_on(train):
     folder, _ = train(f"{TINY} --unfreeze_schedule 24@0,23@1 --epochs 2 --lr 1e-3 --batch_size 16 --select_by srocc_q")
-    engine.seed_everything(42)
-    _, fresh, _ = baseline.start_model(parse_args(shlex.split(f"{TINY} --unfreeze_schedule 24@0")), None)
+    fresh = untrained(folder)
     before, after = fresh.state_dict(), weights(folder)
     best = json.loads((folder / "results.json").read_text())["best_epoch"]
     block = [name for name in before if name.startswith("clip.visual.transformer.resblocks.23.")]

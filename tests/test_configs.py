@@ -31,7 +31,6 @@ DOCUMENTED = {
     "--val_size": 0.1,
     "--split_by": "prompt",
     "--seed": 42,
-    "--num_workers": None,
     "--mos_range_q": None,
     "--mos_range_c": None,
     "--name_column": "name",
@@ -80,6 +79,16 @@ DOCUMENTED = {
     "--amp": "auto",
     "--select_by": "main",
     "--ema_decay": 0.0,
+    "--no_cache": True,
+    "--cache_views": None,
+    "--cache_dtype": "auto",
+    "--cache_max_gb": 20.0,
+    "--image_memory_gb": 4.0,
+    "--num_workers": None,
+    "--compile": "auto",
+    "--gradient_checkpointing": False,
+    "--dynamic_batch_size": False,
+    "--max_memory_usage": 0.9,
     "--output_dir": None,
     "--overwrite": False,
     "--cache_dir": ".cache",
@@ -501,6 +510,17 @@ def test_the_stages_of_thawing_follow_from_the_freezing_flags():
     assert TrainingConfig(unfreeze_schedule="22@0, 20@10").stages == ((22, 0), (20, 10))
 
 
+def test_the_number_of_cached_views_is_the_one_asked_for_or_the_one_that_help_names():
+    named = re.search(r"default: (\d+) with --freeze_clip, else (\d+)\)", OPTIONS["cache_views"].metadata["help"])
+    frozen, others = map(int, named.groups())
+    assert TrainingConfig(freeze_clip=True).num_views == frozen
+    for mode in ({}, {"partial_freeze": True}, {"unfreeze_schedule": "3@0,1@2"}, {"lora_rank": 4}):
+        assert TrainingConfig(**mode).num_views == others
+    for number in (0, frozen + others + 1):
+        assert TrainingConfig(cache_views=number).num_views == number
+        assert TrainingConfig(cache_views=number, freeze_clip=True).num_views == number
+
+
 # -- flags that are none
 
 
@@ -596,7 +616,7 @@ def test_help_has_every_group_and_no_line_is_cut(help_run):
     done, _ = help_run
     assert done.stderr.count("Traceback") == 0
     for name, title in GROUPS.items():
-        assert f"{name}:" in done.stdout and title in done.stdout
+        assert f"{name}:" in done.stdout and squeezed(title) in squeezed(done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -647,7 +667,7 @@ def test_predict_refuses_command_lines_that_cannot_work(argv, says):
 def test_predict_takes_one_source_of_images(tmp_path):
     for source in (["a.png", "b.png", "--prompt", "a cat"], ["--image_dir", "b"], ["--csv", "c", "--image_dir", "b"]):
         args = configs.parse_predict_args(["--checkpoint", "run", *source, "--out", str(tmp_path / "scores.csv")])
-        assert (args.batch_size, args.num_workers, args.device) == (64, 0, "auto")
+        assert (args.batch_size, args.num_workers, args.device) == (64, None, "auto")
 
 
 # -- exit codes

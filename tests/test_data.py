@@ -1,27 +1,21 @@
-"""`data.py`: what may be in a CSV and an image folder, splits, scales, views, batches."""
+"""`data.py`: what may be in a CSV and an image folder, fingerprints, splits, scales."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import math
-import struct
-import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pandas as pd
 import pytest
-import torch
 from conftest import COLUMNS, csv_text, scored_rows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import images
 
 USUAL = data.Columns()
 SPLIT = {"split_by": "prompt", "test_size": 0.25, "val_size": 0.25, "seed": 0}
@@ -74,7 +68,7 @@ def test_prompts_keep_commas_quotes_line_breaks_and_chinese(make_dataset):
     table = read(make_dataset(rows))
     assert table["prompt"].tolist() == prompts
     assert table["name"].tolist() == names
-    assert data.check_images(table["path"].tolist())
+    assert images.check_images(table["path"].tolist())
     assert table["q"].tolist() == [3.5] * 6
 
 
@@ -262,7 +256,7 @@ def test_links_inside_the_image_folder_may_point_out_of_it(make_dataset, tmp_pat
     files = make_dataset([{"name": "link.png", "prompt": "b", "mos_quality": 1}], without=["link.png"])
     Image.new("RGB", (8, 8)).save(tmp_path / "store.png")
     (files.images / "link.png").symlink_to(tmp_path / "store.png")
-    assert data.check_images(read(files)["path"].tolist())
+    assert images.check_images(read(files)["path"].tolist())
 
 
 def test_all_missing_images_are_counted_and_the_first_five_named(make_dataset):
@@ -308,225 +302,6 @@ def test_the_generator_is_the_file_name_up_to_its_last_underscore(name, generato
     assert data.generator_of(name) == generator
 
 
-# -- image files
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def noise() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-
-
-def write_png(path: Path, samples: np.ndarray, colour_type: int) -> Path:
-    """Write a 16-bit PNG as its specification says: (H, W) or (H, W, channels), big-endian, no filter."""
-    height, width = samples.shape[:2]
-    lines = samples.astype(">u2").reshape(height, -1)
-    packed = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", packed), chunk(b"IEND", b""))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    return path
-
-
-def loaded(path: Path | Image.Image) -> np.ndarray:
-    """What `load_image` makes of a file, after checking that it is RGB and passes `check_images` too."""
-    if isinstance(path, Path):
-        assert len(data.check_images([path])) == 1
-    image = data.load_image(path)
-    assert image.mode == "RGB"
-    return np.asarray(image).astype(int)
-
-
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
-    ramp = np.linspace(0, 65535, 64 * 4).round().astype(np.uint16).reshape(4, 64)
-    expected = np.repeat((ramp / 65535 * 255)[..., None], 3, axis=2)
-    assert abs(loaded(write_png(tmp_path / "png.png", ramp, 0)) - expected).max() <= 1
-    Image.fromarray(ramp).save(tmp_path / "tiff.tif")
-    assert abs(loaded(tmp_path / "tiff.tif") - expected).max() <= 1
-    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "wide.tif")
-    assert Image.open(tmp_path / "wide.tif").mode == "I"
-    assert abs(loaded(tmp_path / "wide.tif") - expected).max() <= 1
-
-
-def test_16_bit_colour_is_scaled(tmp_path):
-    colours = np.random.default_rng(0).integers(0, 65536, (5, 7, 3))
-    assert abs(loaded(write_png(tmp_path / "x.png", colours, 2)) - colours / 65535 * 255).max() <= 1
-
-
-def test_16_bit_colour_with_transparency_lies_on_white(tmp_path):
-    samples = np.random.default_rng(0).integers(0, 65536, (5, 7, 4))
-    alpha = samples[..., 3:] / 65535
-    expected = alpha * samples[..., :3] / 65535 * 255 + (1 - alpha) * 255
-    assert abs(loaded(write_png(tmp_path / "x.png", samples, 6)) - expected).max() <= 2
-
-
-def test_grey_and_two_level_images_become_equal_channels(tmp_path, noise):
-    grey = noise[..., 0]
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(loaded(tmp_path / "grey.png"), np.repeat(grey[..., None], 3, axis=2))
-    Image.fromarray(grey > 127).save(tmp_path / "bits.png")
-    assert Image.open(tmp_path / "bits.png").mode == "1"
-    expected = np.where(grey > 127, 255, 0)[..., None].repeat(3, axis=2)
-    np.testing.assert_array_equal(loaded(tmp_path / "bits.png"), expected)
-
-
-def test_palettes_are_looked_up_and_their_transparent_entry_is_white(tmp_path):
-    palette = np.array([(200, 10, 20), (0, 255, 0), (9, 9, 9), (1, 2, 3)])
-    codes = np.random.default_rng(0).integers(0, 4, (6, 8), dtype=np.uint8)
-    image = Image.fromarray(codes).convert("P")
-    image.putdata(codes.flatten().tolist())
-    image.putpalette(palette.astype(np.uint8).tobytes())
-    image.save(tmp_path / "plain.png")
-    assert Image.open(tmp_path / "plain.png").mode == "P"
-    np.testing.assert_array_equal(loaded(tmp_path / "plain.png"), palette[codes])
-    image.save(tmp_path / "clear.png", transparency=2)
-    palette[2] = 255
-    np.testing.assert_array_equal(loaded(tmp_path / "clear.png"), palette[codes])
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparent_images_lie_on_white(tmp_path, mode):
-    samples = np.random.default_rng(0).integers(0, 256, (9, 11, len(mode)), dtype=np.uint8)
-    samples[0, :, -1], samples[1, :, -1] = 0, 255
-    Image.fromarray(samples).save(tmp_path / "x.png")
-    assert Image.open(tmp_path / "x.png").mode == mode
-    alpha = samples[..., -1:] / 255
-    expected = np.broadcast_to(alpha * samples[..., :-1] + (1 - alpha) * 255, (9, 11, 3))
-    found = loaded(tmp_path / "x.png")
-    assert abs(found - expected).max() <= 1
-    assert (found[0] == 255).all()
-
-
-def test_one_colour_declared_transparent_is_white(tmp_path, noise):
-    noise = noise.copy()
-    noise[3:5] = (1, 2, 3)
-    Image.fromarray(noise).save(tmp_path / "x.png", transparency=(1, 2, 3))
-    expected = noise.copy()
-    expected[3:5] = 255
-    np.testing.assert_array_equal(loaded(tmp_path / "x.png"), expected)
-
-
-def test_cmyk_becomes_rgb(tmp_path):
-    inks = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
-    Image.frombytes("CMYK", (11, 9), inks.tobytes()).save(tmp_path / "x.tif")
-    expected = (255 - inks[..., :3].astype(int)) * (255 - inks[..., 3:].astype(int)) / 255
-    assert abs(loaded(tmp_path / "x.tif") - expected).max() <= 1
-
-
-def test_cmyk_jpegs_are_not_inverted(tmp_path):
-    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
-    assert abs(loaded(tmp_path / "red.jpg") - (255, 0, 0)).max() <= 6
-
-
-# EXIF orientation -> what a viewer does to the stored pixels (Exif 2.3, tag 274)
-UPRIGHT = {
-    1: lambda x: x,
-    2: lambda x: x[:, ::-1],
-    3: lambda x: x[::-1, ::-1],
-    4: lambda x: x[::-1],
-    5: lambda x: x.transpose(1, 0, 2),
-    6: lambda x: np.rot90(x, -1),
-    7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda x: np.rot90(x, 1),
-}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_rotation_is_applied(tmp_path, noise, orientation):
-    exif = Image.Exif()
-    exif[274] = orientation
-    Image.fromarray(noise).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(loaded(tmp_path / "x.png"), UPRIGHT[orientation](noise))
-
-
-def test_exif_rotation_is_applied_to_16_bit_and_palette_images_too(tmp_path):
-    exif = Image.Exif()
-    exif[274] = 6
-    ramp = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
-    Image.fromarray(ramp).save(tmp_path / "deep.png", exif=exif)
-    assert abs(loaded(tmp_path / "deep.png")[..., 0] - np.rot90(ramp, -1) / 65535 * 255).max() <= 1
-    codes = (np.arange(12) * 20).astype(np.uint8).reshape(3, 4)
-    Image.fromarray(codes).convert("P").save(tmp_path / "palette.png", exif=exif)
-    np.testing.assert_array_equal(loaded(tmp_path / "palette.png")[..., 0], np.rot90(codes, -1))
-
-
-def test_images_in_memory_are_taken_as_they_are_and_left_alone(noise):
-    image = Image.fromarray(noise)
-    np.testing.assert_array_equal(loaded(image), noise)
-    np.testing.assert_array_equal(np.asarray(image), noise)
-
-
-def test_floating_point_images_are_refused_before_training_and_when_loaded(tmp_path):
-    path = tmp_path / "x.tif"
-    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(path)
-    assert "1 of 1 images cannot be read: x.tif (floating-point pixels" in refusal(data.check_images, [path])
-    assert "floating-point" in refusal(data.load_image, path)
-
-
-KINDS = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {})]
-
-
-@pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_wherever_an_image_is_cut_the_check_finds_what_loading_would(tmp_path, noise, kind, options):
-    whole = encoded(Image.fromarray(noise), kind, **options)
-    refused = 0
-    for length in [*range(0, len(whole), max(1, len(whole) // 25)), len(whole) - 1]:
-        path = tmp_path / f"{length}.img"
-        path.write_bytes(whole[:length])
-        found = None
-        try:
-            data.check_images([path])
-        except ValueError as error:
-            found = str(error)
-        if found is None:
-            data.load_image(path)
-        else:
-            assert path.name in found
-            refused += 1
-    assert refused > 20
-    (tmp_path / "whole.img").write_bytes(whole)
-    assert data.check_images([tmp_path / "whole.img"])
-
-
-def test_all_unreadable_images_are_counted_and_the_first_five_named(tmp_path, noise):
-    whole = encoded(Image.fromarray(noise), "PNG")
-    contents = [
-        whole,
-        b"",
-        b"GIF89a",
-        b"no image at all",
-        whole[:200],
-        whole,
-        whole[:30],
-        b"\xff\xd8\xff",
-        b"PK\x03\x04",
-    ]
-    paths = [tmp_path / f"{number}.png" for number in range(len(contents))]
-    for path, content in zip(paths, contents, strict=True):
-        path.write_bytes(content)
-    message = refusal(data.check_images, paths)
-    assert message.startswith("7 of 9 images cannot be read: 1.png (not an image), 2.png (")
-    assert ", 6.png (" in message and message.endswith("), ...")
-    assert "0.png" not in message and "7.png" not in message
-    assert " at 0x" not in message, "no addresses of objects"
-
-
-def test_an_image_too_large_to_decode_is_refused(tmp_path, noise, monkeypatch):
-    path = tmp_path / "bomb.png"
-    path.write_bytes(encoded(Image.fromarray(noise), "PNG"))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "bomb.png (Image size (600 pixels) exceeds limit" in refusal(data.check_images, [path])
-
-
 # -- fingerprint
 
 
@@ -535,7 +310,7 @@ def test_the_fingerprint_changes_with_any_byte_and_with_nothing_else(make_datase
     paths = read(files)["path"].tolist()
 
     def now() -> str:
-        return data.fingerprint(files.csv, data.check_images(paths))
+        return data.fingerprint(files.csv, [file.digest for file in images.check_images(paths)])
 
     first = now()
     assert first == now() and len(first) == 64
@@ -548,11 +323,6 @@ def test_the_fingerprint_changes_with_any_byte_and_with_nothing_else(make_datase
     assert now() == first
     files.csv.write_bytes(files.csv.read_bytes().replace(b"1.01", b"1.02"))
     assert now() != first
-
-
-def test_hashes_are_those_of_the_files_in_their_order(make_dataset):
-    paths = read(make_dataset(scored_rows(10, 3)))["path"].tolist()
-    assert data.check_images(paths) == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
 
 # -- splits
@@ -737,7 +507,8 @@ def test_examples_hold_what_the_files_say(make_dataset):
     assert np.isnan(units["q"]).tolist() == [True] + [False] * (len(rows) - 1)
     assert units["q"][5] == pytest.approx((rows[5]["mos_quality"] - 1) / 4)
     assert examples.train_means["c"] == pytest.approx((np.mean(train) - min(train)) / (max(train) - min(train)))
-    assert examples.fingerprint == data.fingerprint(files.csv, data.check_images(examples.table["path"].tolist()))
+    assert examples.files == images.check_images([files.images / row["name"] for row in rows])
+    assert examples.fingerprint == data.fingerprint(files.csv, [file.digest for file in examples.files])
 
 
 def test_unreadable_images_are_found_while_reading_the_data_set(make_dataset):
@@ -764,197 +535,4 @@ def test_agiqa_3k_is_a_data_set(agiqa_dir):
     plain = table["prompt"].str.lower().str.split().str.join(" ")
     assert pd.Series(folds).groupby(plain).nunique().max() == 1
     assert abs((folds == "test").mean() - 0.2) < 0.05
-    assert data.check_images(table["path"].tolist()[::300])
-
-
-# -- views of images
-
-
-def image_set(paths: list[Any], **options: Any) -> data.ImageSet:
-    return data.ImageSet(paths, **{"image_size": 32, "crop_scale_min": 0.5, "seed": 1, **options})
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    sizes = [(60, 40), (40, 60), (33, 33), (20, 90), (50, 50), (32, 32)]
-    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
-
-
-def test_the_evaluation_view_is_open_clips_own_after_normalisation():
-    rng = np.random.default_rng(0)
-    sizes = [(300, 260), (256, 256), (224, 224), (100, 180), (341, 512)]
-    # Smooth pictures and noise: noise alone would hide a shift, smooth ones alone another filter.
-    small = [Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size) for size in sizes]
-    noisy = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
-    images = [*small, *noisy]
-    mean, std = open_clip.constants.OPENAI_DATASET_MEAN, open_clip.constants.OPENAI_DATASET_STD
-    feed = data.Feed(device=torch.device("cpu"), mean=mean, std=std, targets={}, prompts=None)
-    views = image_set(images, image_size=224)
-    pixels = torch.stack([views[None, index][0] for index in range(len(images))])
-    (batch,) = feed.batches([(pixels, torch.arange(len(images)))])
-    transform = open_clip.image_transform(224, is_train=False)
-    expected = torch.stack([transform(image) for image in images])
-    assert batch.images_B3SS.shape == expected.shape and batch.images_B3SS.dtype == torch.float32
-    difference = (batch.images_B3SS - expected).abs() * torch.tensor(std).view(1, 3, 1, 1)
-    assert difference.max() <= 1 / 255
-
-
-def test_a_training_view_depends_on_seed_epoch_and_index_alone(pictures):
-    views = image_set(pictures)
-    keys = list(itertools.product(range(3), range(len(pictures))))
-    first = {key: views[key][0] for key in keys}
-    again = image_set(pictures)
-    torch.manual_seed(123)
-    for key in reversed(keys):
-        assert torch.equal(again[key][0], first[key]), key
-    assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in first.values())
-
-
-def test_training_views_differ_between_epochs_indices_and_seeds():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    views = image_set([picture] * 4)
-    drawn = [views[key][0] for key in itertools.product(range(4), range(4))]
-    drawn += [image_set([picture], seed=seed)[0, 0][0] for seed in (2, 3)]
-    assert all(not torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
-
-
-def test_drawing_a_view_leaves_the_global_random_state_alone(pictures):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    image_set(pictures)[0, 0]
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_the_evaluation_view_does_not_depend_on_the_seed(pictures):
-    one, other = image_set(pictures, seed=1), image_set(pictures, seed=2)
-    assert all(torch.equal(one[None, index][0], other[None, index][0]) for index in range(len(pictures)))
-
-
-def test_training_views_keep_the_least_share_of_the_area():
-    # A picture whose colours are coordinates tells how much of it a view shows.
-    across = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
-    picture = Image.fromarray(np.stack([across, across.T, across], axis=2))
-    views = image_set([picture], crop_scale_min=0.8)
-    for epoch in range(30):
-        view = views[epoch, 0][0].float()
-        spans = [(view[channel].max() - view[channel].min() + 8) / 256 for channel in (0, 1)]
-        assert spans[0] * spans[1] > 0.75
-
-
-def collect(loader) -> list[tuple[list[int], torch.Tensor]]:
-    return [(rows.tolist(), pixels) for pixels, rows in loader]
-
-
-def test_batches_are_the_same_whatever_the_number_of_workers(demo_set):
-    paths = sorted(demo_set[1].iterdir())[:10]
-    batches = {}
-    for num_workers in (0, 2):
-        loader = data.image_loader(
-            image_set(paths), np.arange(10), batch_size=4, shuffle=True, num_workers=num_workers, pin_memory=False
-        )
-        batches[num_workers] = [collect(loader), collect(loader)]  # two epochs
-    for alone, shared in zip(batches[0], batches[2], strict=True):
-        assert [rows for rows, _ in alone] == [rows for rows, _ in shared]
-        assert all(torch.equal(one, other) for (_, one), (_, other) in zip(alone, shared, strict=True))
-    first, second = (
-        {row: view for rows, views in epoch for row, view in zip(rows, views, strict=True)} for epoch in batches[0]
-    )
-    assert first.keys() == second.keys() == set(range(10))
-    assert not any(torch.equal(first[row], second[row]) for row in range(10)), "each epoch has its own augmentation"
-
-
-def test_the_last_batch_is_kept_and_evaluation_goes_in_order(pictures):
-    loader = data.image_loader(
-        image_set(pictures), np.array([5, 0, 3, 2, 1]), batch_size=2, shuffle=False, num_workers=0, pin_memory=False
-    )
-    assert [rows for rows, _ in collect(loader)] == [[5, 0], [3, 2], [1]] == [rows for rows, _ in collect(loader)]
-
-
-def test_each_index_comes_once_per_epoch_in_an_order_of_its_own():
-    indices = np.array([3, 1, 4, 15, 9, 2, 6, 5, 35, 8])
-    order = data.EpochOrder(indices, seed=1, shuffle=True)
-    epochs = [list(order) for _ in range(4)]
-    for number, epoch in enumerate(epochs):
-        assert {key[0] for key in epoch} == {number}
-        assert sorted(index for _, index in epoch) == sorted(indices)
-    assert len(order) == len(indices)
-    assert len({tuple(index for _, index in epoch) for epoch in epochs}) == 4
-    assert list(data.EpochOrder(indices, seed=1, shuffle=True)) == epochs[0]
-    assert list(data.EpochOrder(indices, seed=2, shuffle=True)) != epochs[0]
-
-
-def test_without_shuffling_every_pass_is_the_evaluation_view_in_order():
-    order = data.EpochOrder(np.array([3, 1, 4]), seed=1, shuffle=False)
-    assert list(order) == [(None, 3), (None, 1), (None, 4)] == list(order)
-
-
-# -- batches
-
-
-def letters(texts) -> torch.Tensor:
-    """A tokenizer for tests: codes of the first three letters, padded with 0."""
-    return torch.tensor([[ord(letter) for letter in text[:3].ljust(3, "\0")] for text in texts])
-
-
-def test_a_text_table_tokenises_each_text_once_and_gives_a_batch_its_distinct_ones():
-    asked: list[str] = []
-
-    def tokenize(texts) -> torch.Tensor:
-        asked.extend(texts)
-        return letters(texts)
-
-    texts = ["cat", "dog", "cat", "", "fox", "dog"]
-    table = data.TextTable(texts, tokenize, torch.device("cpu"))
-    assert sorted(asked) == sorted(set(texts))
-    rows = torch.tensor([5, 0, 1, 2, 5])
-    tokens_PN, prompt_of_B = table.select(rows)
-    assert len(tokens_PN) == 2
-    assert torch.equal(tokens_PN[prompt_of_B], letters([texts[row] for row in rows]))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from(["cat", "dog", "fox", "猫", ""]), min_size=1, max_size=12), st.data())
-def test_any_batch_of_texts_maps_back_to_its_rows(texts, drawn):
-    rows = drawn.draw(st.lists(st.integers(0, len(texts) - 1), min_size=1, max_size=12))
-    tokens_PN, prompt_of_B = data.TextTable(texts, letters, torch.device("cpu")).select(torch.tensor(rows))
-    expected = [texts[row] for row in rows]
-    assert len(tokens_PN) == len(set(expected))
-    assert torch.equal(tokens_PN[prompt_of_B], letters(expected))
-
-
-def test_a_feed_turns_loader_output_into_normalised_images_labels_and_texts():
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
-    prompts, reasons = ["cat", "dog", "cat", "fox"], ["", "dim", "", "raw"]
-    targets = {"q": np.array([0.1, 0.2, np.nan, 0.4]), "c": np.array([np.nan, 0.6, 0.7, 0.8])}
-    device = torch.device("cpu")
-    present = np.array([bool(text) for text in reasons])
-    feed = data.Feed(
-        device=device,
-        mean=mean,
-        std=std,
-        targets=targets,
-        prompts=data.TextTable(prompts, letters, device),
-        rationales=(data.TextTable(reasons, letters, device), present),
-    )
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 5, 5), dtype=np.uint8))
-    rows = torch.tensor([2, 3, 0])
-    (batch,) = feed.batches([(pixels, rows)])
-    assert len(batch) == 3
-    expected = (pixels.numpy() / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    np.testing.assert_allclose(batch.images_B3SS.numpy(), expected, atol=1e-5)
-    np.testing.assert_allclose(batch.targets["q"].numpy(), [np.nan, 0.4, 0.1], rtol=1e-6)
-    np.testing.assert_allclose(batch.targets["c"].numpy(), [0.7, 0.8, np.nan], rtol=1e-6)
-    assert batch.tokens_PN is not None and batch.prompt_of_B is not None and batch.has_rationale_B is not None
-    assert len(batch.tokens_PN) == 2
-    assert torch.equal(batch.tokens_PN[batch.prompt_of_B], letters(["cat", "fox", "cat"]))
-    assert batch.has_rationale_B.tolist() == [False, True, False]
-    assert torch.equal(batch.rationale_tokens_RN, letters(["raw"]))
-
-
-def test_a_feed_without_texts_has_none():
-    feed = data.Feed(device=torch.device("cpu"), mean=[0] * 3, std=[1] * 3, targets={}, prompts=None)
-    (batch,) = feed.batches([(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([0]))])
-    assert batch.tokens_PN is batch.prompt_of_B is batch.rationale_tokens_RN is batch.has_rationale_B is None
-    assert batch.targets == {}
+    assert images.check_images(table["path"].tolist()[::300])

@@ -1,12 +1,14 @@
-"""`engine.py` on small linear models: schedules, optimiser steps, averages, exact prediction, selection."""
+"""`engine.py` on small linear models: schedules, steps, cut batches, averages, exact prediction, selection."""
 
 from __future__ import annotations
 
 import copy
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +46,12 @@ def batches_of(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: i
     return [Batch(*part) for part in parts]
 
 
+def split(batch: Batch, size: int) -> list[Batch]:
+    """The batch in parts of at most `size` samples."""
+    parts = zip(batch.x.split(size), batch.y.split(size), batch.number.split(size), strict=True)
+    return [Batch(*part) for part in parts]
+
+
 def linear(dtype: torch.dtype = torch.float32, seed: int = 1) -> nn.Linear:
     torch.manual_seed(seed)
     return nn.Linear(3, 1).to(dtype)
@@ -68,13 +76,14 @@ class Trained:
 
 def train(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     compute_losses=mean_loss,
     *,
     lr: float = 0.1,
     optimizer: torch.optim.Optimizer | None = None,
     runtime: engine.Runtime = CPU,
     ema_decay: float = 0.0,
+    micro: engine.MicroBatches | None = None,
     **options,
 ) -> Trained:
     """One epoch. SGD unless told otherwise: Adam hides a gradient of the wrong size."""
@@ -89,9 +98,15 @@ def train(
         schedule=schedule,
         runtime=runtime,
         average=average,
+        micro=micro or engine.MicroBatches(split, enabled=False),
         **options,
     )
     return Trained(report, optimizer, schedule, average)
+
+
+def losses_of(trained: Trained) -> dict[str, float]:
+    """The report without what depends on the clock."""
+    return {name: value for name, value in trained.report.items() if name != "data_wait"}
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -249,7 +264,7 @@ def test_accumulated_batches_train_as_one_big_batch_does(dtype, tolerance, accum
     in_parts = train(small, batches_of(SIZES, dtype), accumulation=accumulation)
     at_once = train(big, batches_of([sum(group) for group in groups], dtype))
     torch.testing.assert_close(weights(small), weights(big), atol=tolerance, rtol=tolerance)
-    assert in_parts.report == pytest.approx(at_once.report, rel=1e-5)
+    assert losses_of(in_parts) == pytest.approx(losses_of(at_once), rel=1e-5)
     assert in_parts.schedule.last_epoch == len(groups)
 
 
@@ -309,7 +324,7 @@ def number_losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_reported_losses_are_means_over_samples_not_over_batches(accumulation):
     report = train(linear(), batches_of([10, 4, 1]), number_losses, accumulation=accumulation).report
-    assert report.keys() == {"loss", "number", "tenth", "grad_norm"}
+    assert report.keys() == {"loss", "number", "tenth", "grad_norm", "data_wait"}
     assert report["number"] == pytest.approx(7.0)
     assert report["tenth"] == pytest.approx(0.1)
 
@@ -349,6 +364,246 @@ def test_frozen_parameters_neither_move_nor_count_in_the_gradient_norm():
     report = train(model, [batch], optimizer=optimizer).report
     assert torch.equal(model.bias, bias)
     assert report["grad_norm"] == pytest.approx(float(gradient.norm()))
+
+
+# Waiting for batches
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """A clock for the engine that shows `now` and stands still."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def slow_items(clock: SimpleNamespace, items: Sequence, seconds: float, end: float = 0.0) -> Iterator:
+    """The items, each of which takes so many seconds; finding that there are no more takes `end`."""
+    for item in items:
+        clock.now += seconds
+        yield item
+    clock.now += end
+
+
+def test_a_stopwatch_counts_the_waiting_and_not_the_work_between(clock):
+    watch = engine.Stopwatch()
+    seen = []
+    for item in watch.over(slow_items(clock, "abc", seconds=2.0, end=0.5)):
+        clock.now += 64.0
+        seen.append(item)
+    assert seen == ["a", "b", "c"]
+    assert watch.seconds == 3 * 2.0 + 0.5
+
+
+def test_a_stopwatch_adds_up_over_several_rounds_and_counts_what_failed(clock):
+    watch = engine.Stopwatch()
+
+    def failing() -> Iterator[int]:
+        clock.now += 4.0
+        raise OSError("no such image")
+        yield 0
+
+    assert list(watch.over(slow_items(clock, range(3), seconds=1.0))) == [0, 1, 2]
+    with pytest.raises(OSError, match="no such image"):
+        list(watch.over(failing()))
+    assert watch.seconds == 3.0 + 4.0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_reported_wait_is_the_share_of_time_in_which_no_batch_was_there(clock, accumulation):
+    def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        clock.now += 6.0
+        return mean_loss(model, batch)
+
+    report = train(linear(), slow_items(clock, batches_of(SIZES), 2.0), losses, accumulation=accumulation).report
+    assert report["data_wait"] == pytest.approx(2 / (2 + 6))
+
+
+# Batches cut where memory runs out
+
+
+def forgetful(limit: int, heard: list[int] | None = None):
+    """`mean_loss` on a device whose memory holds at most `limit` samples; `heard` gets the sizes that fitted."""
+
+    def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if len(batch) > limit:
+            raise torch.OutOfMemoryError(f"{len(batch)} samples")
+        if heard is not None:
+            heard.append(len(batch))
+        return {**mean_loss(model, batch), "number": batch.number.float().mean()}
+
+    return losses
+
+
+def sizes_tried(largest: int, limit: int) -> list[int]:
+    """What is left after each halving, until it fits."""
+    tried = []
+    while largest > limit:
+        largest = math.ceil(largest / 2)
+        tried.append(largest)
+    return tried
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8, 16])
+def test_cut_batches_train_as_whole_ones_do(limit, accumulation, capsys):
+    sizes = [3, 8, 16, 5, 7]  # with two a step, a part that fits comes before one that does not
+    steps = [sizes[i : i + accumulation] for i in range(0, len(sizes), accumulation)]
+    whole, cut = linear(), linear()
+    heard: list[int] = []
+    micro = engine.MicroBatches(split, enabled=True)
+    options = {"accumulation": accumulation, "ema_decay": 0.5}
+    expected = train(whole, batches_of(sizes), forgetful(99), **options)
+    found = train(cut, batches_of(sizes), forgetful(limit), micro=micro, after_step=heard.append, **options)
+    torch.testing.assert_close(weights(cut), weights(whole), atol=1e-6, rtol=1e-6)
+    averages = weights(found.average.weights), weights(expected.average.weights)
+    torch.testing.assert_close(*averages, atol=1e-6, rtol=1e-6)
+    assert losses_of(found) == pytest.approx(losses_of(expected), rel=1e-6)
+    assert found.schedule.last_epoch == expected.schedule.last_epoch == len(steps)
+    assert heard == [sum(step) for step in steps]
+    first = next((max(step) for step in steps if max(step) > limit), limit)
+    halvings = sizes_tried(first, limit)
+    assert micro.size == (halvings[-1] if halvings else None)
+    said = capsys.readouterr().out.splitlines()
+    assert [int(line.partition("from here on ")[2].split()[0]) for line in said] == halvings
+
+
+def test_no_more_is_tried_than_what_fitted_before():
+    heard: list[int] = []
+    micro = engine.MicroBatches(split, enabled=True)
+    for _ in range(2):
+        train(linear(), batches_of([8, 8, 3]), forgetful(2, heard), micro=micro)
+    assert heard == 2 * [2, 2, 2, 2, 2, 2, 2, 2, 2, 1]
+
+
+def test_what_a_failed_attempt_left_in_the_gradients_does_not_count():
+    model, alone = linear(torch.float64), linear(torch.float64)
+    failures = iter([False, True])  # the first part goes through, then memory runs out
+
+    def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if next(failures, False):
+            raise torch.OutOfMemoryError
+        return mean_loss(model, batch)
+
+    sizes = [4, 4]
+    train(
+        model, batches_of(sizes, torch.float64), losses, accumulation=2, micro=engine.MicroBatches(split, enabled=True)
+    )
+    train(alone, batches_of(sizes, torch.float64), accumulation=2)
+    torch.testing.assert_close(weights(model), weights(alone), atol=1e-14, rtol=1e-14)
+
+
+def test_running_out_of_memory_is_an_error_that_names_the_flag_unless_batches_may_be_cut(capsys):
+    model = linear()
+    before = weights(model)
+    with pytest.raises(engine.OutOfMemory, match=r"^out of memory with 4 images at once: add .*--dynamic_batch_size"):
+        train(model, batches_of([2, 4]), forgetful(3), accumulation=2)
+    assert torch.equal(weights(model), before)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_single_sample_that_does_not_fit_is_an_error(capsys):
+    with pytest.raises(engine.OutOfMemory, match="with a single image at once: add --gradient_checkpointing"):
+        train(linear(), batches_of([8]), forgetful(0), micro=engine.MicroBatches(split, enabled=True))
+    assert len(capsys.readouterr().out.splitlines()) == len(sizes_tried(8, 1))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train(linear(), batches_of([8]), losses, micro=engine.MicroBatches(split, enabled=True))
+
+
+@given(
+    batch_size=st.integers(1, 5000),
+    fixed=st.integers(0, 10**6),
+    per_sample=st.integers(0, 10**4),
+    budget=st.integers(0, 10**7),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_first_size_is_the_largest_halving_that_fits(batch_size, fixed, per_sample, budget):
+    halvings = [math.ceil(batch_size / 2**times) for times in range(14)]
+    fitting = [size for size in halvings if fixed + size * per_sample <= budget]
+    found = engine.fitting_size(batch_size, fixed + per_sample, fixed + 2 * per_sample, budget)
+    assert found == max(fitting, default=1)
+
+
+def probed(monkeypatch, *, used: int, per_sample: int, batch_size: int, max_usage: float = 0.5, **options):
+    """MicroBatches after its look at a pretended GPU of 1000 bytes, and the sizes that it ran."""
+    heard: list[int] = []
+    gpu = SimpleNamespace(
+        reset_peak_memory_stats=lambda device: None,
+        max_memory_allocated=lambda device: used + per_sample * heard[-1],
+        mem_get_info=lambda device: (300, 1000),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **_: nullcontext())
+    micro = engine.MicroBatches(split, max_usage=max_usage, **{"enabled": True, **options})
+    runtime = replace(CPU, device=torch.device("cuda", 0))
+    for batch in batches_of([batch_size, batch_size]):
+        micro.probe(batch, lambda parts: heard.extend(len(part) for part in parts), runtime)
+    return micro, heard
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(8, None), (64, 16), (20, None), (21, 11), (1000, 16)])
+def test_on_a_gpu_the_first_size_is_planned_once_from_two_small_parts(monkeypatch, capsys, batch_size, size):
+    micro, heard = probed(monkeypatch, used=100, per_sample=20, batch_size=batch_size)
+    assert (micro.size, heard) == (size, [1, 2])
+    assert ("50% of the memory" in capsys.readouterr().out) == (size is not None)
+
+
+def test_no_memory_is_looked_at_where_batches_are_not_cut(monkeypatch):
+    micro, heard = probed(monkeypatch, used=100, per_sample=20, batch_size=64, enabled=False)
+    assert (micro.size, heard) == (None, [])
+    micro = engine.MicroBatches(split, enabled=True)
+    micro.probe(batches_of([64])[0], lambda parts: heard.append(len(parts)), CPU)
+    assert (micro.size, heard) == (None, [])
+
+
+# Several processes: what each gets (tests/test_distributed.py starts some)
+
+
+def test_a_single_process_shares_with_nobody(capsys):
+    rows, x, model = np.arange(7), torch.randn(7, 2, requires_grad=True), linear()
+    before = weights(model)
+    np.testing.assert_array_equal(CPU.share(rows), rows)
+    assert CPU.gather(x, 7) is x
+    assert CPU.agree(value := {"a": 1}) is value
+    assert CPU.distribute(model, may_be_unused=True) is model
+    CPU.copy_weights(model)
+    CPU.barrier()
+    with CPU.main_first():
+        CPU.say("once")
+    assert torch.equal(weights(model), before)
+    assert capsys.readouterr().out == "once\n"
+
+
+@given(world=st.integers(1, 9), n=st.integers(1, 40), start=st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_shares_are_disjoint_and_together_the_batch_and_nobody_gets_nothing(world, n, start):
+    rows = start + 3 * np.arange(n)
+    shares = [replace(CPU, rank=rank, world=world).share(rows) for rank in range(world)]
+    assert min(map(len, shares)) >= 1
+    assert max(map(len, shares)) == math.ceil(n / world)
+    assert sorted(np.concatenate(shares[: min(n, world)])) == rows.tolist()
+    assert all(set(share) <= set(rows) for share in shares)
+
+
+def test_only_the_first_process_speaks(capsys):
+    for rank in (1, 0, 2):
+        replace(CPU, rank=rank, world=3).say(f"here is {rank}")
+    assert capsys.readouterr().out == "here is 0\n"
+    assert replace(CPU, world=3).describe().startswith("3 processes, ")
+
+
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(40, 1, 16), (40, 4, 10), (6, 4, 1), (2, 8, 1)])
+def test_processes_on_one_machine_divide_its_cores(monkeypatch, cores, processes, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert engine.num_cpus() == max(1, cores // processes)
+    assert CPU.num_threads == threads
 
 
 # Steps that the scaler skips
@@ -651,6 +906,8 @@ def pretended_gpu(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
     """Lets torch say that there is a GPU, which is enough to choose it."""
     precision = torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     yield monkeypatch
     torch.set_float32_matmul_precision(precision)
 
@@ -672,7 +929,7 @@ def test_auto_without_a_gpu_is_float32_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     runtime = engine.start_runtime("auto", "auto")
     assert (runtime.device.type, runtime.precision, runtime.scaler.is_enabled()) == ("cpu", "off", False)
-    assert runtime.default_workers == 0
+    assert runtime.num_ahead == 0 and runtime.free_memory() == 0
     assert runtime.describe().endswith("CPU cores, float32")
     with runtime.autocast():
         assert linear()(torch.ones(1, 3)).dtype == torch.float32
@@ -684,7 +941,15 @@ def test_auto_with_a_gpu_takes_the_best_precision_it_has(pretended_gpu, has_bf16
     runtime = engine.start_runtime("auto", "auto")
     assert (runtime.device.type, runtime.precision) == ("cuda", precision)
     assert runtime.scaler.is_enabled() == (precision == "fp16")
-    assert 1 <= runtime.default_workers <= 8
+    assert runtime.num_ahead > 0
+
+
+def test_a_process_without_a_gpu_of_its_own_is_an_error(pretended_gpu):
+    pretended_gpu.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match=r"^process 1 has no GPU of its own: start one per GPU \(1\)"):
+        engine.start_runtime("auto", "off")
+    pretended_gpu.setattr(torch.cuda, "device_count", lambda: 2)
+    assert engine.start_runtime("auto", "off").device == torch.device("cuda", 1)
 
 
 def test_the_cpu_can_be_chosen_beside_a_gpu(pretended_gpu):
@@ -724,6 +989,7 @@ def learn(runtime: engine.Runtime) -> tuple[list[float], nn.Module, int]:
             schedule=schedule,
             runtime=runtime,
             average=average,
+            micro=engine.MicroBatches(split, enabled=False),
             max_grad_norm=10.0,
         )["loss"]
         for _ in range(30)

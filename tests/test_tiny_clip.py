@@ -13,6 +13,8 @@ import backbones
 import baseline
 import data
 import engine
+import images
+import inputs
 import metrics
 import models
 
@@ -40,18 +42,16 @@ def test_its_cosine_knows_something_of_consistency_without_training(demo_set):
     backbone = backbones.load_backbone("tiny", "assets", image_size=224)
     model = models.ScoreModel(backbone.clip, torch.nn.Identity(), embed_dim=64)
     runtime = engine.start_runtime("cpu", "off")
-    feed = data.Feed(
+    views = images.Views(image_size=224, device=runtime.device, **backbone.config["preprocess_cfg"])
+    store = images.ImageStore(images.check_images(table["path"].tolist()), image_size=224, num_threads=1)
+    feed = inputs.Feed(
+        pixels=inputs.PixelSource(store, views),
         device=runtime.device,
-        mean=backbone.config["preprocess_cfg"]["mean"],
-        std=backbone.config["preprocess_cfg"]["std"],
         targets={},
-        prompts=data.TextTable(table["prompt"].tolist(), backbone.tokenizer, runtime.device),
+        prompts=inputs.TextTable(table["prompt"].tolist(), backbone.tokenizer, runtime.device, trim=True),
     )
-    images = data.ImageSet(table["path"].tolist(), image_size=224, crop_scale_min=1.0, seed=0)
-    loader = data.image_loader(
-        images, np.arange(len(table)), batch_size=32, shuffle=False, num_workers=0, pin_memory=False
-    )
-    known = engine.predict(model, feed.batches(loader), models.embed_batch, runtime=runtime)
+    order = inputs.BatchOrder(np.arange(len(table)), batch_size=32)
+    known = engine.predict(model, feed.batches(order), models.embed_batch, runtime=runtime)
     assert metrics.srocc(known["cos"], table["c"]) >= 0.4
 
 

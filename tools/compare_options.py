@@ -2,8 +2,8 @@
 
     python tools/compare_options.py --with_flags="--no_calibration" --seeds 1 2 3 -- --demo
 
-Everything behind `--` goes to baseline.py. Split and weights change with the seed, alike on both sides; each seed's
-difference is one observation.
+Given several times, each --with_flags is compared with the plain command. Everything behind `--` goes to baseline.py.
+Split and weights change with the seed, alike on both sides; each seed's difference is one observation.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ MEASURES = ("srocc_q", "plcc_q", "srocc_c", "plcc_c", "main")
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--with_flags", required=True, help="what the second side adds, as one string")
+    parser.add_argument("--with_flags", required=True, action="append", help="what the other side adds, as one string")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output_dir", default="runs/compare", help="folder for the runs (default: runs/compare)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="flags of baseline.py, behind --")
     args = parser.parse_args(argv)
     common = args.command[1:] if args.command[:1] == ["--"] else args.command
-    sides: dict[str, list[dict]] = {"without": [], "with": []}
+    sides: dict[str, list[dict]] = {flags: [] for flags in ("", *args.with_flags)}
     for seed in args.seeds:
-        for side, extra in (("without", []), ("with", shlex.split(args.with_flags))):
-            folder = Path(args.output_dir) / f"{side}-{seed}"
-            flags = [*common, *extra, "--seed", str(seed), "--output_dir", str(folder), "--overwrite"]
-            sides[side].append(baseline.main(flags))
-    print(table(sides, args.with_flags))
+        for number, (extra, results) in enumerate(sides.items()):
+            folder = Path(args.output_dir) / f"{number}-{seed}"
+            flags = [*common, *shlex.split(extra), "--seed", str(seed), "--output_dir", str(folder), "--overwrite"]
+            results.append(baseline.main(flags))
+    for extra in args.with_flags:
+        print(table(sides[""], sides[extra], extra), end="\n\n")
 
 
-def table(sides: dict[str, list[dict]], flags: str) -> str:
+def table(without: list[dict], with_: list[dict], flags: str) -> str:
     """Markdown: mean test score of both sides, mean difference and its 95 % interval (t, paired by seed)."""
     lines = [f"| test fold | without | with `{flags}` | difference | 95 % interval |", "|---|---|---|---|---|"]
     for name in MEASURES:
-        without, with_ = (np.array([run["test"].get(name, np.nan) for run in sides[s]]) for s in ("without", "with"))
-        difference = with_ - without
+        left, right = (np.array([run["test"].get(name, np.nan) for run in side]) for side in (without, with_))
+        difference = right - left
         half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference) if len(difference) > 1 else np.nan
         mean = difference.mean()
         lines.append(
-            f"| {name} | {without.mean():.3f} | {with_.mean():.3f} | {mean:+.3f} | "
+            f"| {name} | {left.mean():.3f} | {right.mean():.3f} | {mean:+.3f} | "
             f"{mean - half:+.3f} .. {mean + half:+.3f} |"
         )
     return "\n".join(lines)

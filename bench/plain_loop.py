@@ -1,0 +1,183 @@
+"""The yardstick: the same training as baseline.py, as a competent user writes it without any of its short cuts.
+
+    python bench/plain_loop.py [flags of baseline.py]
+
+A DataLoader decodes, augments and normalises every image in every epoch; both towers run as a whole, prompts padded
+to the context length; what is frozen merely has `requires_grad=False`. Device, precision, optimiser, schedule,
+evaluation and weights at the start are those of baseline.py, and so are the crops, so that the losses can be compared:
+with --cache_views V, epoch e takes the crops of epoch e mod V. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as VF
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import backbones
+import baseline
+import data
+import engine
+import images
+import models
+from configs import TrainingConfig, parse_args
+
+BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+class ScoredImages(Dataset):
+    """Rows of a data set as (pixels (3, S, S), token ids (77,), targets (2,), row)."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        examples: data.Examples,
+        tokens: Tensor,
+        rows: np.ndarray,
+        preprocess: dict[str, Any],
+    ) -> None:
+        self.rows, self.files, self.tokens = rows, examples.files, tokens
+        self.targets = np.stack([examples.unit_targets[task] for task in data.TASKS], axis=1).astype(np.float32)
+        self.view: int | None = None  # of training; None is the evaluation view
+        self.size = config.image_size
+        self.normalise = v2.Compose(
+            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocess["mean"], preprocess["std"])]
+        )
+        self.views = images.Views(
+            image_size=config.image_size,
+            device=torch.device("cpu"),
+            crop_scale_min=config.crop_scale_min,
+            flip=config.horizontal_flip,
+            seed=config.seed,
+            **preprocess,
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        row = int(self.rows[place])
+        image = images.load_image(self.files[row].path)
+        if self.view is None:
+            image = VF.center_crop(VF.resize(image, [self.size], interpolation=BICUBIC), [self.size] * 2)
+        else:
+            shape = torch.empty(3, image.height, image.width, device="meta")
+            ((crop, flip),) = self.views.draw([shape], [self.files[row].digest], self.view)
+            image = VF.resized_crop(image, **crop, size=[self.size] * 2, interpolation=BICUBIC)
+            image = VF.horizontal_flip(image) if flip else image
+        return self.normalise(image), self.tokens[row], torch.from_numpy(self.targets[row]), row
+
+
+def forward(model: models.ScoreModel, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Both towers on whole inputs, then the heads."""
+    image = F.normalize(model.clip.encode_image(pixels).float(), dim=-1)
+    text = F.normalize(model.clip.encode_text(tokens).float(), dim=-1)
+    return {**model.score(image, text), "image": image, "cos": (image * text).sum(dim=-1)}
+
+
+def train(config: TrainingConfig) -> dict[str, Any]:
+    """Train as configured; returns the mean loss of each epoch, the test scores and what it took."""
+    runtime = engine.start_runtime(config.device, config.amp)
+    engine.seed_everything(config.seed)
+    examples = baseline.read_examples(config)
+    backbone, model, _ = baseline.start_model(config, examples)
+    model.to(runtime.device)
+    prompts = examples.table["prompt"].tolist()
+    tokens, _ = backbones.tokenize(backbone.tokenizer, prompts, backbone.clip.context_length)
+    preprocess = backbone.config["preprocess_cfg"]
+    optimizer = torch.optim.AdamW(
+        engine.parameter_groups(model, lambda name: config.lr, config.weight_decay), fused=runtime.device.type != "cpu"
+    )
+    num_train = len(examples.rows("train"))
+    num_steps = engine.num_optimizer_steps(
+        num_train, batch_size=config.batch_size, accumulation=1, epochs=config.epochs
+    )
+    schedule = engine.build_schedule(
+        optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=config.warmup_ratio
+    )
+    # On a CPU, reading processes fight with the model for the cores: none is faster.
+    num_workers = 0 if runtime.device.type == "cpu" else min(16, engine.num_cpus())
+    watch = engine.Stopwatch()
+
+    def batches(rows: np.ndarray, size: int, view: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        dataset = ScoredImages(config, examples, tokens, rows, preprocess)
+        dataset.view = view
+        loader = DataLoader(dataset, batch_size=size, num_workers=num_workers, pin_memory=num_workers > 0)
+        for pixels, ids, targets, _ in watch.over(loader):
+            yield tuple(part.to(runtime.device, non_blocking=True) for part in (pixels, ids, targets))
+
+    @torch.no_grad()
+    def scores(fold: str) -> dict[str, np.ndarray]:
+        model.eval()
+        parts = []
+        for pixels, ids, _ in batches(examples.rows(fold), 2 * config.batch_size, None):
+            with runtime.autocast():
+                found = forward(model, pixels, ids)
+            parts.append({name: value.float().cpu().numpy().astype(np.float64) for name, value in found.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    started = time.perf_counter()
+    base = baseline.fit_base({"train_eval": scores("train")}, examples)
+    assert isinstance(model.heads, models.ResidualHeads)
+    model.heads.set_base(base.quality, base.consistency)
+    order = baseline.build_orders(config, examples)["train"]
+    curve: list[float] = []
+    validation: list[float] = []
+    best: dict[str, Tensor] = {}
+    for epoch in range(config.epochs):
+        model.train()
+        view = epoch % config.num_views if config.num_views else None
+        shuffled = np.concatenate([rows for _, rows in order])
+        total = torch.zeros((), device=runtime.device)
+        for pixels, ids, targets in batches(shuffled, config.batch_size, view):
+            with runtime.autocast():
+                found = forward(model, pixels, ids)
+                loss_q, loss_c = (F.mse_loss(found[task], targets[:, i]) for i, task in enumerate(data.TASKS))
+                loss = config.w_q * loss_q + config.w_c * loss_c
+            optimizer.zero_grad()
+            runtime.scaler.scale(loss).backward()
+            runtime.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            runtime.scaler.step(optimizer)
+            runtime.scaler.update()
+            schedule.step()
+            total += loss.detach() * len(pixels)
+        curve.append(float(total) / num_train)
+        validation.append(baseline.evaluate(scores("val"), "val", examples, config)["main"])
+        if engine.best_epoch(validation) == epoch + 1:
+            best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(best)
+    test = baseline.evaluate(scores("test"), "test", examples, config)
+    seconds = time.perf_counter() - started
+    return {
+        "losses": curve,
+        "test_main": test["main"],
+        "seconds": seconds,
+        "data_wait": watch.seconds / seconds,
+        "peak_gb": peak_gb(runtime),
+        "device": runtime.describe(),
+    }
+
+
+def peak_gb(runtime: engine.Runtime) -> float:
+    """The most memory in use so far: of the GPU, or of this process."""
+    if runtime.device.type != "cpu":
+        return torch.get_device_module(runtime.device).max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # in KB on Linux
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(parse_args(sys.argv[1:]))))

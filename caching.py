@@ -1,0 +1,217 @@
+"""What frozen layers compute is computed once: which activations are cached, under which recipe, and where.
+
+A tower's frozen stages in front (`models.frozen_stages`) always give the same for the same input. With all of CLIP
+frozen that is the embedding; otherwise the activations that enter the first trained block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import models
+from engine import Runtime
+from features import FeatureCache, FeatureSet, key_of
+from inputs import CachedSource, PixelSource, Rows, TextTable, View, run_ahead
+
+# What the cached values depend on besides weights and inputs: this code, and the libraries it calls.
+CODE = ("images.py", "models.py", "backbones.py", "caching.py")
+LIBRARIES = ("torch", "torchvision", "open_clip_torch", "pillow")
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RESIDENT_SHARE = 0.5  # of the free GPU memory that cached activations may take; training needs the rest
+
+
+@dataclass(frozen=True)
+class Caching:
+    """How activations are cached."""
+
+    cache: FeatureCache
+    runtime: Runtime
+    dtype: str  # of DTYPES, or "auto"
+    identity: Mapping[str, Any]  # what the recipes of both towers have in common
+    batch_size: int
+
+    def open(self, tower: nn.Module, num_stages: int, example: Tensor, **details: Any) -> FeatureSet:
+        """The cached rows of a tower's first stages, which are shaped as `example` (1, ...)."""
+        recipe = {**self.identity, "stages": num_stages, **details}
+        # Embeddings are small, and rounding them would tie scores that differ.
+        is_embedding = num_stages == models.num_stages(tower)
+        dtype = example.dtype if is_embedding else DTYPES.get(self.dtype, example.dtype)
+        return self.cache.open(recipe, example.shape[1:], dtype)
+
+    def fill(self, wanted: Callable[[], Rows], compute: Callable[[Rows], None]) -> None:
+        """Let `compute` add what is `wanted` and still missing: each process its share, then what others could not."""
+        self.runtime.barrier()  # all have looked at what is there
+        todo = wanted()
+        compute(todo[self.runtime.rank :: self.runtime.world])
+        self.runtime.barrier()
+        for features in self.cache.opened.values():
+            features.refresh()
+        compute(wanted())  # nothing, unless processes do not share the folder
+
+
+def identity(clip_config: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
+    """What cached values of a CLIP depend on, but for weights, stages and inputs."""
+    code = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in CODE)).hexdigest()
+    return {
+        "clip": clip_config,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+        "code": code,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def fingerprint(tower: nn.Module, num_stages: int) -> str:
+    """SHA-256 over the weights of a tower's first stages."""
+    digest = hashlib.sha256()
+    for name, value in models.stage_state(tower, num_stages).items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cache_images(
+    caching: Caching,
+    visual: nn.Module,
+    pixels: PixelSource,
+    *,
+    rows_of: Mapping[View, Rows],
+    augmentation: Mapping[str, Any],
+) -> CachedSource | str:
+    """Compute what is missing of the frozen stages' activations of images.
+
+    Args:
+        rows_of: for each view (None: the evaluation view, 0..V-1: training views) the rows that will be asked for.
+        augmentation: what training views depend on.
+
+    Returns:
+        The source of activations, or why there is none.
+    """
+    runtime, num_stages = caching.runtime, models.frozen_stages(visual)
+    store, views = pixels.store, pixels.views
+    if num_stages == 0:
+        return "no frozen layers in front"
+
+    @torch.inference_mode()
+    def encode(pixels: Tensor) -> Tensor:
+        with runtime.autocast():
+            return models.run_image(visual, pixels, 0, num_stages)
+
+    visual.eval()
+    example = encode(torch.zeros(1, 3, views.image_size, views.image_size, device=runtime.device))
+    weights = fingerprint(visual, num_stages)
+    sets = tuple(
+        caching.open(
+            visual, num_stages, example, weights=weights, input="image", image_size=views.image_size, view=view
+        )
+        for view in ("evaluation", augmentation)
+    )
+    source = CachedSource(
+        (sets[0], sets[1]),
+        [file.digest for file in store.files],
+        rows_of=rows_of,
+        stage=num_stages,
+        device=runtime.device,
+    )
+
+    needed = sum(len(source.missing(view)) for view in rows_of) * sets[0].row_bytes
+    if not runtime.agree(needed == 0 or caching.cache.make_room(needed)):
+        return f"would take {needed / 1e9:.1f} GB, more than --cache_max_gb or the disk has left"
+
+    def wanted() -> Rows:
+        return np.unique(np.concatenate([source.missing(view) for view in rows_of])).astype(int)
+
+    caching.fill(wanted, lambda rows: add_views(source, pixels, encode, rows, caching))
+    resident = sum(len(rows) for rows in rows_of.values()) * sets[0].row_bytes
+    if runtime.device.type != "cpu" and resident <= RESIDENT_SHARE * runtime.free_memory():
+        source.move_to_device()
+    return source
+
+
+def add_views(
+    source: CachedSource,
+    pixels: PixelSource,
+    encode: Callable[[Tensor], Tensor],
+    rows: Rows,
+    caching: Caching,
+) -> None:
+    """Decode some rows once and add those of their views that are missing."""
+    store = pixels.store
+    todo = {view: set(source.missing(view).tolist()) for view in source.rows_of}
+    pieces = run_ahead(
+        lambda piece: (piece, store.load(piece)), chunks(rows, caching.batch_size), caching.runtime.num_ahead
+    )
+    with tqdm(total=len(rows), unit="img", leave=False, disable=caching.runtime.hide_progress) as bar:
+        for piece, images in pieces:
+            for view, rows_left in todo.items():
+                places = [place for place, row in enumerate(piece) if int(row) in rows_left]
+                if places:
+                    features, keys = source.keys(piece[places], view)
+                    digests = [store.files[row].digest for row in piece[places]]
+                    features.add(keys, encode(pixels.views([images[place] for place in places], digests, view)))
+            bar.update(len(piece))
+    source.evaluation.flush()
+    source.training.flush()
+
+
+def cache_texts(caching: Caching, text: nn.Module, table: TextTable) -> str:
+    """Compute what is missing of the frozen stages' activations of a table's texts, and put them into the table.
+
+    Returns:
+        Why nothing is cached; "" if it is.
+    """
+    runtime, num_stages = caching.runtime, models.frozen_stages(text)
+    if num_stages == 0:
+        table.enter_at(0, None)
+        return "no frozen layers in front"
+    longest = int(table.lengths.max())
+
+    @torch.inference_mode()
+    def encode(tokens_PN: Tensor) -> Tensor:
+        with runtime.autocast():
+            return models.run_text(text, tokens_PN, tokens_PN, 0, num_stages)
+
+    text.eval()
+    example = encode(table.tokens_UN[:1, :longest])
+    weights = fingerprint(text, num_stages)
+    features = caching.open(text, num_stages, example, weights=weights, input="text")
+    keys = [key_of(row.tobytes()) for row in table.host_tokens_UN.numpy()]
+    needed = len(features.missing(keys)) * features.row_bytes
+    total = len(keys) * features.row_bytes
+    # They are used from memory, on a GPU its own.
+    fits = runtime.device.type == "cpu" or total <= RESIDENT_SHARE * runtime.free_memory()
+    if not runtime.agree(fits and (needed == 0 or caching.cache.make_room(needed))):
+        table.enter_at(0, None)
+        return f"would take {total / 1e9:.1f} GB"
+
+    def wanted() -> Rows:
+        return np.array(features.missing(keys), dtype=int)
+
+    def compute(numbers: Rows) -> None:
+        for chunk in chunks(numbers[np.argsort(table.lengths[numbers], kind="stable")], caching.batch_size):
+            length = int(table.lengths[chunk].max())
+            values = encode(table.tokens_UN[torch.from_numpy(chunk).to(runtime.device), :length])
+            if values.ndim == 3:  # nothing looks at what stands behind the end of a text
+                values = nn.functional.pad(values, (0, 0, 0, longest - length))
+            features.add([keys[number] for number in chunk], values)
+        features.flush()
+
+    caching.fill(wanted, compute)
+    table.enter_at(num_stages, features.stack(keys).to(runtime.device))
+    return ""
+
+
+def chunks(items: Rows, size: int) -> Iterator[Rows]:
+    """Pieces of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,280 @@
+"""Images: files in, pixels on the device out. Each file is decoded once and cropped where the model runs.
+
+A decoded image is a (3, H, W) uint8 tensor. Two kinds of views are taken of it, S pixels per side: the evaluation
+view (short side to S, centre crop, as in CLIP), and numbered training views (random crop and flip), which depend on
+the image's content, the number of the view and the seed, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+MAX_REDUCTION = 8  # what JPEG decoders offer: a half, a quarter, an eighth of the size
+# Where an image is so large that a half of it still has three times the pixels per side that the model sees, it is
+# decoded at that half: Pillow's documentation calls the difference after resizing indistinguishable from 3 on.
+REDUCING_GAP = 3
+BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A checked image file."""
+
+    path: Path
+    digest: str  # SHA-256 of its content
+    size: tuple[int, int]  # as stored: width and height, before any EXIF rotation
+
+
+def first_five(items: Sequence[object]) -> str:
+    """The first five of a list, and that there are more."""
+    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
+
+
+def check_images(paths: Sequence[Path]) -> list[ImageFile]:
+    """Read every image once.
+
+    JPEGs are decoded at an eighth of their size: that still reads the file to its end, so a truncated one shows.
+
+    Raises:
+        ValueError: some cannot be read; all are counted, the first five named.
+    """
+
+    def check(path: Path) -> ImageFile | str:
+        try:
+            content = path.read_bytes()
+            with Image.open(BytesIO(content)) as image:
+                size = image.size
+                image.draft("RGB", (1, 1))
+                image.load()
+                check_mode(image)
+            return ImageFile(path, hashlib.sha256(content).hexdigest(), size)
+        except UnidentifiedImageError:
+            return f"{path.name} (not an image)"
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            return f"{path.name} ({str(error) or type(error).__name__})"
+
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(check, paths, chunksize=8))
+    broken = [problem for problem in results if isinstance(problem, str)]
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(paths)} images cannot be read: {first_five(broken)}")
+    return [file for file in results if isinstance(file, ImageFile)]
+
+
+def check_mode(image: Image.Image) -> None:
+    """Raise ValueError for a pixel format without a known range."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 bits")
+
+
+def reduction(size: tuple[int, int], image_size: int) -> int:
+    """1, 2, 4 or 8: at which fraction an image of this width and height is decoded for views of `image_size`."""
+    factor = 1
+    while 2 * factor <= MAX_REDUCTION and min(size) >= 2 * factor * REDUCING_GAP * image_size:
+        factor *= 2
+    return factor
+
+
+def load_image(path: str | Path | Image.Image, image_size: int | None = None) -> Image.Image:
+    """Any image as upright 8-bit RGB: EXIF rotation applied, transparency on white, 16-bit scaled down.
+
+    Args:
+        image_size: what views will be taken at; a far larger image is reduced, see `reduction`. None never does.
+
+    Raises:
+        OSError: not an image, or truncated. ValueError: a pixel format without a known range.
+    """
+    with Image.open(path) if not isinstance(path, Image.Image) else path.copy() as source:
+        factor = reduction(source.size, image_size) if image_size else 1
+        reduced = tuple(math.ceil(side / factor) for side in source.size)
+        if factor > 1:  # a JPEG decoder can skip detail; other formats ignore it
+            width, height = source.size
+            source.draft(None, (width // factor, height // factor))  # rounded up, it would choose a larger fraction
+        image = to_rgb(source)
+    done = sorted(image.size) == sorted(reduced)  # a rotation may have swapped the sides
+    return image if done else image.reduce(factor)
+
+
+def to_rgb(source: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB of an opened image."""
+    check_mode(source)
+    image = ImageOps.exif_transpose(source)
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white rather than scale
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+class ImageStore:
+    """Decoded images of a list of files, each decoded when first asked for and then kept, as far as they fit.
+
+    They are kept in memory if all together take at most `max_memory` bytes, else in a file without a name in
+    `spill_dir` if they take at most `max_file` bytes, else not at all: then they are decoded whenever asked for.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[ImageFile],
+        *,
+        image_size: int,
+        num_threads: int,
+        max_memory: float = 0,
+        max_file: float = 0,
+        spill_dir: Path | None = None,
+    ) -> None:
+        self.files = list(files)
+        self.image_size = image_size
+        self.pool = ThreadPoolExecutor(max(1, num_threads))
+        areas = [math.ceil(w / f) * math.ceil(h / f) for w, h in self.sizes() for f in [reduction((w, h), image_size)]]
+        self.offsets = np.cumsum([0, *(3 * area for area in areas)])
+        self.shapes: list[tuple[int, ...] | None] = [None] * len(files)
+        self.pixels: np.ndarray | None = None
+        self.place = "decoded whenever needed"
+        total = int(self.offsets[-1])
+        if total <= max_memory:
+            self.pixels = np.empty(total, np.uint8)  # takes memory only where it is written
+            self.place = "kept in memory"
+        elif total <= max_file and spill_dir is not None:
+            spill_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=spill_dir) as file:
+                self.pixels = np.memmap(file, np.uint8, "w+", shape=(total,))
+            self.place = f"kept in a file in {spill_dir}"
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Stored width and height of every file."""
+        return [file.size for file in self.files]
+
+    @property
+    def num_reduced(self) -> int:
+        """How many images are decoded at a fraction of their size."""
+        return sum(reduction(size, self.image_size) > 1 for size in self.sizes())
+
+    def describe(self) -> str:
+        """What happens to the decoded images, in words."""
+        reduced = f", {self.num_reduced} at a fraction of their size" if self.num_reduced else ""
+        return f"{self.offsets[-1] / 1e9:.2f} GB decoded, {self.place}{reduced}"
+
+    def load(self, rows: Sequence[int] | np.ndarray) -> list[Tensor]:
+        """Decoded images: a (3, H, W) uint8 tensor for each row. Raises OSError if a file can no longer be read."""
+        return list(self.pool.map(self.load_one, map(int, rows)))
+
+    def load_one(self, row: int) -> Tensor:
+        """As `load`, one row."""
+        shape = self.shapes[row]
+        if self.pixels is not None and shape is not None:
+            start, stop = self.offsets[row : row + 2]
+            return as_tensor(self.pixels[start:stop].reshape(shape))
+        path = self.files[row].path
+        try:
+            decoded = decode(path, self.image_size)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise OSError(f"{path}: {error}") from error
+        if self.pixels is not None:
+            start, stop = self.offsets[row : row + 2]
+            if decoded.size != stop - start:
+                raise OSError(f"{path}: has changed since it was checked")
+            self.pixels[start:stop] = decoded.reshape(-1)
+            self.shapes[row] = decoded.shape  # last: another thread may look
+        return as_tensor(decoded)
+
+    def drop(self) -> None:
+        """Forget the decoded images, for good."""
+        self.pixels = None
+
+
+def decode(path: str | Path | Image.Image, image_size: int) -> np.ndarray:
+    """(H, W, 3) uint8 pixels of an image for views of `image_size`."""
+    return np.array(load_image(path, image_size))
+
+
+def as_tensor(pixels_HW3: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 array -> (3, H, W) tensor that shares its memory."""
+    return torch.from_numpy(pixels_HW3).permute(2, 0, 1)
+
+
+class Views:
+    """Takes views of decoded images: cropped and resized with v2's own kernels, flipped and normalised as a batch."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        crop_scale_min: float = 1.0,
+        flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.image_size = image_size
+        self.device = device
+        self.flip = flip
+        self.seed = seed
+        self.crop = v2.RandomResizedCrop(image_size, scale=(crop_scale_min, 1.0), interpolation=BICUBIC)
+        self.scale = torch.tensor(std, device=device).mul(255).reciprocal().view(1, 3, 1, 1)
+        self.shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(1, 3, 1, 1)
+
+    def draw(self, images: Sequence[Tensor], digests: Sequence[str], view: int) -> list[tuple[dict[str, int], bool]]:
+        """For each image the crop of one training view, as v2 takes it, and whether to flip."""
+        drawn = []
+        with torch.random.fork_rng(devices=[]):
+            for image, digest in zip(images, digests, strict=True):
+                entropy = hashlib.sha256(f"{self.seed} {view} {digest}".encode()).digest()
+                torch.default_generator.manual_seed(int.from_bytes(entropy[:8], "big"))
+                drawn.append((self.crop.make_params([image]), bool(torch.rand(()) < 0.5) and self.flip))
+        return drawn
+
+    def __call__(self, images: Sequence[Tensor], digests: Sequence[str], view: int | None) -> Tensor:
+        """Normalised views.
+
+        Args:
+            images: B decoded images, on any device.
+            digests: their content hashes.
+            view: number of the training view; None is the evaluation view.
+
+        Returns:
+            (B, 3, S, S) float32 on the device.
+        """
+        size = [self.image_size, self.image_size]
+        images = [image.to(self.device, non_blocking=True) for image in images]
+        if view is None:
+            resized = (F.resize(image, size[:1], interpolation=BICUBIC) for image in images)
+            pixels = torch.stack([F.center_crop(image, size) for image in resized])
+        else:
+            drawn = self.draw(images, digests, view)
+            crops = [
+                F.resized_crop(image, **crop, size=size, interpolation=BICUBIC)
+                for image, (crop, _) in zip(images, drawn, strict=True)
+            ]
+            flipped = torch.tensor([flip for _, flip in drawn]).to(self.device, non_blocking=True)
+            pixels = torch.stack(crops)
+            pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+        return pixels.float().mul_(self.scale).sub_(self.shift)
+
+
+def decode_all(sources: Sequence[str | Path | Image.Image], image_size: int, num_threads: int) -> list[Tensor]:
+    """Decode files or Pillow images that are needed once. Raises OSError, ValueError."""
+    load: Callable[[Any], Tensor] = lambda source: as_tensor(decode(source, image_size))  # noqa: E731
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        return list(pool.map(load, sources))

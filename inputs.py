@@ -1,0 +1,307 @@
+"""What a step eats: pixels or cached activations, prompts and labels, as batches on the device.
+
+Everything that decides a shape is known to the host, so that a GPU is never waited for. Batches are made of rows of
+a data set; under several processes each takes its share of a batch's rows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from features import FeatureSet, key_of
+from images import ImageStore, Views
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Rows = np.ndarray  # (n,) int64 row numbers of a data set
+View = int | None  # number of a training view; None: the evaluation view
+
+
+class BatchOrder:
+    """(view, rows) of every batch: in order as evaluation views, or shuffled anew in each pass, which is the view."""
+
+    def __init__(self, rows: Rows, *, batch_size: int, shuffle: bool = False, seed: int = 0) -> None:
+        self.rows = np.asarray(rows)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[tuple[View, Rows]]:
+        view, rows = None, self.rows
+        if self.shuffle:
+            view = self.passes
+            rows = np.random.default_rng((self.seed, view)).permutation(rows)
+            self.passes += 1
+        for start in range(0, len(rows), self.batch_size):
+            yield view, rows[start : start + self.batch_size]
+
+
+class ImageSource(Protocol):
+    """Where what enters the image tower comes from."""
+
+    @property
+    def stage(self) -> int:
+        """The stage of the tower that it enters; 0 for pixels."""
+
+    def prepare(self, rows: Rows, view: View) -> Any:
+        """Do what the host has to do; may run in another thread."""
+
+    def finish(self, prepared: Any, rows: Rows, view: View) -> Tensor:
+        """Bring it to the device."""
+
+
+class PixelSource:
+    """Views of decoded images."""
+
+    stage = 0
+
+    def __init__(self, store: ImageStore, views: Views) -> None:
+        self.store = store
+        self.views = views
+
+    def prepare(self, rows: Rows, view: View) -> list[Tensor]:
+        """Decoded images, pinned where a GPU waits for them."""
+        return [pinned(image, self.views.device) for image in self.store.load(rows)]
+
+    def finish(self, prepared: list[Tensor], rows: Rows, view: View) -> Tensor:
+        """(B, 3, S, S) normalised pixels."""
+        return self.views(prepared, [self.store.files[row].digest for row in rows], view)
+
+
+class CachedSource:
+    """Cached activations: evaluation views of all rows that will be asked for, and V views of the training rows.
+
+    Training pass e sees view e mod V; with V = 0, the evaluation view.
+    """
+
+    def __init__(
+        self,
+        sets: tuple[FeatureSet, FeatureSet],
+        digests: Sequence[str],
+        *,
+        rows_of: Mapping[View, Rows],
+        stage: int,
+        device: torch.device,
+    ) -> None:
+        """`rows_of`: the rows of each view (None, 0..V-1) that will be asked for."""
+        self.evaluation, self.training = sets
+        self.digests = digests
+        self.rows_of = rows_of
+        self.num_views = len(rows_of) - 1
+        self.stage = stage
+        self.device = device
+        self.resident: dict[View, Tensor] = {}  # view -> all rows, in the device's memory
+        self.place_of: dict[View, np.ndarray] = {}  # view -> where each row of the data set lies in `resident`
+
+    def describe(self) -> str:
+        """What is cached, in words."""
+        where = "in GPU memory" if self.resident else "memory-mapped"
+        rows = sum(len(rows) for rows in self.rows_of.values())
+        size = rows * self.evaluation.row_bytes / 1e9
+        what = "embeddings" if len(self.evaluation.shape) == 1 else f"activations after {self.stage} blocks"
+        return f"{what}, {self.num_views} training view(s), {size:.2f} GB {where}"
+
+    def which(self, view: View) -> View:
+        """The cached view that stands for a training pass."""
+        return None if view is None or not self.num_views else view % self.num_views
+
+    def keys(self, rows: Rows, view: View) -> tuple[FeatureSet, list[str]]:
+        """Where the given rows of a cached view are, and under which keys."""
+        if view is None:
+            return self.evaluation, [self.digests[row] for row in rows]
+        return self.training, [key_of(self.digests[row], view) for row in rows]
+
+    def missing(self, view: View) -> Rows:
+        """The rows of a view that are not in the cache yet."""
+        features, keys = self.keys(self.rows_of[view], view)
+        return self.rows_of[view][features.missing(keys)]
+
+    def move_to_device(self) -> None:
+        """Keep all in the device's memory."""
+        for view, rows in self.rows_of.items():
+            features, keys = self.keys(rows, view)
+            held = torch.empty((len(rows), *features.shape), dtype=features.dtype, device=self.device)
+            for start in range(0, len(rows), 256):
+                held[start : start + 256] = features.stack(keys[start : start + 256]).to(self.device)
+            places = np.full(len(self.digests), -1)
+            places[rows] = np.arange(len(rows))
+            self.resident[view], self.place_of[view] = held, places
+
+    def prepare(self, rows: Rows, view: View) -> Tensor:
+        """Rows from the cache, or their places in the device's memory."""
+        view = self.which(view)
+        if view in self.resident:
+            return pinned(torch.from_numpy(self.place_of[view][rows]), self.device)
+        features, keys = self.keys(rows, view)
+        return pinned(features.stack(keys), self.device)
+
+    def finish(self, prepared: Tensor, rows: Rows, view: View) -> Tensor:
+        """(B, ...) activations."""
+        prepared = prepared.to(self.device, non_blocking=True)
+        return self.resident[self.which(view)][prepared] if self.which(view) in self.resident else prepared
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor from which a GPU can copy without being waited for."""
+    return tensor if device.type == "cpu" else tensor.contiguous().pin_memory()
+
+
+class TextTable:
+    """The texts of a table, each distinct one tokenised once. Row r has text number `text_of_row[r]`."""
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        tokenize: Callable[[Sequence[str]], Tensor],
+        device: torch.device,
+        *,
+        trim: bool = False,
+    ) -> None:
+        """`trim`: a batch's texts may be cut behind the last end token among them."""
+        self.text_of_row, distinct = pd.factorize(np.asarray(texts, dtype=object))
+        tokens_UN = tokenize(list(distinct))
+        # The last column in use: token 0 is also "!" inside a word, so counting tokens would cut end tokens off.
+        used = (tokens_UN != 0).numpy()
+        length = tokens_UN.shape[1]
+        self.lengths = length - used[:, ::-1].argmax(axis=1) if trim else np.full(len(tokens_UN), length)
+        self.host_tokens_UN = tokens_UN
+        self.tokens_UN = tokens_UN.to(device)
+        self.device = device
+        self.enter_at(0, None)
+
+    def enter_at(self, stage: int, activations: Tensor | None) -> None:
+        """From now on give what enters this stage of the text tower, (U, ...); at stage 0 the token ids."""
+        self.stage, self.activations = stage, activations
+
+    def select(self, rows: Rows) -> dict[str, Any]:
+        """The distinct texts of some rows, as a model takes them: text, tokens_PN, text_stage, prompt_of_B."""
+        chosen, place = np.unique(self.text_of_row[rows], return_inverse=True)
+        chosen_P = to_device(chosen, self.device)
+        tokens_PN = self.tokens_UN[chosen_P, : int(self.lengths[chosen].max())]
+        text = tokens_PN
+        if self.activations is not None:
+            text = self.activations[chosen_P]
+            text = text[:, : tokens_PN.shape[1]] if text.ndim == 3 else text
+        return {
+            "text": text,
+            "tokens_PN": tokens_PN,
+            "text_stage": self.stage,
+            "prompt_of_B": to_device(place, self.device),
+        }
+
+    def tokens_of(self, rows: Rows) -> Tensor:
+        """(n, N) token ids of some rows' texts, with repetitions."""
+        chosen = self.text_of_row[rows]
+        return self.tokens_UN[to_device(chosen, self.device), : int(self.lengths[chosen].max(initial=1))]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A small array on the device."""
+    return pinned(torch.from_numpy(array), device).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's inputs for this process, and its labels for all processes."""
+
+    rows: Rows  # of the whole batch
+    inputs: dict[str, Any]  # arguments of the model, for this process's share of the rows
+    targets: dict[str, Tensor]  # task -> (B,) label units of the whole batch, NaN where missing
+    labelled: dict[str, Tensor | None]  # task -> places in the batch that have a label; None: all
+    has_rationale: np.ndarray | None = None  # (B,) bool, of the whole batch
+    rationale_tokens_RN: Tensor | None = None  # rationales of the images that have one, of the whole batch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+P = TypeVar("P", bound=ImageSource)
+
+
+class Feed(Generic[P]):
+    """Turns orders of rows into Batches: fetches images, adds prompts and labels."""
+
+    def __init__(
+        self,
+        *,
+        pixels: P,
+        device: torch.device,
+        targets: Mapping[str, np.ndarray],
+        prompts: TextTable | None,
+        rationales: tuple[TextTable, np.ndarray] | None = None,
+        share: Callable[[Rows], Rows] = lambda rows: rows,
+        num_ahead: int = 0,
+    ) -> None:
+        """`share` picks this process's part of a batch's rows, at least one; `num_ahead` batches are prepared early."""
+        self.pixels = pixels
+        self.source: ImageSource = pixels  # or cached activations in its place
+        self.device = device
+        self.targets = {task: values.astype(np.float32) for task, values in targets.items()}
+        self.prompts = prompts
+        self.rationales = rationales
+        self.share = share
+        self.num_ahead = num_ahead
+
+    def batches(self, order: Iterable[tuple[View, Rows]]) -> Iterator[Batch]:
+        """One Batch for each (view, rows)."""
+
+        def prepare(item: tuple[View, Rows]) -> tuple[View, Rows, Any]:
+            view, rows = item
+            return view, rows, self.source.prepare(self.share(rows), view)
+
+        for view, rows, prepared in run_ahead(prepare, order, self.num_ahead):
+            yield self.assemble(rows, self.source.finish(prepared, self.share(rows), view))
+
+    def assemble(self, rows: Rows, image: Tensor) -> Batch:
+        """The Batch of these rows, whose share of images is given."""
+        texts = self.prompts.select(self.share(rows)) if self.prompts else {}
+        known = {task: ~np.isnan(values[rows]) for task, values in self.targets.items()}
+        has_rationale = tokens = None
+        if self.rationales:
+            table, present = self.rationales
+            has_rationale = present[rows]
+            tokens = table.tokens_of(rows[has_rationale])
+        return Batch(
+            rows=rows,
+            inputs={"image": image, "image_stage": self.source.stage, **texts},
+            targets={task: to_device(values[rows], self.device) for task, values in self.targets.items()},
+            labelled={
+                task: None if mask.all() else to_device(np.flatnonzero(mask), self.device)
+                for task, mask in known.items()
+            },
+            has_rationale=has_rationale,
+            rationale_tokens_RN=tokens,
+        )
+
+    def split(self, batch: Batch, size: int) -> list[Batch]:
+        """The same batch in parts of at most `size` rows, for one process."""
+        if len(batch) <= size:
+            return [batch]
+        starts = range(0, len(batch), size)
+        return [self.assemble(batch.rows[s : s + size], batch.inputs["image"][s : s + size]) for s in starts]
+
+
+def run_ahead(function: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+    """`map(function, items)`, computed in another thread up to `depth` items ahead (0: here, when asked for)."""
+    if depth == 0:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,84 @@
+"""Tables of scores that are too large for memory or for one sitting: written piece by piece, joined at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import checkpoint
+
+
+class Parts:
+    """The finished pieces of a table of scores: files in a hidden folder beside it, and the command they belong to.
+
+    Args:
+        out: where the whole table goes.
+        job: everything that decides the scores and where each piece begins, as JSON values.
+    """
+
+    def __init__(self, out: Path, job: Mapping[str, Any]) -> None:
+        self.out = out
+        self.job = job
+        self.folder = out.with_name(f".{out.name}.parts")
+        self.job_file = self.folder / "job.json"
+
+    def path(self, number: int) -> Path:
+        """The file of a piece."""
+        return self.folder / f"{number:06d}.csv"
+
+    def finished(self) -> list[int]:
+        """Numbers of the pieces that are there."""
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.csv"))
+
+    def check(self) -> None:
+        """Raise ValueError if there are pieces of another command."""
+        before = json.loads(self.job_file.read_text(encoding="utf-8")) if self.job_file.exists() else {}
+        changed = [key for key, value in self.job.items() if before.get(key) != value]
+        if changed and self.finished():
+            raise ValueError(
+                f"--out {self.out}: {self.folder} holds scores of another command (other {', '.join(changed)}): "
+                "delete that folder or choose another --out"
+            )
+
+    def clear(self) -> None:
+        """Remove the folder if it holds no pieces."""
+        if not self.finished():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def count_rows(self) -> int:
+        """Rows in all pieces that are there."""
+        return sum(len(pd.read_csv(self.path(number), usecols=["name"])) for number in self.finished())
+
+    def write(self, number: int, scores: pd.DataFrame) -> None:
+        """Write a piece, whole or not at all."""
+        if not self.job_file.exists():
+            self.folder.mkdir(exist_ok=True)
+            checkpoint.write_json(self.job_file, self.job)
+        checkpoint.write_csv(self.path(number), scores)
+
+    def wait_for(self, num_pieces: int) -> None:
+        """Wait until other processes have written theirs. Not a barrier: those give up after some minutes."""
+        while len(self.finished()) < num_pieces:
+            time.sleep(0.1)
+
+    def join(self, num_pieces: int) -> None:
+        """Write the whole table, piece by piece, and remove the folder."""
+
+        def fill(temporary: Path) -> None:
+            with temporary.open("wb") as whole:
+                for number in range(num_pieces):
+                    with self.path(number).open("rb") as part:
+                        if number > 0:
+                            part.readline()  # the header
+                        shutil.copyfileobj(part, whole)
+
+        checkpoint.write_whole(self.out, fill)
+        for number in range(num_pieces):  # the job goes last, so that pieces never lie there without it
+            self.path(number).unlink()
+        shutil.rmtree(self.folder)

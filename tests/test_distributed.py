@@ -1,0 +1,292 @@
+"""Runs in two processes, started with torchrun: they compute what one process computes, and one of them speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import baseline
+import engine
+
+pytestmark = pytest.mark.slow
+
+TINY = "--clip_model tiny --clip_pretrained none --image_size 112 --dropout 0 --device cpu"
+# Of the 40 images for training, batches of 13 leave a last one of a single image: one process has no share of it.
+CASES = {
+    "thawing": f"{TINY} --unfreeze_schedule 23@0,22@1 --epochs 3 --lr 1e-3 --batch_size 16 --use_explanations",
+    "whole": f"{TINY} --loss mse+plcc --epochs 2 --lr 1e-4 --batch_size 13",
+    "quality": f"{TINY} --epochs 2 --lr 1e-4 --batch_size 7 --gradient_accumulation_steps 2 --ema_decay 0.5",
+}
+CLOCKS = ["data_wait", "images_per_s", "seconds"]
+SIZES = [1, 2, 3, 6, 7]  # of batches to gather; of the first the second process has no share
+
+# What both processes run: the functions that bring them together, then whole runs.
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+
+sys.path[:0] = sys.argv[1:3]
+import torch
+
+import baseline, configs, engine
+import test_distributed as case
+
+folder = Path(sys.argv[3])
+runtime = engine.start_runtime("cpu", "off")
+found = {"rank": runtime.rank, "world": runtime.world, "gathered": [], "gradients": []}
+for size in case.SIZES:
+    weight, predict, loss = case.coupled(size)
+    whole = runtime.gather(predict(runtime.share(torch.arange(size).numpy())), size)
+    loss(whole).backward()
+    found["gathered"].append(whole.detach().clone())
+    found["gradients"].append(weight.grad)
+
+found["agreed"] = runtime.agree({"rank": runtime.rank, "words": ["a"] * (1 + runtime.rank)})
+
+model = case.module(runtime.rank)
+runtime.copy_weights(model)
+found["copied"] = model.state_dict()
+
+with runtime.main_first():
+    if runtime.is_main:
+        time.sleep(0.5)
+        (folder / "made").touch()
+    found["found_it_made"] = (folder / "made").exists()
+
+torch.save(found, folder / f"rank{runtime.rank}.pt")
+for argv in json.loads(sys.argv[4]):
+    baseline.run(configs.parse_args(argv))
+engine.stop_runtime()
+"""
+
+
+def coupled(size: int):
+    """A weight, predictions (b, 2) of some rows that depend on it, and a loss that is no sum over rows."""
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3, 2, generator=generator, dtype=torch.float64).requires_grad_()
+    factors = torch.randn(size, 2, generator=generator, dtype=torch.float64)
+    return weight, lambda rows: torch.tanh(x[rows] @ weight), lambda whole: ((factors * whole).sum() + 1) ** 3
+
+
+def module(seed: int) -> nn.Module:
+    """Weights that depend on the seed, and buffers of two types that do too."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1).requires_grad_(False))
+    model[1].running_mean.normal_()
+    model[1].num_batches_tracked.fill_(7 + seed)
+    return model
+
+
+def torchrun(script: Path, *arguments: str, cwd: Path, seconds: float) -> tuple[int, str, str]:
+    """Start a script in two processes; exit code, stdout and stderr. Fails if it takes longer than `seconds`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*command, str(script), *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that all of it can be ended
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"still runs after {seconds} s\n{out[-2000:]}\n{err[-2000:]}")
+    return process.returncode, out, err
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of the same cases by one process and by two, what each printed, and what the two brought together."""
+
+    folders: dict[str, tuple[Path, Path]]
+    printed: dict[str, str]  # by "one" and "two", of the case "thawing"
+    place: Path  # where the two ran "thawing"
+    ranks: list[dict]
+
+
+@pytest.fixture(scope="module")
+def runs(demo_set, tmp_path_factory) -> Runs:
+    """All runs, two starts of two processes. Read them, do not change them."""
+    place = tmp_path_factory.mktemp("distributed")
+    table = pd.read_csv(demo_set[0]).drop(columns="mos_align")
+    table.loc[table.index % 5 == 0, "mos_quality"] = np.nan
+    table.to_csv(place / "quality.csv", index=False)
+
+    def flags(name: str) -> list[str]:
+        csv_path = place / "quality.csv" if name == "quality" else demo_set[0]
+        return ["--data_csv_path", str(csv_path), "--image_base_dir", str(demo_set[1]), *shlex.split(CASES[name])]
+
+    def to(folder: Path) -> list[str]:
+        return ["--output_dir", str(folder), "--cache_dir", str(folder.with_name(f"{folder.name}-cache"))]
+
+    printed = {}
+    for name in CASES:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            baseline.main([*flags(name), *to(place / f"one-{name}")])
+        printed[name] = out.getvalue()
+
+    # As a user would: all folders are the default ones.
+    user = place / "user"
+    user.mkdir()
+    code, out, err = torchrun(ROOT / "baseline.py", *flags("thawing"), cwd=user, seconds=180)
+    assert code == 0, err
+    (thawing,) = (user / "runs").iterdir()
+
+    others = [name for name in CASES if name != "thawing"]
+    (place / "both.py").write_text(SCRIPT, encoding="utf-8")
+    argv = [[*flags(name), *to(place / f"two-{name}")] for name in others]
+    paths = [str(ROOT), str(ROOT / "tests"), str(place)]
+    code, _, err = torchrun(place / "both.py", *paths, json.dumps(argv), cwd=place, seconds=180)
+    assert code == 0, err
+    return Runs(
+        folders={name: (place / f"one-{name}", place / f"two-{name}") for name in others}
+        | {"thawing": (place / "one-thawing", thawing)},
+        printed={"one": printed["thawing"], "two": out},
+        place=user,
+        ranks=[torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in range(2)],
+    )
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one_does(runs, name):
+    one, two = (pd.read_csv(folder / "metrics.csv") for folder in runs.folders[name])
+    assert one.columns.tolist() == two.columns.tolist()
+    assert len(one) >= 2 and one["loss"].nunique() == len(one)
+    np.testing.assert_allclose(two.drop(columns=CLOCKS), one.drop(columns=CLOCKS), rtol=1e-4, atol=1e-4)
+    terms = [column for column in one if "loss" in column]
+    np.testing.assert_allclose(two[terms], one[terms], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_predict_as_one_does(runs, name):
+    one, two = (pd.read_csv(folder / "predictions.csv") for folder in runs.folders[name])
+    words = ["name", "split"]
+    assert two[words].equals(one[words])
+    np.testing.assert_allclose(two.drop(columns=words), one.drop(columns=words), rtol=1e-4)
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in runs.folders[name])
+    assert second["best_epoch"] == first["best_epoch"]
+    for part in ("val", "test"):
+        assert second[part] == pytest.approx(first[part], rel=1e-4, abs=1e-4)
+        assert second["base"][part] == pytest.approx(first["base"][part], rel=1e-4, abs=1e-4)
+
+
+def without_key_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without the biases of attention keys: softmax ignores them, so that their gradient is rounding alone."""
+    kept = dict(state)
+    for name, value in state.items():
+        if name.endswith("attn.in_proj_bias"):
+            query, _, values = value.chunk(3)
+            kept[name] = torch.cat([query, values])
+    return kept
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_end_with_the_weights_of_one(runs, name):
+    one, two = (without_key_biases(load_file(folder / "best" / "model.safetensors")) for folder in runs.folders[name])
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_the_run_says_how_many_processes_it_had(runs):
+    configs = [json.loads((folder / "config.json").read_text()) for folder in runs.folders["thawing"]]
+    assert [config["provenance"]["resolved"]["processes"] for config in configs] == [1, 2]
+
+
+def test_one_process_of_the_two_speaks_and_writes(runs):
+    first_words = {kind: [line.split()[0] for line in text.splitlines()] for kind, text in runs.printed.items()}
+    assert first_words["two"] == first_words["one"]
+    assert {"data", "machine", "cache", "epoch", "test", "run"} <= set(first_words["two"])
+    assert "machine   2 processes, " in runs.printed["two"]
+    assert {item.name for item in runs.place.iterdir()} == {"runs", ".cache"}
+    one, two = ({item.name for item in folder.rglob("*")} for folder in runs.folders["thawing"])
+    assert two == one
+
+
+# A failure
+
+
+def test_a_process_that_fails_alone_ends_the_job_with_its_message(demo_set, tmp_path):
+    occupied = tmp_path / "run"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("mine")
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1]), "--output_dir", str(occupied)]
+    code, out, err = torchrun(ROOT / "baseline.py", *paths, *shlex.split(CASES["whole"]), cwd=tmp_path, seconds=120)
+    assert code != 0
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        f"error: --output_dir {occupied}: holds other things than a run; choose a new or empty folder"
+    ]
+    assert "epoch" not in out
+    assert [item.name for item in occupied.iterdir()] == ["thesis.txt"]
+
+
+def test_batches_are_not_cut_in_several_processes(demo_set, tmp_path, monkeypatch, capsys):
+    alone = engine.start_runtime("cpu", "off")
+    monkeypatch.setattr(engine, "start_runtime", lambda *_: replace(alone, world=2))
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+    with pytest.raises(SystemExit) as exit_:
+        baseline.main([*paths, "--output_dir", str(tmp_path / "run"), *shlex.split(TINY), "--dynamic_batch_size"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --dynamic_batch_size: ")
+
+
+# What brings processes together
+
+
+@pytest.mark.parametrize("place", range(len(SIZES)))
+def test_all_processes_see_the_whole_batch_in_its_order(runs, place):
+    _, predict, _ = coupled(SIZES[place])
+    expected = predict(np.arange(SIZES[place])).detach()
+    assert [found["world"] for found in runs.ranks] == [2, 2]
+    for found in runs.ranks:
+        torch.testing.assert_close(found["gathered"][place], expected)
+
+
+@pytest.mark.parametrize("place", range(len(SIZES)))
+def test_gradients_summed_over_processes_are_those_of_one(runs, place):
+    weight, predict, loss = coupled(SIZES[place])
+    loss(predict(np.arange(SIZES[place]))).backward()
+    parts = [found["gradients"][place] for found in runs.ranks]
+    torch.testing.assert_close(parts[0] + parts[1], weight.grad)
+    assert bool(parts[1].any()) == (SIZES[place] > 1)
+
+
+def test_all_processes_take_the_first_ones_value(runs):
+    assert [found["rank"] for found in runs.ranks] == [0, 1]
+    assert [found["agreed"] for found in runs.ranks] == 2 * [{"rank": 0, "words": ["a"]}]
+
+
+def test_all_processes_take_the_first_ones_weights_and_buffers(runs):
+    expected = module(0).state_dict()
+    for found in runs.ranks:
+        assert found["copied"].keys() == expected.keys()
+        assert all(torch.equal(found["copied"][name], value) for name, value in expected.items())
+    assert not any(torch.equal(module(1).state_dict()[name], value) for name, value in list(expected.items())[:2])
+
+
+def test_what_the_first_process_makes_the_others_find(runs):
+    assert [found["found_it_made"] for found in runs.ranks] == [True, True]
