@@ -51,7 +51,8 @@ from configs import TrainingConfig, one_line_errors, parse_args
 
 EVAL_ORDERS = ("train_eval", "val", "test")
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
-SAVE_EVERY_SECONDS = 60.0  # best weights of earlier epochs stay in memory so long
+SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
+BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
 MOS_COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
 
 
@@ -136,14 +137,17 @@ def run(config: TrainingConfig) -> dict[str, Any]:
                     after_step=progress.update,
                 )
             scores = predict(average.weights, "val")
-            validated = {f"val_{name}": value for name, value in evaluate(scores, "val", examples, config).items()}
+            measured = runtime.agree(evaluate(scores, "val", examples, config))  # or processes might stop apart
+            validated = {f"val_{name}": value for name, value in measured.items()}
             history.append({"epoch": epoch, **trained, **validated, "lr": lr, **progress.timing()})
             selection.append(validated[f"val_{config.select_by}"])
             runtime.say(epoch_line(history[-1], config.epochs))
             writer.csv("metrics.csv", pd.DataFrame(history))
             if engine.best_epoch(selection) == epoch:
                 predictions["val"] = scores
-                newest_best.keep(models.merged_state(average.weights))
+                if runtime.is_main:
+                    newest_best.keep(models.merged_state(average.weights))
+            newest_best.flush_if_due()
             if engine.should_stop(
                 selection, patience=config.early_stopping_patience, min_delta=config.early_stopping_min_delta
             ):
@@ -298,8 +302,10 @@ def cache_frozen(
 ) -> None:
     """Compute what the frozen layers make of images and prompts once, as far as there are any and it fits."""
     feed.source = feed.pixels
-    if feed.prompts:
-        feed.prompts.enter_at(0, None)
+    tables = {"prompts": feed.prompts, "rationales": feed.rationales[0] if feed.rationales else None}
+    for table in tables.values():
+        if table:
+            table.enter_at(0, None)
     if caches_nothing(config, model):
         return
     started = time.perf_counter()
@@ -308,7 +314,9 @@ def cache_frozen(
         runtime,
         config.cache_dtype,
         caching.identity(backbone.config, runtime),
-        batch_size=2 * config.batch_size,
+        batch_size=evaluation_batch(config),
+        reserve=BYTES_PER_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad),
+        keep_decoded=len(config.stages) > 1,
     )
     train = examples.rows("train")
     rows_of: dict[inputs.View, inputs.Rows] = {
@@ -320,10 +328,9 @@ def cache_frozen(
     reasons = {"images": found} if isinstance(found, str) else {}
     if isinstance(found, inputs.CachedSource):
         feed.source = found
-        if len(config.stages) == 1:
-            feed.pixels.store.drop()
-    if feed.prompts and (reason := caching.cache_texts(setting, model.clip.text, feed.prompts)):
-        reasons["prompts"] = reason
+    for what, table in tables.items():
+        if table and (reason := caching.cache_texts(setting, model.clip.text, table)):
+            reasons[what] = reason
     said = "; ".join(f"{what} not: {reason}" for what, reason in reasons.items())
     kept = "" if isinstance(found, str) else f"{found.describe()}, "
     runtime.say(f"cache     {kept}{time.perf_counter() - started:.1f} s{'; ' * bool(said)}{said}")
@@ -331,10 +338,14 @@ def cache_frozen(
 
 def tune_speed(config: TrainingConfig, model: models.ScoreModel, runtime: engine.Runtime, *, num_images: int) -> None:
     """Switch on what trades time against memory or start-up."""
-    model.clip.set_grad_checkpointing(config.gradient_checkpointing)
+    if config.gradient_checkpointing:  # Hugging Face's towers would take False for True
+        model.clip.set_grad_checkpointing(True)
     is_long = runtime.device.type != "cpu" and num_images > COMPILE_FROM and not config.lora_rank
-    can = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
+    can = shutil.which("cc") and (runtime.device.type == "cpu" or importlib.util.find_spec("triton"))
+    if config.compile == "on" and not can:
+        raise ValueError("--compile on: needs a C compiler (cc) and, on a GPU, triton; install them or drop it")
     if config.compile == "on" or (config.compile == "auto" and is_long and can):
+        runtime.say("compiling CLIP's blocks with the first steps")
         models.compile_blocks(model.clip)
 
 
@@ -473,8 +484,8 @@ def build_feed(
         examples.files,
         image_size=config.image_size,
         num_threads=num_threads(config, runtime),
-        max_memory=config.image_memory_gb * 1e9,
-        max_file=config.cache_max_gb * 1e9,
+        max_memory=config.image_memory_gb * 1e9 / runtime.local_world,
+        max_file=config.cache_max_gb * 1e9 / runtime.local_world,
         spill_dir=Path(config.cache_dir),
     )
     views = images.Views(
@@ -501,11 +512,16 @@ def build_feed(
 def build_orders(config: TrainingConfig, examples: data.Examples) -> dict[str, inputs.BatchOrder]:
     """Batches by name: "train" is augmented and shuffled; "train_eval", "val" and "test" are plain and in order."""
     evaluated = {
-        name: inputs.BatchOrder(examples.rows(name.removesuffix("_eval")), batch_size=2 * config.batch_size)
+        name: inputs.BatchOrder(examples.rows(name.removesuffix("_eval")), batch_size=evaluation_batch(config))
         for name in EVAL_ORDERS
     }
     train = inputs.BatchOrder(examples.rows("train"), batch_size=config.batch_size, shuffle=True, seed=config.seed)
     return {"train": train, **evaluated}
+
+
+def evaluation_batch(config: TrainingConfig) -> int:
+    """Images at once where no activations are kept: more than in training, but not too many for the memory."""
+    return min(2 * config.batch_size, 128)
 
 
 def num_threads(config: TrainingConfig, runtime: engine.Runtime) -> int:
@@ -547,14 +563,13 @@ def build_losses(
         own = trainee(**batch.inputs)
         scores = {name: runtime.gather(values, len(batch)) for name, values in own.items()}
         terms = score_terms(scores, batch.targets, config, examples, batch.labelled)
-        if batch.rationale_tokens_RN is not None and batch.has_rationale is not None:
-            target_BE = torch.zeros_like(scores["rationale"])
-            has_rationale_B = inputs.to_device(batch.has_rationale, runtime.device)
-            if len(batch.rationale_tokens_RN):
+        if config.use_explanations:
+            predicted_RE = target_RE = scores["rationale"][:0]
+            if batch.rationales:
+                predicted_RE = scores["rationale"][batch.with_rationale]
                 with torch.no_grad():
-                    places = inputs.to_device(np.flatnonzero(batch.has_rationale), runtime.device)
-                    target_BE[places] = model.encode_text(batch.rationale_tokens_RN)
-            terms["loss_exp"] = losses.rationale_loss(scores["rationale"], target_BE, has_rationale_B)
+                    target_RE = model.encode_texts(batch.rationales)
+            terms["loss_exp"] = losses.rationale_loss(predicted_RE, target_RE)
             terms["loss"] = terms["loss"] + config.w_exp * terms["loss_exp"]
         if runtime.world > 1:  # every process has to have a gradient for all that it has computed
             terms["loss"] = terms["loss"] + 0.0 * sum(values.sum() for values in own.values())
@@ -772,7 +787,7 @@ def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the command line and run; returns the results. Mistakes are one line and exit code 2."""
-    with one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory):
+    with one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
         results = run(parse_args(argv))
         engine.stop_runtime()
         return results

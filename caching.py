@@ -24,10 +24,10 @@ from features import FeatureCache, FeatureSet, key_of
 from inputs import CachedSource, PixelSource, Rows, TextTable, View, run_ahead
 
 # What the cached values depend on besides weights and inputs: this code, and the libraries it calls.
-CODE = ("images.py", "models.py", "backbones.py", "caching.py")
-LIBRARIES = ("torch", "torchvision", "open_clip_torch", "pillow")
+CODE = ("images.py", "models.py", "backbones.py", "caching.py", "features.py", "inputs.py")
+LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RESIDENT_SHARE = 0.5  # of the free GPU memory that cached activations may take; training needs the rest
+RESIDENT_SHARE = 0.5  # of the free GPU memory beside the reserve; the activations of training need the rest
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ class Caching:
     dtype: str  # of DTYPES, or "auto"
     identity: Mapping[str, Any]  # what the recipes of both towers have in common
     batch_size: int
+    reserve: float  # bytes of GPU memory that training will take for gradients and the optimiser
+    keep_decoded: bool  # whether images will be decoded again, for another stage
+
+    def fits_device(self, num_bytes: float) -> bool:
+        """Whether so much may be held in the GPU's memory; on a CPU that is the page cache's business."""
+        free = self.runtime.free_memory() - self.reserve
+        return self.runtime.device.type != "cpu" and num_bytes <= RESIDENT_SHARE * free
 
     def open(self, tower: nn.Module, num_stages: int, example: Tensor, **details: Any) -> FeatureSet:
         """The cached rows of a tower's first stages, which are shaped as `example` (1, ...)."""
@@ -122,6 +129,7 @@ def cache_images(
         rows_of=rows_of,
         stage=num_stages,
         device=runtime.device,
+        dtype=example.dtype,
     )
 
     needed = sum(len(source.missing(view)) for view in rows_of) * sets[0].row_bytes
@@ -133,7 +141,7 @@ def cache_images(
 
     caching.fill(wanted, lambda rows: add_views(source, pixels, encode, rows, caching))
     resident = sum(len(rows) for rows in rows_of.values()) * sets[0].row_bytes
-    if runtime.device.type != "cpu" and resident <= RESIDENT_SHARE * runtime.free_memory():
+    if caching.fits_device(resident):
         source.move_to_device()
     return source
 
@@ -148,11 +156,14 @@ def add_views(
     """Decode some rows once and add those of their views that are missing."""
     store = pixels.store
     todo = {view: set(source.missing(view).tolist()) for view in source.rows_of}
-    pieces = run_ahead(
-        lambda piece: (piece, store.load(piece)), chunks(rows, caching.batch_size), caching.runtime.num_ahead
-    )
+
+    def load(piece: Rows) -> tuple[Rows, list[Tensor]]:
+        return piece, store.load(piece, keep=caching.keep_decoded)
+
+    pieces = run_ahead(load, chunks(rows, caching.batch_size), caching.runtime.num_ahead)
     with tqdm(total=len(rows), unit="img", leave=False, disable=caching.runtime.hide_progress) as bar:
-        for piece, images in pieces:
+        for piece, decoded in pieces:
+            images = [image.to(caching.runtime.device) for image in decoded]
             for view, rows_left in todo.items():
                 places = [place for place, row in enumerate(piece) if int(row) in rows_left]
                 if places:
@@ -189,10 +200,10 @@ def cache_texts(caching: Caching, text: nn.Module, table: TextTable) -> str:
     needed = len(features.missing(keys)) * features.row_bytes
     total = len(keys) * features.row_bytes
     # They are used from memory, on a GPU its own.
-    fits = runtime.device.type == "cpu" or total <= RESIDENT_SHARE * runtime.free_memory()
+    fits = runtime.device.type == "cpu" or caching.fits_device(total)
     if not runtime.agree(fits and (needed == 0 or caching.cache.make_room(needed))):
         table.enter_at(0, None)
-        return f"would take {total / 1e9:.1f} GB"
+        return f"would take {total / 1e9:.1f} GB, more than the GPU, --cache_max_gb or the disk has left"
 
     def wanted() -> Rows:
         return np.array(features.missing(keys), dtype=int)
@@ -207,7 +218,7 @@ def cache_texts(caching: Caching, text: nn.Module, table: TextTable) -> str:
         features.flush()
 
     caching.fill(wanted, compute)
-    table.enter_at(num_stages, features.stack(keys).to(runtime.device))
+    table.enter_at(num_stages, features.stack(keys).to(runtime.device), example.dtype)
     return ""
 
 

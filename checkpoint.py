@@ -123,7 +123,7 @@ class LatestState:
         self.every_seconds = every_seconds
         self.constant = constant
         self.state: dict[str, Tensor] | None = None
-        self.written = time.monotonic()
+        self.since = time.monotonic()  # the last write
 
     def __enter__(self) -> LatestState:
         return self
@@ -137,14 +137,17 @@ class LatestState:
             name: value if name in self.constant else value.detach().to("cpu", copy=True)
             for name, value in state.items()
         }
-        if time.monotonic() - self.written >= self.every_seconds:
+
+    def flush_if_due(self) -> None:
+        """Write what has not been written yet, if the last write is long ago."""
+        if time.monotonic() - self.since >= self.every_seconds:
             self.flush()
 
     def flush(self) -> None:
         """Write what has not been written yet."""
         if self.state is not None:
             self.write(self.state)
-        self.state, self.written = None, time.monotonic()
+            self.state, self.since = None, time.monotonic()
 
 
 def save_weights(

@@ -27,7 +27,7 @@ GROUPS = {
     "heads": "the residual heads on top of CLIP",
     "loss": "what is minimised",
     "optimisation": "how it is minimised, and which epoch is kept",
-    "speed": "how fast, and with how much memory; nothing here changes what a step computes",
+    "speed": "how fast, and with how much memory; results change by rounding, and with the number of cached views",
     "meta": "about the run itself",
 }
 
@@ -282,7 +282,7 @@ class TrainingConfig:
         None,
         "speed",
         "augmented views of each training image that are cached, and cycled through; 0 = the evaluation view "
-        "(default: 0 with --freeze_clip, else 4)",
+        "(default: 0 with --freeze_clip, else 2)",
         within="[0, 10000]",
         recommended="0-8",
     )
@@ -295,7 +295,7 @@ class TrainingConfig:
     cache_max_gb: float = option(
         20.0,
         "speed",
-        "largest size of the feature cache in --cache_dir; what does not fit is not cached",
+        "largest size of the feature cache in --cache_dir, and of decoded images there; what does not fit is not kept",
         within="[0, 1e9]",
     )
     image_memory_gb: float = option(
@@ -326,7 +326,9 @@ class TrainingConfig:
     # meta
     output_dir: str | None = option(None, "meta", "run folder (default: runs/<time>-<short name>)", metavar="DIR")
     overwrite: bool = option(False, "meta", "replace the finished run in --output_dir")
-    cache_dir: str = option(".cache", "meta", "folder for what is computed once: features, the demo set", metavar="DIR")
+    cache_dir: str = option(
+        ".cache", "meta", "folder for what is computed once: features, decoded images, the demo set", metavar="DIR"
+    )
     config: str | None = option(None, "meta", "start from a saved config.json; flags override it", metavar="FILE")
     demo: bool = option(False, "meta", "draw a demo set and train on it: works without data or network")
     dry_run: bool = option(False, "meta", "build everything, print the plan, train nothing")
@@ -369,7 +371,7 @@ class TrainingConfig:
 
 
 # Training views that are cached by default, by freezing mode: docs/experiments.md has the measurements.
-CACHED_VIEWS = {"frozen": 0, "partial": 4}
+CACHED_VIEWS = {"frozen": 0, "partial": 2}
 
 # What --demo stands for: a small, fast run that shows the whole program. Explicit flags win.
 DEMO_SETTINGS: dict[str, Any] = {

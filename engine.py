@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -53,6 +54,7 @@ class Runtime:
     scaler: torch.amp.GradScaler
     rank: int = 0
     world: int = 1
+    local_world: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -95,8 +97,12 @@ class Runtime:
             print(text, flush=True)
 
     def free_memory(self) -> float:
-        """Bytes free on a GPU; 0 on a CPU, whose memory is the host's."""
-        return 0 if self.device.type == "cpu" else torch.get_device_module(self.device).mem_get_info(self.device)[0]
+        """Bytes that can still be had on a GPU; 0 on a CPU, whose memory is the host's."""
+        if self.device.type == "cpu":
+            return 0
+        gpu = torch.get_device_module(self.device)
+        pooled = gpu.memory_reserved(self.device) - gpu.memory_allocated(self.device)
+        return gpu.mem_get_info(self.device)[0] + pooled
 
     def share(self, rows: np.ndarray) -> np.ndarray:
         """This process's part of a batch's rows: every `world`-th. One that gets none takes the first, uncounted."""
@@ -183,9 +189,13 @@ def start_runtime(device: str, amp: str) -> Runtime:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+        # The usual ten minutes are too few where one process waits for what another computes for a cache.
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None, timeout=timedelta(hours=12)
+        )
     scaler = torch.amp.GradScaler(chosen.type, enabled=amp == "fp16")
-    return Runtime(chosen, amp, scaler, rank=dist.get_rank() if world > 1 else 0, world=world)
+    rank, local_world = (dist.get_rank(), int(os.environ["LOCAL_WORLD_SIZE"])) if world > 1 else (0, 1)
+    return Runtime(chosen, amp, scaler, rank=rank, world=world, local_world=local_world)
 
 
 def stop_runtime() -> None:
@@ -333,7 +343,7 @@ class MicroBatches(Generic[B]):
         if not self.enabled:
             raise OutOfMemory(
                 f"out of memory with {largest} images at once: add --gradient_checkpointing or (in one process) "
-                "--dynamic_batch_size, lower --batch_size, or freeze more layers"
+                "--dynamic_batch_size, lower --batch_size, freeze more layers, or --no_cache"
             )
         if largest == 1:
             raise OutOfMemory("out of memory with a single image at once: add --gradient_checkpointing, freeze more")
@@ -359,6 +369,7 @@ class MicroBatches(Generic[B]):
             return gpu.max_memory_allocated(runtime.device)
 
         budget = self.max_usage * gpu.mem_get_info(runtime.device)[1] - reserve
+        peak(1)  # leaves gradients behind, which from then on take their place in both measurements
         size = fitting_size(len(batch), peak(1), peak(2), budget)
         if size < len(batch):
             self.size = size

@@ -80,7 +80,7 @@ class FeatureSet:
         self.read: set[str] = set()  # names of the segments that `places` knows
         self.pending: list[tuple[Sequence[str], Tensor]] = []
         self.refresh()
-        if (folder / RECIPE_FILE).exists():
+        with suppress(OSError):  # it may be new, removed just now, or another user's
             os.utime(folder / RECIPE_FILE)
 
     @property
@@ -99,6 +99,9 @@ class FeatureSet:
                     digests, values = file.get_tensor("keys"), file.get_tensor("values")  # maps, does not read
             except FileNotFoundError:
                 continue  # another run has just made room
+            except PermissionError as error:
+                print(f"note      {path}: not used ({error})")
+                continue
             except (SafetensorError, OSError) as error:
                 print(f"note      {path}: damaged, not used ({error}); delete it")
                 continue
@@ -128,7 +131,10 @@ class FeatureSet:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / RECIPE_FILE).write_text(self.recipe, encoding="utf-8")
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask says; safetensors would let only the owner read
             save_file(tensors, temporary)
+            temporary.chmod(mode)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.folder / f"{name}.safetensors")

@@ -46,7 +46,7 @@ def first_five(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
 
 
-def check_images(paths: Sequence[Path]) -> list[ImageFile]:
+def check_images(paths: Sequence[Path], *, num_threads: int = 8) -> list[ImageFile]:
     """Read every image once.
 
     JPEGs are decoded at an eighth of their size: that still reads the file to its end, so a truncated one shows.
@@ -69,7 +69,7 @@ def check_images(paths: Sequence[Path]) -> list[ImageFile]:
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             return f"{path.name} ({str(error) or type(error).__name__})"
 
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=num_threads) as pool:
         results = list(pool.map(check, paths, chunksize=8))
     broken = [problem for problem in results if isinstance(problem, str)]
     if broken:
@@ -154,10 +154,8 @@ class ImageStore:
             self.pixels = np.empty(total, np.uint8)  # takes memory only where it is written
             self.place = "kept in memory"
         elif total <= max_file and spill_dir is not None:
-            spill_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=spill_dir) as file:
-                self.pixels = np.memmap(file, np.uint8, "w+", shape=(total,))
-            self.place = f"kept in a file in {spill_dir}"
+            self.pixels = file_without_name(spill_dir, total)
+            self.place = f"kept in a file in {spill_dir}" if self.pixels is not None else self.place
 
     def sizes(self) -> list[tuple[int, int]]:
         """Stored width and height of every file."""
@@ -173,11 +171,18 @@ class ImageStore:
         reduced = f", {self.num_reduced} at a fraction of their size" if self.num_reduced else ""
         return f"{self.offsets[-1] / 1e9:.2f} GB decoded, {self.place}{reduced}"
 
-    def load(self, rows: Sequence[int] | np.ndarray) -> list[Tensor]:
-        """Decoded images: a (3, H, W) uint8 tensor for each row. Raises OSError if a file can no longer be read."""
-        return list(self.pool.map(self.load_one, map(int, rows)))
+    def load(self, rows: Sequence[int] | np.ndarray, *, keep: bool = True) -> list[Tensor]:
+        """Decoded images: a (3, H, W) uint8 tensor for each row.
 
-    def load_one(self, row: int) -> Tensor:
+        Args:
+            keep: False for images that will hardly be asked for again.
+
+        Raises:
+            OSError: a file can no longer be read.
+        """
+        return list(self.pool.map(lambda row: self.load_one(int(row), keep=keep), rows))
+
+    def load_one(self, row: int, *, keep: bool = True) -> Tensor:
         """As `load`, one row."""
         shape = self.shapes[row]
         if self.pixels is not None and shape is not None:
@@ -190,7 +195,7 @@ class ImageStore:
             raise
         except OSError as error:
             raise OSError(f"{path}: {error}") from error
-        if self.pixels is not None:
+        if self.pixels is not None and keep:
             start, stop = self.offsets[row : row + 2]
             if decoded.size != stop - start:
                 raise OSError(f"{path}: has changed since it was checked")
@@ -198,9 +203,17 @@ class ImageStore:
             self.shapes[row] = decoded.shape  # last: another thread may look
         return as_tensor(decoded)
 
-    def drop(self) -> None:
-        """Forget the decoded images, for good."""
-        self.pixels = None
+
+def file_without_name(folder: Path, size: int) -> np.ndarray | None:
+    """`size` bytes of a file that vanishes with the process; None where the disk has not so much."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            # Taken now: a disk that fills up later would end the process without a word.
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            return None
+        return np.memmap(file, np.uint8, "r+", shape=(size,))
 
 
 def decode(path: str | Path | Image.Image, image_size: int) -> np.ndarray:
@@ -267,7 +280,7 @@ class Views:
                 F.resized_crop(image, **crop, size=size, interpolation=BICUBIC)
                 for image, (crop, _) in zip(images, drawn, strict=True)
             ]
-            flipped = torch.tensor([flip for _, flip in drawn]).to(self.device, non_blocking=True)
+            flipped = torch.tensor([flip for _, flip in drawn], device=self.device)
             pixels = torch.stack(crops)
             pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
         return pixels.float().mul_(self.scale).sub_(self.shift)

@@ -93,14 +93,16 @@ class CachedSource:
         rows_of: Mapping[View, Rows],
         stage: int,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        """`rows_of`: the rows of each view (None, 0..V-1) that will be asked for."""
+        """`rows_of`: the rows of each view (None, 0..V-1) that will be asked for; `dtype`: what to give them as."""
         self.evaluation, self.training = sets
         self.digests = digests
         self.rows_of = rows_of
         self.num_views = len(rows_of) - 1
         self.stage = stage
         self.device = device
+        self.dtype = dtype
         self.resident: dict[View, Tensor] = {}  # view -> all rows, in the device's memory
         self.place_of: dict[View, np.ndarray] = {}  # view -> where each row of the data set lies in `resident`
 
@@ -142,19 +144,22 @@ class CachedSource:
         """Rows from the cache, or their places in the device's memory."""
         view = self.which(view)
         if view in self.resident:
-            return pinned(torch.from_numpy(self.place_of[view][rows]), self.device)
+            places = self.place_of[view][rows]
+            assert (places >= 0).all(), "rows that were not announced"
+            return pinned(torch.from_numpy(places), self.device)
         features, keys = self.keys(rows, view)
         return pinned(features.stack(keys), self.device)
 
     def finish(self, prepared: Tensor, rows: Rows, view: View) -> Tensor:
         """(B, ...) activations."""
         prepared = prepared.to(self.device, non_blocking=True)
-        return self.resident[self.which(view)][prepared] if self.which(view) in self.resident else prepared
+        found = self.resident[self.which(view)][prepared] if self.which(view) in self.resident else prepared
+        return found.to(self.dtype)
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor from which a GPU can copy without being waited for."""
-    return tensor if device.type == "cpu" else tensor.contiguous().pin_memory()
+    return tensor if device.type == "cpu" else tensor.pin_memory()
 
 
 class TextTable:
@@ -180,9 +185,9 @@ class TextTable:
         self.device = device
         self.enter_at(0, None)
 
-    def enter_at(self, stage: int, activations: Tensor | None) -> None:
-        """From now on give what enters this stage of the text tower, (U, ...); at stage 0 the token ids."""
-        self.stage, self.activations = stage, activations
+    def enter_at(self, stage: int, activations: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        """From now on give what enters this stage of the text tower, (U, ...), as `dtype`; at stage 0 the token ids."""
+        self.stage, self.activations, self.dtype = stage, activations, dtype
 
     def select(self, rows: Rows) -> dict[str, Any]:
         """The distinct texts of some rows, as a model takes them: text, tokens_PN, text_stage, prompt_of_B."""
@@ -191,7 +196,7 @@ class TextTable:
         tokens_PN = self.tokens_UN[chosen_P, : int(self.lengths[chosen].max())]
         text = tokens_PN
         if self.activations is not None:
-            text = self.activations[chosen_P]
+            text = self.activations[chosen_P].to(self.dtype or self.activations.dtype)
             text = text[:, : tokens_PN.shape[1]] if text.ndim == 3 else text
         return {
             "text": text,
@@ -199,11 +204,6 @@ class TextTable:
             "text_stage": self.stage,
             "prompt_of_B": to_device(place, self.device),
         }
-
-    def tokens_of(self, rows: Rows) -> Tensor:
-        """(n, N) token ids of some rows' texts, with repetitions."""
-        chosen = self.text_of_row[rows]
-        return self.tokens_UN[to_device(chosen, self.device), : int(self.lengths[chosen].max(initial=1))]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -219,8 +219,8 @@ class Batch:
     inputs: dict[str, Any]  # arguments of the model, for this process's share of the rows
     targets: dict[str, Tensor]  # task -> (B,) label units of the whole batch, NaN where missing
     labelled: dict[str, Tensor | None]  # task -> places in the batch that have a label; None: all
-    has_rationale: np.ndarray | None = None  # (B,) bool, of the whole batch
-    rationale_tokens_RN: Tensor | None = None  # rationales of the images that have one, of the whole batch
+    rationales: dict[str, Any] | None = None  # as `TextTable.select` gives them; None: no row has one
+    with_rationale: Tensor | None = None  # places in the whole batch that they belong to
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -267,11 +267,12 @@ class Feed(Generic[P]):
         """The Batch of these rows, whose share of images is given."""
         texts = self.prompts.select(self.share(rows)) if self.prompts else {}
         known = {task: ~np.isnan(values[rows]) for task, values in self.targets.items()}
-        has_rationale = tokens = None
+        rationales = places = None
         if self.rationales:
             table, present = self.rationales
-            has_rationale = present[rows]
-            tokens = table.tokens_of(rows[has_rationale])
+            if present[rows].any():
+                rationales = table.select(rows[present[rows]])
+                places = to_device(np.flatnonzero(present[rows]), self.device)
         return Batch(
             rows=rows,
             inputs={"image": image, "image_stage": self.source.stage, **texts},
@@ -280,8 +281,8 @@ class Feed(Generic[P]):
                 task: None if mask.all() else to_device(np.flatnonzero(mask), self.device)
                 for task, mask in known.items()
             },
-            has_rationale=has_rationale,
-            rationale_tokens_RN=tokens,
+            rationales=rationales,
+            with_rationale=places,
         )
 
     def split(self, batch: Batch, size: int) -> list[Batch]:

@@ -142,13 +142,12 @@ def smooth_targets(target_B: Tensor, mean: float, amount: float) -> Tensor:
     return (1 - amount) * target_B + amount * mean
 
 
-def rationale_loss(pred_BE: Tensor, text_BE: Tensor, mask_B: Tensor) -> Tensor:
-    """Mean of 1 - cosine, in [0, 2], of predicted and text embeddings over the rows where `mask_B` is true.
+def rationale_loss(pred_RE: Tensor, text_RE: Tensor) -> Tensor:
+    """Mean of 1 - cosine, in [0, 2], of the predicted and the text embeddings of R rationales.
 
     The text side is a fixed target: no gradient flows into it. No rows give 0.0. Returns a scalar.
     """
-    rows = mask_B.bool()  # an integer mask would select rows 0 and 1
-    pred, text = _prepare(pred_BE[rows], text_BE[rows].detach())
+    pred, text = _prepare(pred_RE, text_RE.detach())
     if not len(pred):
         return _zero(pred)
     return (1 - F.cosine_similarity(pred, text, dim=-1, eps=MIN_NORM)).mean()

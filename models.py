@@ -185,6 +185,10 @@ class ScoreModel(nn.Module):
             text = run_text(self.clip.text, text, tokens_PN, stage, frozen)
         return run_text(self.clip.text, text, tokens_PN, frozen, num_stages(self.clip.text))
 
+    def encode_texts(self, texts: Mapping[str, Any]) -> Tensor:
+        """Texts as `encode` takes them: text, text_stage, tokens_PN and prompt_of_B -> (B, E)."""
+        return self.encode_text(texts["text"], texts["text_stage"], texts["tokens_PN"])[texts["prompt_of_B"]]
+
     def encode(
         self,
         image: Tensor,
@@ -363,8 +367,6 @@ def run_text(text: Any, x: Tensor, tokens_PN: Tensor | None, start: int, stop: i
 
 def run_blocks(transformer: Any, x_BND: Tensor, start: int, stop: int, mask: Tensor | None = None) -> Tensor:
     """Blocks `start` to `stop` of a transformer, recomputed in the backward pass if it is set so."""
-    if not torch.is_autocast_enabled(x_BND.device.type):  # they may come from a cache in half precision
-        x_BND = x_BND.to(next(transformer.parameters()).dtype)
     for block in transformer.resblocks[start:stop]:
         if transformer.grad_checkpointing and torch.is_grad_enabled():
             x_BND = checkpoint(block, x_BND, None, None, mask, use_reentrant=False)

@@ -55,11 +55,15 @@ class Parts:
         """Rows in all pieces that are there."""
         return sum(len(pd.read_csv(self.path(number), usecols=["name"])) for number in self.finished())
 
-    def write(self, number: int, scores: pd.DataFrame) -> None:
-        """Write a piece, whole or not at all."""
+    def begin(self) -> None:
+        """Make the folder and say in it what command it belongs to, unless that was done before."""
         if not self.job_file.exists():
             self.folder.mkdir(exist_ok=True)
             checkpoint.write_json(self.job_file, self.job)
+
+    def write(self, number: int, scores: pd.DataFrame) -> None:
+        """Write a piece, whole or not at all."""
+        self.begin()
         checkpoint.write_csv(self.path(number), scores)
 
     def wait_for(self, num_pieces: int) -> None:

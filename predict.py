@@ -330,7 +330,7 @@ def score_share(
     runtime = scorer.runtime
     num_pieces = num_rows = num_cut = 0
     turns = cycle(range(runtime.world))
-    with tqdm(unit="img", leave=False, disable=None if runtime.is_main else True) as bar:
+    with tqdm(unit="img", leave=False, disable=runtime.hide_progress) as bar:
         for number, piece in enumerate(pieces(args, names)):
             num_pieces += 1
             num_rows += len(piece)
@@ -353,10 +353,16 @@ def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     scorer = Scorer.load(args.checkpoint, device=args.device)
     runtime = scorer.runtime
     parts = Parts(Path(args.out), describe_job(args, names))
-    parts.check()
     if runtime.is_main:
+        parts.check()
         parts.clear()
     done = set(runtime.agree(parts.finished()))
+    if runtime.world > 1:
+        if runtime.is_main:
+            parts.begin()
+        runtime.barrier()
+        if not parts.job_file.exists():
+            raise ValueError(f"--out {args.out}: processes on other machines have to see the same folder")
     num_before = parts.count_rows() if done and runtime.is_main else 0
     if done:
         runtime.say(f"going on: {num_before} rows were scored before")

@@ -73,13 +73,14 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     common += ["--clip_pretrained", "none", "--epochs", str(args.epochs), "--dropout", "0"]
     common += ["--cache_dir", str(folder / "cache"), "--output_dir", str(folder / "run"), "--overwrite"]
     yardstick: dict[str, dict[str, Any]] = {}
-    rows = []
+    rows, before = [], ""
     for case in args.cases:
         flags = [*common, *CASES[case].format(freeze_layers=args.freeze_layers).split()]
-        if case != "warm":
+        if case != "warm" or before != "freeze_clip":
             shutil.rmtree(folder / "cache", ignore_errors=True)
-        elif not (folder / "cache").exists():
+        if case == "warm" and before != "freeze_clip":
             call("compare.py", "--run", *flags)  # fills the cache
+        before = case
         if CASES[case] not in yardstick and not args.ours_only:
             yardstick[CASES[case]] = call("plain_loop.py", *flags)
         found = call("compare.py", "--run", *flags)

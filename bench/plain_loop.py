@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
@@ -32,26 +32,23 @@ import baseline
 import data
 import engine
 import images
+import inputs
 import models
 from configs import TrainingConfig, parse_args
 
+EVALUATION = -1  # the view of an image that is not augmented
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 class ScoredImages(Dataset):
-    """Rows of a data set as (pixels (3, S, S), token ids (77,), targets (2,), row)."""
+    """All rows of a data set, as (pixels (3, S, S), token ids (77,), targets (2,))."""
 
     def __init__(
-        self,
-        config: TrainingConfig,
-        examples: data.Examples,
-        tokens: Tensor,
-        rows: np.ndarray,
-        preprocess: dict[str, Any],
+        self, config: TrainingConfig, examples: data.Examples, tokens: Tensor, preprocess: dict[str, Any]
     ) -> None:
-        self.rows, self.files, self.tokens = rows, examples.files, tokens
+        self.files, self.tokens = examples.files, tokens
         self.targets = np.stack([examples.unit_targets[task] for task in data.TASKS], axis=1).astype(np.float32)
-        self.view: int | None = None  # of training; None is the evaluation view
+        self.view = torch.full((), EVALUATION).share_memory_()  # of training; reading processes see it change
         self.size = config.image_size
         self.normalise = v2.Compose(
             [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocess["mean"], preprocess["std"])]
@@ -66,19 +63,30 @@ class ScoredImages(Dataset):
         )
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.files)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        row = int(self.rows[place])
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         image = images.load_image(self.files[row].path)
-        if self.view is None:
+        view = int(self.view)
+        if view == EVALUATION:
             image = VF.center_crop(VF.resize(image, [self.size], interpolation=BICUBIC), [self.size] * 2)
         else:
             shape = torch.empty(3, image.height, image.width, device="meta")
-            ((crop, flip),) = self.views.draw([shape], [self.files[row].digest], self.view)
+            ((crop, flip),) = self.views.draw([shape], [self.files[row].digest], view)
             image = VF.resized_crop(image, **crop, size=[self.size] * 2, interpolation=BICUBIC)
             image = VF.horizontal_flip(image) if flip else image
-        return self.normalise(image), self.tokens[row], torch.from_numpy(self.targets[row]), row
+        return self.normalise(image), self.tokens[row], torch.from_numpy(self.targets[row])
+
+
+class RowsOf(Sampler[list[int]]):
+    """The batches of a BatchOrder."""
+
+    def __init__(self, order: inputs.BatchOrder) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _, rows in self.order:
+            yield rows.tolist()
 
 
 def forward(model: models.ScoreModel, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -110,39 +118,47 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     )
     # On a CPU, reading processes fight with the model for the cores: none is faster.
     num_workers = 0 if runtime.device.type == "cpu" else min(16, engine.num_cpus())
+    dataset = ScoredImages(config, examples, tokens, preprocess)
+    loaders = {
+        name: DataLoader(
+            dataset,
+            batch_sampler=RowsOf(order),
+            num_workers=num_workers,
+            pin_memory=num_workers > 0,
+            persistent_workers=num_workers > 0,
+        )
+        for name, order in baseline.build_orders(config, examples).items()
+    }
     watch = engine.Stopwatch()
 
-    def batches(rows: np.ndarray, size: int, view: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        dataset = ScoredImages(config, examples, tokens, rows, preprocess)
-        dataset.view = view
-        loader = DataLoader(dataset, batch_size=size, num_workers=num_workers, pin_memory=num_workers > 0)
-        for pixels, ids, targets, _ in watch.over(loader):
-            yield tuple(part.to(runtime.device, non_blocking=True) for part in (pixels, ids, targets))
+    def batches(name: str, view: int) -> Iterator[tuple[Tensor, ...]]:
+        dataset.view.fill_(view)
+        for parts in watch.over(loaders[name]):
+            yield tuple(part.to(runtime.device, non_blocking=True) for part in parts)
 
     @torch.no_grad()
     def scores(fold: str) -> dict[str, np.ndarray]:
         model.eval()
         parts = []
-        for pixels, ids, _ in batches(examples.rows(fold), 2 * config.batch_size, None):
+        for pixels, ids, _ in batches(fold, EVALUATION):
             with runtime.autocast():
                 found = forward(model, pixels, ids)
             parts.append({name: value.float().cpu().numpy().astype(np.float64) for name, value in found.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     started = time.perf_counter()
-    base = baseline.fit_base({"train_eval": scores("train")}, examples)
+    base = baseline.fit_base({"train_eval": scores("train_eval")}, examples)
     assert isinstance(model.heads, models.ResidualHeads)
     model.heads.set_base(base.quality, base.consistency)
-    order = baseline.build_orders(config, examples)["train"]
+    is_cached = not baseline.caches_nothing(config, model)
     curve: list[float] = []
     validation: list[float] = []
     best: dict[str, Tensor] = {}
     for epoch in range(config.epochs):
         model.train()
-        view = epoch % config.num_views if config.num_views else None
-        shuffled = np.concatenate([rows for _, rows in order])
+        view = epoch if not is_cached else epoch % config.num_views if config.num_views else EVALUATION
         total = torch.zeros((), device=runtime.device)
-        for pixels, ids, targets in batches(shuffled, config.batch_size, view):
+        for pixels, ids, targets in batches("train", view):
             with runtime.autocast():
                 found = forward(model, pixels, ids)
                 loss_q, loss_c = (F.mse_loss(found[task], targets[:, i]) for i, task in enumerate(data.TASKS))

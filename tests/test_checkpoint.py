@@ -456,3 +456,63 @@ def test_the_environment_names_versions_and_revision(repository, monkeypatch):
     assert {"open_clip_torch", "transformers", "torchvision", "scipy", "scikit-learn"} <= versions.keys()
     assert versions["no-such-package-at-all"] == "not installed"
     json.dumps(found, allow_nan=False)
+
+
+def kept(
+    every_seconds: float, constant: tuple[str, ...] = ()
+) -> tuple[checkpoint.LatestState, list[dict[str, Tensor]]]:
+    """A LatestState, and what it has written so far."""
+    written: list[dict[str, Tensor]] = []
+    return checkpoint.LatestState(
+        lambda s: written.append(dict(s)), every_seconds=every_seconds, constant=constant
+    ), written
+
+
+def test_the_latest_state_is_the_one_of_when_it_was_kept_and_is_written_once():
+    latest, written = kept(1e9)
+    weight = torch.zeros(2)
+    with latest:
+        for _ in range(3):
+            latest.keep({"w": weight})
+            weight += 1  # training goes on
+            latest.flush_if_due()
+        assert written == []
+    (state,) = written
+    assert state["w"].tolist() == [2.0, 2.0]
+    latest.flush()
+    assert len(written) == 1
+
+
+def test_a_state_is_written_as_soon_as_the_last_write_is_long_ago_though_no_newer_one_comes(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    latest, written = kept(60)
+    latest.keep({"w": torch.ones(1)})
+    for seconds, times in ((59.0, 0), (60.0, 1), (200.0, 1)):
+        clock[0] = seconds
+        latest.flush_if_due()
+        assert len(written) == times
+    latest.keep({"w": torch.ones(1)})
+    latest.flush_if_due()  # 140 s after the write
+    assert len(written) == 2
+
+
+def test_the_latest_state_is_written_when_training_breaks_down():
+    latest, written = kept(1e9)
+
+    def break_down() -> None:
+        with latest:
+            latest.keep({"w": torch.ones(1)})
+            raise RuntimeError("broke")
+
+    with pytest.raises(RuntimeError, match="broke"):
+        break_down()
+    assert len(written) == 1
+
+
+def test_constant_weights_are_not_copied():
+    latest, written = kept(1e9, constant=("frozen",))
+    frozen, trained = torch.ones(1), torch.ones(1)
+    latest.keep({"frozen": frozen, "trained": trained})
+    latest.flush()
+    assert written[0]["frozen"] is frozen and written[0]["trained"] is not trained

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import itertools
 import math
+import os
 import struct
 import threading
-import weakref
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -489,8 +488,6 @@ def test_the_file_that_images_are_kept_in_cannot_be_seen_and_is_gone_with_the_st
     assert isinstance(store.pixels, np.memmap)
     store.load(range(len(files)))
     assert list((tmp_path / "spill").iterdir()) == []
-    store.drop()
-    assert list((tmp_path / "spill").iterdir()) == []
 
 
 def test_a_store_says_how_much_it_decodes_where_to_and_how_much_of_it_at_a_fraction():
@@ -537,19 +534,23 @@ def test_an_image_that_was_kept_outlives_its_file(files, tmp_path, place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_dropped_images_are_forgotten_and_decoded_when_asked_for_again(files, tmp_path, decoded_paths, place):
+def test_images_that_are_not_to_be_kept_are_decoded_again(files, tmp_path, decoded_paths, place):
     store = store_in(place, files, tmp_path)
-    before = store.load(range(len(files)))
-    memory = weakref.ref(store.pixels) if store.pixels is not None else lambda: None
-    store.drop()
-    assert_equal(before, files)  # those in use stay
-    del before
-    gc.collect()
-    assert memory() is None
     decoded_paths.clear()
-    for _ in range(2):
-        assert_equal(store.load(range(len(files))), files)
+    found = [store.load(range(len(files)), keep=False) for _ in range(2)]
     assert decoded_paths == {file.path: 2 for file in files}
+    for images_of_once in found:
+        assert_equal(images_of_once, files)
+
+
+def test_a_disk_that_has_not_enough_space_keeps_nothing(files, tmp_path, monkeypatch):
+    def refuse(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    store = store_in("file", files, tmp_path)
+    assert store.place == "decoded whenever needed"
+    assert_equal(store.load(range(len(files))), files)
 
 
 def test_files_and_pictures_that_are_needed_once_are_decoded_in_their_order(files, noise):

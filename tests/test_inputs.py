@@ -126,11 +126,6 @@ def test_any_batch_of_texts_maps_back_to_its_rows_cut_behind_the_longest_if_trim
     assert len(chosen["tokens_PN"]) == len(set(expected))
     assert torch.equal(chosen["tokens_PN"][chosen["prompt_of_B"]], letters(expected)[:, :length])
     assert torch.equal(chosen["text"], chosen["tokens_PN"])
-    assert torch.equal(table.tokens_of(rows), letters(expected)[:, :length])
-
-
-def test_the_tokens_of_no_rows_are_none():
-    assert len(table_of(["cat", "dog"], trim=True).tokens_of(np.array([], dtype=int))) == 0
 
 
 TEXTS = ["a", "a cat", "dogs", "a", "a!!"]
@@ -232,15 +227,15 @@ def test_a_feed_turns_rows_into_normalised_images_labels_and_texts(store):
     assert all(values.dtype == torch.float32 for values in batch.targets.values())
     assert batch.labelled["q"] is None and batch.labelled["c"].tolist() == [0]
     assert batch.inputs["tokens_PN"][batch.inputs["prompt_of_B"]].equal(letters(["cat", "fox", "cat"]))
-    assert batch.has_rationale.tolist() == [False, True, False]
-    assert torch.equal(batch.rationale_tokens_RN, letters(["raw"]))
+    assert batch.with_rationale.tolist() == [1]
+    assert torch.equal(rationales_of(batch), letters(["raw"]))
 
 
 def test_a_feed_without_texts_and_labels_has_none():
     (batch,) = feed_of(RowNumbers()).batches([(None, np.array([0, 1]))])
     assert set(batch.inputs) == {"image", "image_stage"}
     assert batch.targets == batch.labelled == {}
-    assert batch.has_rationale is batch.rationale_tokens_RN is None
+    assert batch.with_rationale is batch.rationales is None
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, np.nan]), min_size=1, max_size=12), st.data())
@@ -251,6 +246,11 @@ def test_places_with_a_label_are_given_unless_all_have_one(labels, drawn):
     assert (batch.labelled["q"] is None) == (len(known) == len(rows))
     if batch.labelled["q"] is not None:
         assert batch.labelled["q"].tolist() == known
+
+
+def rationales_of(batch: inputs.Batch) -> Tensor:
+    """Token ids of a batch's rationales, one row for each."""
+    return batch.rationales["text"][batch.rationales["prompt_of_B"]]
 
 
 def full_feed(source: inputs.ImageSource, **options: Any) -> inputs.Feed:
@@ -278,9 +278,9 @@ def test_a_share_has_some_of_the_images_and_their_prompts_but_the_labels_of_the_
         torch.testing.assert_close(part.targets[task], whole.targets[task], equal_nan=True)
     assert part.labelled["q"] is whole.labelled["q"] is None
     assert part.labelled["c"].tolist() == whole.labelled["c"].tolist() == [0, 2, 3, 4]
-    assert part.has_rationale.tolist() == whole.has_rationale.tolist() == [False, True, False, True, True]
-    assert part.rationale_tokens_RN.equal(whole.rationale_tokens_RN)
-    assert whole.rationale_tokens_RN.equal(letters(["dim", "bright", "a"])[:, :7])
+    assert part.with_rationale.tolist() == whole.with_rationale.tolist() == [1, 3, 4]
+    assert rationales_of(part).equal(rationales_of(whole))
+    assert rationales_of(whole).equal(letters(["dim", "bright", "a"])[:, :7])
 
 
 def test_a_feed_takes_images_from_where_it_is_told_to():
@@ -308,7 +308,9 @@ def test_parts_of_a_batch_together_are_the_batch_with_texts_of_their_own(size):
     for task in ("q", "c"):
         joined = torch.cat([part.targets[task] for part in parts])
         torch.testing.assert_close(joined, batch.targets[task], equal_nan=True)
-    assert np.concatenate([part.has_rationale for part in parts]).tolist() == batch.has_rationale.tolist()
+    starts = range(0, 6, size)
+    found = [s + int(i) for s, part in zip(starts, parts, strict=True) if part.rationales for i in part.with_rationale]
+    assert found == batch.with_rationale.tolist()
     for part in parts:  # as if it had been asked for by itself
         (alone,) = feed.batches([(2, part.rows)])
         assert part.inputs.keys() == alone.inputs.keys()
@@ -316,7 +318,9 @@ def test_parts_of_a_batch_together_are_the_batch_with_texts_of_their_own(size):
             part.inputs[name].equal(alone.inputs[name]) for name in ("image", "text", "tokens_PN", "prompt_of_B")
         )
         assert part.inputs["image_stage"] == source.stage and part.inputs["text_stage"] == 0
-        assert part.rationale_tokens_RN.equal(alone.rationale_tokens_RN)
+        assert (part.rationales is None) == (alone.rationales is None)
+        if part.rationales:
+            assert rationales_of(part).equal(rationales_of(alone))
         known = (~part.targets["c"].isnan()).nonzero().flatten()
         assert part.labelled["c"] is None if len(known) == len(part) else part.labelled["c"].equal(known)
 
@@ -417,6 +421,7 @@ def cached(request, tmp_path):
             rows_of={None: np.arange(ROWS), **dict.fromkeys(range(num_views), TRAIN)},
             stage=4,
             device=CPU,
+            dtype=torch.float32,
         )
         for view, rows in source.rows_of.items():
             found, keys = source.keys(rows, view)
@@ -463,17 +468,17 @@ def test_evaluation_sees_the_evaluation_view_of_any_rows(cached, num_views):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cached_activations_keep_their_type(cached, dtype):
+def test_activations_are_rounded_in_the_cache_and_given_as_the_type_that_they_were(cached, dtype):
     source = cached(1, dtype)
     found = source.finish(source.prepare(TRAIN, 0), TRAIN, 0)
-    assert found.dtype == dtype
-    assert torch.equal(found, torch.stack([activations(row, 0) for row in TRAIN]).to(dtype))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.stack([activations(row, 0) for row in TRAIN]).to(dtype).float())
 
 
 @pytest.mark.parametrize(("shape", "what"), [((512,), "embeddings"), ((257, 1024), "activations after 4 blocks")])
 def test_a_cached_source_says_what_it_holds_and_how_much(tmp_path, shape, what):
     found = features.FeatureCache(tmp_path / "cache", max_bytes=1e9).open({}, shape, torch.bfloat16)
     rows_of = {None: np.arange(90_000), 0: np.arange(50_000), 1: np.arange(50_000)}
-    source = inputs.CachedSource((found, found), [], rows_of=rows_of, stage=4, device=CPU)
+    source = inputs.CachedSource((found, found), [], rows_of=rows_of, stage=4, device=CPU, dtype=torch.bfloat16)
     size = 190_000 * np.prod(shape) * 2 / 1e9
     assert source.describe() == f"{what}, 2 training view(s), {size:.2f} GB memory-mapped"

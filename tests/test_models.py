@@ -432,19 +432,6 @@ def test_a_model_scores_the_same_from_whatever_stage_it_is_entered_at():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", TOWERS)
-def test_activations_in_half_precision_are_taken_up_in_the_precision_of_the_weights(kind, dtype):
-    _, tower, run, _ = tower_and_runs(kind)
-    num = models.num_stages(tower)
-    for stage in range(1, num):
-        rounded = run(entry(kind), 0, stage).to(dtype)
-        assert torch.equal(run(rounded, stage, num), run(rounded.float(), stage, num))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            torch.testing.assert_close(run(rounded, stage, num), run(rounded.float(), stage, num), atol=0.1, rtol=0)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "LoRA"])
 @pytest.mark.parametrize("kind", ["image", "image, attention pooling", "text"])
 def test_what_leaves_a_stage_depends_on_every_weight_of_the_stages_before_and_on_no_other(kind, lora):
