@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from open_clip import CustomTextCLIP
-from open_clip.transformer import PatchDropout, TextTransformer, VisionTransformer, text_global_pool
+from open_clip.transformer import (
+    PatchDropout,
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+    text_global_pool,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -330,7 +336,10 @@ def stage_state(tower: nn.Module, num: int) -> dict[str, Tensor]:
 
 
 def run_image(visual: Any, x: Tensor, start: int, stop: int) -> Tensor:
-    """Take images from the entry of stage `start` to that of `stop`; behind the last stage lie unit vectors (B, E)."""
+    """Take images from the entry of stage `start` to that of `stop`; behind the last stage lie unit vectors (B, E).
+
+    Between blocks there are tokens (B, N, D); behind the last block only the pooled one, (B, D), where there is one.
+    """
     if start == stop:
         return x
     blocks = staged_blocks(visual)
@@ -338,10 +347,11 @@ def run_image(visual: Any, x: Tensor, start: int, stop: int) -> Tensor:
         return F.normalize(visual(x).float(), dim=-1)
     if start == 0:
         x = visual._embeds(x)
-    x = run_blocks(visual.transformer, x, start, stop)
+    pooled_at_B = torch.zeros(len(x), dtype=torch.long, device=x.device) if pools_one_token(visual) else None
+    x = run_blocks(visual.transformer, x, start, stop, pooled_at_B=pooled_at_B)
     if stop <= len(blocks):
         return x
-    pooled_BD, _ = visual._pool(x)
+    pooled_BD, _ = visual._pool(x if x.ndim == 3 else x[:, None])
     return F.normalize((pooled_BD if visual.proj is None else pooled_BD @ visual.proj).float(), dim=-1)
 
 
@@ -352,12 +362,17 @@ def run_text(text: Any, x: Tensor, tokens_PN: Tensor | None, start: int, stop: i
     blocks = staged_blocks(text)
     if not blocks:
         return F.normalize(text(x).float(), dim=-1)
+    assert tokens_PN is not None
+    end_P = text_global_pool(places_like(tokens_PN), tokens_PN, text.pool_type, text.eos_id)
     if start == 0:
         x = text.token_embedding(x) + text.positional_embedding[: x.shape[1]]
-    x = run_blocks(text.transformer, x, start, stop, text.attn_mask[: x.shape[1], : x.shape[1]])
+    mask = text.attn_mask[: tokens_PN.shape[1], : tokens_PN.shape[1]]
+    pooled_at_P = end_P if pools_one_token(text) else None
+    x = run_blocks(text.transformer, x, start, stop, mask=mask, pooled_at_B=pooled_at_P)
     if stop <= len(blocks):
         return x
-    pooled_PD = text_global_pool(text.ln_final(x), tokens_PN, text.pool_type, text.eos_id)
+    x = text.ln_final(x)
+    pooled_PD = x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), end_P]
     if isinstance(text.text_projection, nn.Linear):
         pooled_PD = text.text_projection(pooled_PD)
     elif text.text_projection is not None:
@@ -365,14 +380,61 @@ def run_text(text: Any, x: Tensor, tokens_PN: Tensor | None, start: int, stop: i
     return F.normalize(pooled_PD.float(), dim=-1)
 
 
-def run_blocks(transformer: Any, x_BND: Tensor, start: int, stop: int, mask: Tensor | None = None) -> Tensor:
-    """Blocks `start` to `stop` of a transformer, recomputed in the backward pass if it is set so."""
-    for block in transformer.resblocks[start:stop]:
-        if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x_BND = checkpoint(block, x_BND, None, None, mask, use_reentrant=False)
+def places_like(tokens_PN: Tensor) -> Tensor:
+    """(P, N) of the numbers 0..N-1."""
+    return torch.arange(tokens_PN.shape[1], device=tokens_PN.device).expand_as(tokens_PN)
+
+
+def pools_one_token(tower: Any) -> bool:
+    """Whether of the last block's output a single token is looked at, so that the block need not compute the others."""
+    if type(staged_blocks(tower)[-1]) is not ResidualAttentionBlock:
+        return False
+    return not isinstance(tower, VisionTransformer) or (tower.pool_type == "tok" and tower.attn_pool is None)
+
+
+def run_blocks(
+    transformer: Any,
+    x_BND: Tensor,
+    start: int,
+    stop: int,
+    *,
+    mask: Tensor | None = None,
+    pooled_at_B: Tensor | None = None,
+) -> Tensor:
+    """Blocks `start` to `stop` of a transformer, recomputed in the backward pass if it is set so.
+
+    Args:
+        mask: (N, N) added to the attention's logits.
+        pooled_at_B: where the one token stands that is used of the last block's output, if there is one.
+
+    Returns:
+        (B, N, D); behind the last block (B, D) with `pooled_at_B`.
+    """
+    depth = len(transformer.resblocks)
+    step: Any
+    arguments: list[Any]
+    for number in range(start, min(stop, depth)):
+        block = transformer.resblocks[number]
+        if number == depth - 1 and pooled_at_B is not None:
+            step, arguments = run_last_block, [block, x_BND, pooled_at_B, mask]
         else:
-            x_BND = block(x_BND, attn_mask=mask)
+            step, arguments = block, [x_BND, None, None, mask]
+        if transformer.grad_checkpointing and torch.is_grad_enabled():
+            x_BND = checkpoint(step, *arguments, use_reentrant=False)
+        else:
+            x_BND = step(*arguments)
     return x_BND
+
+
+def run_last_block(block: Any, x_BND: Tensor, pooled_at_B: Tensor, mask: Tensor | None) -> Tensor:
+    """One token of a block's output, (B, D): attention looks from it at all tokens, everything else is for it alone."""
+    rows = torch.arange(len(x_BND), device=x_BND.device)
+    normed_BND = block.ln_1(x_BND)
+    if mask is not None:  # (N, N) -> a row for each image and attention head
+        mask = mask[pooled_at_B][:, None].repeat_interleave(block.attn.num_heads, dim=0)
+    attended_B1D = block.attention(normed_BND[rows, pooled_at_B][:, None], normed_BND, normed_BND, attn_mask=mask)
+    x_B1D = x_BND[rows, pooled_at_B][:, None] + block.ls_1(attended_B1D)
+    return (x_B1D + block.ls_2(block.mlp(block.ln_2(x_B1D))))[:, 0]
 
 
 def compile_blocks(clip: CustomTextCLIP) -> None:

@@ -33,7 +33,7 @@ import models
 EPOCHS, VIEWS, LAYERS = 2, 1, 22
 TOLERANCE = 1e-5
 # The weights are those of the asset: random ones would follow the seed.
-TINY = "--clip_model tiny --clip_pretrained assets --image_size 112 --batch_size 16 --lr 1e-3"
+TINY = "--clip_model tiny --clip_pretrained assets --image_size 112 --batch_size 16 --lr 5e-4"
 PARTIAL = f"{TINY} --partial_freeze --freeze_layers {LAYERS}"
 BASE = f"{PARTIAL} --epochs 1 --cache_views {VIEWS}"
 

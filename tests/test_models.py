@@ -582,18 +582,18 @@ def test_training_changes_what_leaves_a_trained_stage_and_nothing_before(freezin
 @pytest.mark.parametrize("freezing", FREEZINGS)
 def test_frozen_stages_keep_no_activations_and_the_rest_gets_the_gradients_of_a_plain_pass(freezing):
     model = frozen_model(freezing).train()
-    entered = {}
+    entered, left = {}, {}
     for tower in (model.clip.visual, model.clip.text):
         for number, block in enumerate(tower.transformer.resblocks):
-            block.register_forward_hook(
-                lambda module, given, out, key=(tower, number): entered.update(
-                    {key: (given[0].grad_fn is not None, out.grad_fn is not None)}
-                )
-            )
+            key = (tower, number)  # the last block is run in pieces: its first and last piece tell of it
+            block.ln_1.register_forward_pre_hook(lambda _, x, key=key: entered.update({key: x[0].grad_fn is not None}))
+            block.ls_2.register_forward_hook(lambda _, x, y, key=key: left.update({key: y.grad_fn is not None}))
     found = gradients(model, model(*BATCH))
-    for (tower, number), tracked in entered.items():
+    assert len(entered) == len(left) == sum(len(t.transformer.resblocks) for t in (model.clip.visual, model.clip.text))
+    for tower, number in entered:
         frozen = models.frozen_stages(tower)
-        assert tracked == (number > frozen or freezing == "full", number >= frozen)
+        assert entered[tower, number] == (number > frozen or freezing == "full")
+        assert left[tower, number] == (number >= frozen)
     assert len(entered) == IMAGE_LAYERS + TEXT_LAYERS
     pictures, tokens, prompt_of = BATCH
     image_BE = model.clip.encode_image(pictures, normalize=True)
@@ -609,7 +609,7 @@ def test_gradient_checkpointing_recomputes_trained_blocks_only_and_changes_no_gr
     calls: dict[nn.Module, int] = {}
     blocks = [*model.clip.visual.transformer.resblocks, *model.clip.text.transformer.resblocks]
     for block in blocks:
-        block.register_forward_pre_hook(lambda module, given: calls.update({module: calls.get(module, 0) + 1}))
+        block.ln_1.register_forward_pre_hook(lambda module, given: calls.update({module: calls.get(module, 0) + 1}))
     expected = gradients(model, model(*BATCH))
     assert list(calls.values()) == [1] * len(blocks)
     calls.clear()
@@ -621,7 +621,7 @@ def test_gradient_checkpointing_recomputes_trained_blocks_only_and_changes_no_gr
         for depth, first_trained in zip((IMAGE_LAYERS, TEXT_LAYERS), frozen, strict=True)
         for number in range(depth)
     ]
-    assert [calls[block] for block in blocks] == passes
+    assert [calls[block.ln_1] for block in blocks] == passes
     calls.clear()
     with torch.no_grad():
         model(*BATCH)
@@ -970,3 +970,16 @@ def test_an_mlp_maps_rows_to_one_number_through_its_hidden_width():
     expected = head[3](F.gelu(head[0](x)))
     torch.testing.assert_close(head(x), expected)
     assert math.isclose(models.mlp(5, 7, 0.0, zero_last=True)(x).abs().sum().item(), 0.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TOWERS)
+def test_the_last_block_is_computed_for_the_token_that_is_read_where_there_is_one(kind):
+    _, tower, run, _ = tower_and_runs(kind)
+    depth = models.num_stages(tower) - 1
+    whole = tower.transformer.resblocks[-1]
+    seen: list[tuple[int, ...]] = []
+    hook = whole.mlp.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape)))
+    left = run(entry(kind), 0, depth)
+    hook.remove()
+    assert (left.ndim == 2) == models.pools_one_token(tower) == (seen[0][1] == 1)
