@@ -242,10 +242,18 @@ class ScoreModel(nn.Module):
     def train(self, mode: bool = True) -> ScoreModel:
         """As usual, but wholly frozen parts stay in eval mode: no dropout, no moving statistics."""
         super().train(mode)
-        for module in self.clip.modules():
-            trained = [parameter.requires_grad for parameter in module.parameters()]
-            if trained and not any(trained):  # what has no parameters follows its parent
-                module.eval()
+        if not mode:
+            return self
+        # Whether a module has a trained parameter anywhere below it; what has no parameters follows its parent.
+        is_trained: dict[str, bool] = {}
+        for name, parameter in self.clip.named_parameters():
+            owner = name
+            while owner:
+                owner = owner.rpartition(".")[0]
+                is_trained[owner] = is_trained.get(owner, False) or parameter.requires_grad
+        for name, module in self.clip.named_modules():  # parents first
+            is_trained.setdefault(name, is_trained.get(name.rpartition(".")[0], True))
+            module.training = is_trained[name]
         return self
 
 

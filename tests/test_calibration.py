@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import GroupKFold
 
 import calibration
 from calibration import LOGIT_CLIP, NUM_FOLDS, PENALTIES, fit_consistency, fit_quality
@@ -156,12 +158,13 @@ def test_no_fold_shares_a_group_with_another(monkeypatch, noisy):
     images, target, groups = noisy
     seen = []
 
-    def spy(penalties, cv, **options):
-        seen.extend(cv)
-        return ridge_cv(penalties, cv=cv, **options)
+    class Spy(calibration.GroupKFold):
+        def split(self, *arrays, **options):
+            for fold in super().split(*arrays, **options):
+                seen.append(fold)
+                yield fold
 
-    ridge_cv = calibration.RidgeCV
-    monkeypatch.setattr(calibration, "RidgeCV", spy)
+    monkeypatch.setattr(calibration, "GroupKFold", Spy)
     fit_quality(images, target, groups)
     assert len(seen) == NUM_FOLDS
     assert all(not set(groups[train]) & set(groups[test]) for train, test in seen)
@@ -185,3 +188,14 @@ def test_labels_at_both_ends_of_the_scale_stay_finite():
     assert np.isfinite(weight).all()
     bound = np.log((1 - LOGIT_CLIP) / LOGIT_CLIP)
     assert abs(offset) < bound
+
+
+def test_the_penalty_is_the_one_that_sklearns_own_search_chooses(noisy):
+    images, target, groups = noisy
+    clipped = np.clip(target, calibration.LOGIT_CLIP, 1 - calibration.LOGIT_CLIP)
+    folds = list(GroupKFold(NUM_FOLDS).split(images, groups=groups))
+    search = RidgeCV(calibration.PENALTIES, cv=folds, scoring="neg_mean_squared_error")
+    search.fit(images, np.log(clipped / (1 - clipped)))
+    weight, offset = fit_quality(images, target, groups)
+    np.testing.assert_allclose(weight, search.coef_, rtol=1e-6, atol=1e-9)
+    assert offset == pytest.approx(search.intercept_)
