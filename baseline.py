@@ -74,12 +74,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     model.to(runtime.device)
     feed, num_truncated = build_feed(config, examples, backbone, runtime)
     orders = build_orders(config, examples)
-    num_steps = engine.num_optimizer_steps(
-        len(examples.rows("train")),
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        epochs=config.epochs,
-    )
+    num_steps = count_steps(config, examples)
     notes = [f"{num_truncated} text(s) exceed CLIP's context length and were cut"] if num_truncated else []
     runtime.say(plan(config, examples, backbone, model, feed, runtime, num_steps=num_steps, notes=notes))
     if config.dry_run:
@@ -166,6 +161,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
         **{fold: evaluate(predictions[fold], fold, examples, config) for fold in ("val", "test")},
         "base": {fold: agreements(base.scores(known[fold]), fold, examples) for fold in ("val", "test")},
         "floors": floors(examples),
+        "leakage": data.leakage(examples),
         "seconds": round(time.perf_counter() - started, 3),
         "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
     }
@@ -439,6 +435,8 @@ def read_examples(config: TrainingConfig) -> data.Examples:
         raise ValueError(f"--select_by {config.select_by}: the data has no {data.TASKS[task]} scores")
     if not any({"q": config.w_q, "c": config.w_c}[task] for task in examples.scales):
         raise ValueError(f"the data has {' and '.join(data.TASKS[t] for t in examples.scales)} scores only, weighted 0")
+    if config.strict_splits and (leaks := data.leakage_notes(examples)):
+        raise ValueError(f"--strict_splits: {'; '.join(leaks)}")
     if config.use_explanations and (examples.table["prompt"] == "").all():
         raise ValueError("--use_explanations: needs prompts, and the data has none")
     if config.use_explanations and not (examples.table["explanation"] != "").any():
@@ -517,6 +515,16 @@ def build_orders(config: TrainingConfig, examples: data.Examples) -> dict[str, i
     }
     train = inputs.BatchOrder(examples.rows("train"), batch_size=config.batch_size, shuffle=True, seed=config.seed)
     return {"train": train, **evaluated}
+
+
+def count_steps(config: TrainingConfig, examples: data.Examples) -> int:
+    """Optimiser steps of the whole run."""
+    return engine.num_optimizer_steps(
+        len(examples.rows("train")),
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        epochs=config.epochs,
+    )
 
 
 def evaluation_batch(config: TrainingConfig) -> int:
@@ -728,7 +736,7 @@ def plan(
         ("images", feed.pixels.store.describe()),
         ("machine", runtime.describe()),
     ]
-    notes = [*backbone.notes, *notes]
+    notes = [*data.leakage_notes(examples), *backbone.notes, *notes]
     if config.freeze_layers != TrainingConfig.freeze_layers and not config.partial_freeze:
         notes.append("--freeze_layers does nothing without --partial_freeze")
     if config.cache_views is not None and caches_nothing(config, model):

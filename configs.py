@@ -89,6 +89,9 @@ class TrainingConfig:
         "what must not be shared between folds; a CSV column 'split' wins",
         choices=("prompt", "image"),
     )
+    strict_splits: bool = option(
+        False, "data", "refuse to run if a prompt or the content of an image occurs in more than one fold"
+    )
     seed: int = option(42, "data", "seed of splits, weights, augmentation and order", within="[0, 4294967295]")
     mos_range_q: tuple[float, float] | None = option(
         None,

@@ -346,6 +346,33 @@ class Examples:
         return {task: float(np.nanmean(values[self.rows("train")])) for task, values in self.unit_targets.items()}
 
 
+def leakage(examples: Examples) -> dict[str, dict[str, int]]:
+    """How many images of the validation and the test fold share something with an earlier fold.
+
+    Returns:
+        {"prompt": {"val": ..., "test": ...}, "content": {...}}: numbers of images whose prompt (without regard to case
+        and spacing), or whose file content, also occurs in training; for the test fold, in training or validation.
+    """
+    digests = pd.factorize(np.array([file.digest for file in examples.files]))[0]
+    found: dict[str, dict[str, int]] = {}
+    for what, codes in (("prompt", prompt_groups(examples.table)), ("content", digests)):
+        found[what] = {}
+        for number, fold in enumerate(FOLDS[1:], start=1):
+            earlier = codes[np.isin(examples.folds, FOLDS[:number])]
+            found[what][fold] = int(np.isin(codes[examples.rows(fold)], earlier).sum())
+    return found
+
+
+def leakage_notes(examples: Examples) -> list[str]:
+    """What `leakage` found, in words: a line for each fold and kind that has any."""
+    return [
+        f"leakage: {count} of {len(examples.rows(fold))} {fold} images share their {what} with an earlier fold"
+        for what, counts in leakage(examples).items()
+        for fold, count in counts.items()
+        if count
+    ]
+
+
 def load_examples(
     csv_path: str | Path,
     image_dir: str | Path,

@@ -326,3 +326,15 @@ def test_real_images_train(agiqa_dir, tmp_path):
     history = pd.read_csv(tmp_path / "run" / "metrics.csv")
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
     assert 0 < results["test"]["plcc_fit_q"] <= 1
+
+
+def test_a_leak_is_said_and_counted_and_refused_where_splits_are_strict(train, capsys):
+    flags = f"{TINY} --freeze_clip --epochs 1 --batch_size 16 --split_by image"
+    _, results = train(flags)
+    shared = results["leakage"]["prompt"]["test"]
+    assert shared > 0 and f"leakage: {shared} of 13 test images share their prompt" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        train(f"{flags} --strict_splits", "strict")
+    assert stop.value.code == 2
+    assert "error: --strict_splits: leakage: " in capsys.readouterr().err
+    train(f"{TINY} --freeze_clip --epochs 1 --batch_size 16 --strict_splits", "clean")

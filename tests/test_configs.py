@@ -30,6 +30,7 @@ DOCUMENTED = {
     "--test_size": 0.2,
     "--val_size": 0.1,
     "--split_by": "prompt",
+    "--strict_splits": False,
     "--seed": 42,
     "--mos_range_q": None,
     "--mos_range_c": None,

@@ -536,3 +536,44 @@ def test_agiqa_3k_is_a_data_set(agiqa_dir):
     assert pd.Series(folds).groupby(plain).nunique().max() == 1
     assert abs((folds == "test").mean() - 0.2) < 0.05
     assert images.check_images(table["path"].tolist()[::300])
+
+
+# -- leakage
+
+
+def set_with_folds(make_dataset, prompts: list[str], folds: list[str], twins: dict[int, int] | None = None):
+    """Examples with given prompts and folds; `twins` gives an image the content of another."""
+    rows = [
+        {"name": f"g_{i}.png", "prompt": prompt, "mos_quality": 1 + i / 10, "split": fold}
+        for i, (prompt, fold) in enumerate(zip(prompts, folds, strict=True))
+    ]
+    files = make_dataset(rows)
+    for copy, original in (twins or {}).items():
+        (files.images / f"g_{copy}.png").write_bytes((files.images / f"g_{original}.png").read_bytes())
+    options = {"split_by": "prompt", "test_size": 0.2, "val_size": 0.1, "seed": 1, "ranges": {"q": None, "c": None}}
+    return data.load_examples(files.csv, files.images, data.Columns(), **options)
+
+
+FOLDS_OF_EIGHT = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+
+
+def test_a_clean_split_leaks_nothing_and_is_not_spoken_of(make_dataset):
+    examples = set_with_folds(make_dataset, list("aabbccdd"), FOLDS_OF_EIGHT)
+    assert data.leakage(examples) == {"prompt": {"val": 0, "test": 0}, "content": {"val": 0, "test": 0}}
+    assert data.leakage_notes(examples) == []
+
+
+def test_planted_leaks_are_counted_by_fold_and_kind(make_dataset):
+    prompts = ["a cat", "b", "c", "d", "e", "A  Cat", "e", "d"]  # case and spacing hide nothing; 6 leaks from val
+    examples = set_with_folds(make_dataset, prompts, FOLDS_OF_EIGHT, twins={7: 0, 1: 0})  # a pair within a fold is fine
+    assert data.leakage(examples) == {"prompt": {"val": 1, "test": 2}, "content": {"val": 0, "test": 1}}
+    assert data.leakage_notes(examples) == [
+        "leakage: 1 of 2 val images share their prompt with an earlier fold",
+        "leakage: 2 of 2 test images share their prompt with an earlier fold",
+        "leakage: 1 of 2 test images share their content with an earlier fold",
+    ]
+
+
+def test_images_without_prompts_leak_by_content_only(make_dataset):
+    examples = set_with_folds(make_dataset, [""] * 8, FOLDS_OF_EIGHT, twins={4: 3})
+    assert data.leakage(examples) == {"prompt": {"val": 0, "test": 0}, "content": {"val": 1, "test": 0}}
