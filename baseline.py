@@ -44,6 +44,7 @@ import engine
 import features
 import images
 import inputs
+import labels
 import losses
 import metrics
 import models
@@ -161,6 +162,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
         **{fold: evaluate(predictions[fold], fold, examples, config) for fold in ("val", "test")},
         "base": {fold: agreements(base.scores(known[fold]), fold, examples) for fold in ("val", "test")},
         "floors": floors(examples),
+        "certainty": certainty(predictions["test"], examples),
         "leakage": data.leakage(examples),
         "seconds": round(time.perf_counter() - started, 3),
         "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
@@ -413,23 +415,30 @@ def draw_demo(config: TrainingConfig, runtime: engine.Runtime) -> TrainingConfig
 
 def read_examples(config: TrainingConfig) -> data.Examples:
     """The data set that the options name. Raises ValueError."""
-    examples = data.load_examples(
-        config.data_csv_path,
-        config.image_base_dir,
-        data.Columns(
+    ranges = {"q": config.mos_range_q, "c": config.mos_range_c}
+    options = {name: getattr(config, name) for name in ("split_by", "test_size", "val_size", "seed")}
+    if config.dataset == "csv":
+        columns = data.Columns(
             name=config.name_column,
             prompt=config.prompt_column,
             quality=config.quality_column,
             consistency=config.consistency_column,
             explanation=config.explanation_column,
             group=config.group_column,
-        ),
-        split_by=config.split_by,
-        test_size=config.test_size,
-        val_size=config.val_size,
-        seed=config.seed,
-        ranges={"q": config.mos_range_q, "c": config.mos_range_c},
-    )
+        )
+        examples = data.load_examples(config.data_csv_path, config.image_base_dir, columns, ranges=ranges, **options)
+    else:
+        root = Path(str(config.data_root))
+        table = data.named_table(labels.read_dataset(config.dataset, root), root)
+        known = labels.DATASETS[config.dataset].ranges
+        ranges = {task: given or known.get(task) for task, given in ranges.items()}
+        examples = data.build_examples(table, table.drop(columns="path").to_csv().encode(), ranges=ranges, **options)
+    check_examples(config, examples)
+    return examples
+
+
+def check_examples(config: TrainingConfig, examples: data.Examples) -> None:
+    """Raise ValueError if the options ask for what the data has not."""
     task = config.select_by.rpartition("_")[2]
     if task in data.TASKS and task not in examples.scales:
         raise ValueError(f"--select_by {config.select_by}: the data has no {data.TASKS[task]} scores")
@@ -441,7 +450,6 @@ def read_examples(config: TrainingConfig) -> data.Examples:
         raise ValueError("--use_explanations: needs prompts, and the data has none")
     if config.use_explanations and not (examples.table["explanation"] != "").any():
         raise ValueError(f"--use_explanations: column {config.explanation_column!r} is missing or empty")
-    return examples
 
 
 def model_arguments(config: TrainingConfig, embed_dim: int) -> dict[str, Any]:
@@ -609,6 +617,28 @@ def agreements(in_mos: Mapping[str, np.ndarray], fold: str, examples: data.Examp
     return {**found, "main": metrics.main_score(found)}
 
 
+def certainty(scores: Mapping[str, np.ndarray], examples: data.Examples) -> dict[str, dict[str, Any]]:
+    """How sure the test fold's scores are, and what correlations do not tell: a part for each task.
+
+    Returns:
+        Task -> 95 % intervals of srocc and plcc (bootstrap over prompts; absent with a single prompt), the share of
+        pairs of the same prompt that are ordered as people order them and their number, slope and bias (MOS units).
+    """
+    prompts = data.prompt_groups(examples.table)[examples.rows("test")]
+    found = {}
+    for task, scale in examples.scales.items():
+        mos = examples.mos(task, "test")
+        known = ~np.isnan(mos)
+        pred, mos, groups = scale.to_mos(scores[task])[known], mos[known], prompts[known]
+        accuracy, num_pairs = metrics.within_group_accuracy(pred, mos, groups)
+        found[task] = {
+            "intervals": {name: list(ends) for name, ends in metrics.cluster_bootstrap(pred, mos, groups).items()},
+            "within_prompt": {"accuracy": accuracy, "pairs": num_pairs},
+            **metrics.calibration_line(pred, mos),
+        }
+    return found
+
+
 def floors(examples: data.Examples) -> dict[str, dict[str, float]]:
     """What predictors that look at no pixel reach on the test fold: the training mean and each generator's mean."""
     groups = examples.table["group"].to_numpy()
@@ -725,7 +755,7 @@ def plan(
     own = (table["split"] != "").any()
     lines = [
         ("data", f"{len(table)} images, {table['prompt'].nunique()} prompts; {scores}"),
-        ("split", f"{sizes} ({'as the CSV says' if own else 'by ' + config.split_by})"),
+        ("split", f"{sizes} ({'as the data set says' if own else 'by ' + config.split_by})"),
         ("backbone", f"{origin(config)}, {config.image_size} px, {backbone.activation}, {config.freezing}"),
         ("trained", parts),
         (
@@ -787,10 +817,24 @@ def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
     return "\n".join(
         [
             *lines,
+            *certainty_lines(results["certainty"]),
             f"SROCC added by training to what CLIP knew before (ridge probe, cosine): {added}",
             f"main score (mean of SROCC and PLCC): {results['test']['main']:.3f}",
         ]
     )
+
+
+def certainty_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """`certainty` in words, a line for each task."""
+    lines = []
+    for task, part in found.items():
+        said = [f"{name.upper()} {low:.3f} .. {high:.3f}" for name, (low, high) in part["intervals"].items()]
+        words = [f"95 % intervals over prompts: {', '.join(said)}"] if said else []
+        if part["within_prompt"]["pairs"]:
+            words.append(f"pairs of one prompt ordered right: {part['within_prompt']['accuracy']:.1%}")
+        words.append(f"slope {part['slope']:.2f}, bias {part['bias']:+.2f}")
+        lines.append(f"{data.TASKS[task]}: {'; '.join(words)}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -21,6 +21,21 @@ from typing import Any, NoReturn, cast, get_type_hints
 
 LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity")
 
+# As labels.py reads them.
+DATASET_NAMES = (
+    "agiqa-3k",
+    "agiqa-1k",
+    "aigciqa2023",
+    "aigiqa-20k",
+    "pku-aigiqa-4k",
+    "evalmuse-40k",
+    "koniq-10k",
+    "kadid-10k",
+    "tid2013",
+    "spaq",
+    "live-challenge",
+)
+
 GROUPS = {
     "data": "what to train on, and how it is split",
     "backbone": "which CLIP, and how much of it is trained",
@@ -66,6 +81,10 @@ class TrainingConfig:
     """All options of one training run. Construction checks every value and raises ValueError naming the flag."""
 
     # data
+    dataset: str = option(
+        "csv", "data", "'csv', or a data set as downloaded, in --data_root", choices=("csv", *DATASET_NAMES)
+    )
+    data_root: str | None = option(None, "data", "folder of the --dataset", metavar="DIR")
     data_csv_path: str = option("data/data.csv", "data", "table of image names, prompts and scores (UTF-8 CSV)")
     image_base_dir: str = option("data/images", "data", "folder that the image names are relative to")
     image_size: int = option(224, "data", "pixels per side that CLIP sees", within="[16, 4096]", recommended="224-336")
@@ -86,8 +105,8 @@ class TrainingConfig:
     split_by: str = option(
         "prompt",
         "data",
-        "what must not be shared between folds; a CSV column 'split' wins",
-        choices=("prompt", "image"),
+        "what must not be shared between folds (group: the reference image); a CSV column 'split' wins",
+        choices=("prompt", "group", "image"),
     )
     strict_splits: bool = option(
         False, "data", "refuse to run if a prompt or the content of an image occurs in more than one fold"
@@ -514,6 +533,9 @@ def check_together(config: TrainingConfig) -> None:
     parse_loss(config.loss)
     if config.freeze_clip and config.partial_freeze:
         raise ValueError("--freeze_clip and --partial_freeze exclude each other: choose one")
+    if (config.dataset == "csv") != (config.data_root is None):
+        need = "drop --data_root, or name the data set in it" if config.data_root else "needs --data_root DIR"
+        raise ValueError(f"--dataset {config.dataset}: {need}")
     if config.unfreeze_schedule:
         parse_unfreeze_schedule(config.unfreeze_schedule)
         if config.freeze_clip or config.lora_rank:
@@ -626,7 +648,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
     flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
     saved = load_options(flags["config"]) if "config" in flags else {}
     is_demo = flags.get("demo", saved.get("demo", False))
-    for name in ("data_csv_path", "image_base_dir"):
+    for name in ("data_csv_path", "image_base_dir", "dataset"):
         if is_demo and name in flags:
             ways = "drop it" if "demo" in flags else "add --no_demo (--config has it on)"
             raise ValueError(f"--demo draws its own data: {ways} or drop --{name}")

@@ -84,6 +84,7 @@ def read_table(csv_path: str | Path, image_dir: str | Path, columns: Columns, *,
             "q": parse_scores(raw, columns.quality, csv_path) if scored else np.nan,
             "c": parse_scores(raw, columns.consistency, csv_path) if scored else np.nan,
             "split": texts("split"),
+            "reference": texts("reference"),
             "row": raw.index,
         }
     )
@@ -224,10 +225,12 @@ def split_units(table: pd.DataFrame, split_by: str) -> np.ndarray:
     """A number for each row; rows with the same number stay in one fold. Raises ValueError."""
     if split_by == "image":
         return np.arange(len(table))
-    if (table["prompt"] == "").any():
-        row = table.loc[table["prompt"] == "", "row"].iloc[0]
-        raise ValueError(f"row {row} has no prompt, so --split_by prompt cannot place it; use --split_by image")
-    return prompt_groups(table)
+    column = {"prompt": "prompt", "group": "reference"}[split_by]
+    if (table[column] == "").any():
+        row = table.loc[table[column] == "", "row"].iloc[0]
+        others = "--split_by image" if (table["reference"] == "").any() else "--split_by group (reference image)"
+        raise ValueError(f"row {row} has no {column}, so --split_by {split_by} cannot place it; use {others}")
+    return prompt_groups(table) if split_by == "prompt" else pd.factorize(table["reference"])[0]
 
 
 def prompt_groups(table: pd.DataFrame) -> np.ndarray:
@@ -309,9 +312,9 @@ def label_scale(mos: np.ndarray, folds: np.ndarray, given: tuple[float, float] |
     return LabelScale(low, high)
 
 
-def fingerprint(csv_path: str | Path, image_hashes: Sequence[str]) -> str:
-    """SHA-256 over the CSV and every image's content: equal data, equal fingerprint."""
-    digest = hashlib.sha256(Path(csv_path).read_bytes())
+def fingerprint(labels: bytes, image_hashes: Sequence[str]) -> str:
+    """SHA-256 over the label file and every image's content: equal data, equal fingerprint."""
+    digest = hashlib.sha256(labels)
     for item in image_hashes:
         digest.update(item.encode())
     return digest.hexdigest()
@@ -386,6 +389,37 @@ def load_examples(
 ) -> Examples:
     """Read, check, split and scale a data set. Raises ValueError: see the functions it is made of."""
     table = read_table(csv_path, image_dir, columns)
+    return build_examples(
+        table,
+        Path(csv_path).read_bytes(),
+        split_by=split_by,
+        test_size=test_size,
+        val_size=val_size,
+        seed=seed,
+        ranges=ranges,
+    )
+
+
+def named_table(found: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """A table as `labels.read_dataset` gives it, as `read_table` does. Raises ValueError."""
+    table = found.rename(columns={"unit": "reference"}).assign(explanation="", row=np.arange(len(found)) + 1)
+    no_prompt = table["c"].notna() & (table["prompt"] == "")
+    if no_prompt.any():
+        raise ValueError(f"{root}: {no_prompt.sum()} image(s) have a consistency score but no prompt")
+    return table.assign(path=check_names(table, root, root))
+
+
+def build_examples(
+    table: pd.DataFrame,
+    labels: bytes,
+    *,
+    split_by: str,
+    test_size: float,
+    val_size: float,
+    seed: int,
+    ranges: Mapping[str, tuple[float, float] | None],
+) -> Examples:
+    """Split and scale a table and check its images; `labels` stands for the label file. Raises ValueError."""
     folds = assign_folds(table, split_by=split_by, test_size=test_size, val_size=val_size, seed=seed)
     scales = {
         task: label_scale(table[task].to_numpy(), folds, ranges[task], f"--mos_range_{task}")
@@ -393,4 +427,4 @@ def load_examples(
         if table[task].notna().any()
     }
     files = check_images(table["path"].tolist())
-    return Examples(table, folds, scales, files, fingerprint(csv_path, [file.digest for file in files]))
+    return Examples(table, folds, scales, files, fingerprint(labels, [file.digest for file in files]))

@@ -26,6 +26,8 @@ Array = NDArray[np.float64]
 _LINE_WIDTH = 1e3
 # ln(width / std of pred) stays within this, so that neither exp() nor the division by the width overflows.
 _MAX_LOG_WIDTH = 7.0
+# Resamples are worked through in blocks of about this many numbers, which bounds the memory for any N.
+_BLOCK = 2**18
 
 
 def srocc(pred: ArrayLike, mos: ArrayLike) -> float:
@@ -141,6 +143,106 @@ def group_mean_predictor(
     return np.array([means.get(group, overall) for group in test_groups], dtype=np.float64)
 
 
+def calibration_line(pred: ArrayLike, mos: ArrayLike) -> dict[str, float]:
+    """How far the raw predictions are off the MOS scale, which correlations and `rmse` leave out.
+
+    "slope" is that of the least-squares line of `mos` on `pred`, in units of MOS per unit of `pred`: 1 is
+    perfect, below 1 says that `pred` is spread too widely for how well it predicts, above 1 too narrowly.
+    "bias" is mean(pred - mos) in MOS units: 0 is perfect, above 0 says that `pred` is too high.
+
+    Finite input gets a finite answer: the slope is 0.0 for constant `pred`, whose best line is flat, and where
+    it exceeds the range of a float. No pairs are a ValueError: a bias of 0.0 there would read as perfect.
+    """
+    x, y = _pair(pred, mos)
+    if x.size == 0:
+        raise ValueError("the calibration line needs at least one pair of pred and mos, got none")
+    (unit_x, x_size), (unit_y, y_size) = _to_unit_extent(x), _to_unit_extent(y)
+    with np.errstate(all="ignore"):
+        slope = float(unit_x @ unit_y / (unit_x @ unit_x) * np.divide(y_size, x_size))  # 0 / 0 for constant pred
+        bias = np.sum(x / x.size) - np.sum(y / x.size)  # divided first: the sum of large values overflows
+    return {"slope": slope if np.isfinite(slope) else 0.0, "bias": float(np.nan_to_num(bias))}
+
+
+def within_group_accuracy(pred: ArrayLike, mos: ArrayLike, groups: Sequence[Hashable]) -> tuple[float | None, int]:
+    """Share in [0, 1] of the pairs inside a group that `pred` orders as `mos` does, and the number of pairs.
+
+    With the prompt as group, (N,) labels, this asks which of several images of one prompt is better, which no
+    difference between prompts can answer. Only pairs of different MOS count, all pairs weigh the same, and
+    equal `pred` scores one half, so that constant predictions and guessing both get 0.5.
+
+    Where no group has two different MOS the answer is (None, 0): 0.0 would read as all wrong. One label per
+    row is needed, and none may be NaN: else ValueError.
+    """
+    x, y = _pair(pred, mos)
+    codes = _codes(groups, x.size, "groups")
+    half_points = pairs = 0
+    for rows in np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1]):
+        for i, row in enumerate(rows[:-1]):
+            others = rows[i + 1 :]
+            others = others[y[others] != y[row]]
+            tied = x[others] == x[row]
+            agree = (x[others] > x[row]) == (y[others] > y[row])
+            half_points += 2 * int(np.sum(agree & ~tied)) + int(tied.sum())
+            pairs += others.size
+    return (half_points / (2 * pairs) if pairs else None), pairs
+
+
+def cluster_bootstrap(
+    pred: ArrayLike,
+    mos: ArrayLike,
+    clusters: Sequence[Hashable],
+    *,
+    num_samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals (low, high) of "srocc" and "plcc" under resampling of whole clusters.
+
+    `clusters`, (N,) labels, says which rows belong together, such as the images of one prompt: their errors
+    are alike, and resampling single rows would take them for independent and give intervals that are too
+    narrow. Each of `num_samples` resamples draws as many clusters as there are, with replacement, and takes
+    all rows of each. `level` is the nominal coverage; with fewer than some 20 clusters the true one is lower.
+
+    The answer is a function of the input and `seed`. Names of clusters do not matter, the order in which they
+    first appear does, as another seed would. A resample in which either side is constant counts as 0.0.
+    Fewer than two clusters have no spread to show, and the answer is the empty dict, which holds no NaN and
+    merges into any results. Unequal lengths, a NaN label, `num_samples` below 1 and a `level` outside (0, 1)
+    are a ValueError.
+
+    Source: Efron and Tibshirani, An introduction to the bootstrap, 1993, chapter 13 (percentile intervals);
+    Field and Welsh, Bootstrapping clustered data, J. R. Statist. Soc. B 69, 2007 (clusters).
+    """
+    x, y = _pair(pred, mos)
+    found = _bootstrap([x], y, clusters, num_samples, seed, level)
+    return {name: _interval(values[0], level) for name, values in found.items()}
+
+
+def paired_bootstrap(
+    pred_a: ArrayLike,
+    pred_b: ArrayLike,
+    mos: ArrayLike,
+    clusters: Sequence[Hashable],
+    *,
+    num_samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float, float]]:
+    """How much better `pred_b` is than `pred_a`: (b - a, low, high) of "srocc" and "plcc", each in [-2, 2].
+
+    The first number is the difference on the rows as given, the others its percentile interval. Both are
+    measured on the same resamples of clusters, so that what makes a resample easy or hard for either cancels:
+    an interval without 0 tells two models apart even where their own intervals overlap. All inputs are (N,);
+    resampling, conventions, the empty answer, errors and sources are those of `cluster_bootstrap`.
+    """
+    (a, y), (b, _) = _pair(pred_a, mos), _pair(pred_b, mos)
+    found = _bootstrap([a, b], y, clusters, num_samples, seed, level)
+    measures = {"srocc": srocc, "plcc": plcc}
+    return {
+        name: (measures[name](b, y) - measures[name](a, y), *_interval(of_b - of_a, level))
+        for name, (of_a, of_b) in found.items()
+    }
+
+
 def _vector(values: ArrayLike, name: str) -> Array:
     """`values` as a finite float64 vector, or ValueError."""
     vector = np.asarray(values, dtype=np.float64)
@@ -214,3 +316,86 @@ def _least_squares(x: Array, y: Array, start: Array) -> Array:
 
     theta = optimize.least_squares(residuals, start, jac=jacobian, method="lm", max_nfev=100).x
     return np.array([*theta[:3], width_of(theta)])
+
+
+def _codes(labels: Sequence[Hashable], size: int, name: str) -> NDArray[np.intp]:
+    """`labels` (N,) numbered 0, 1, ... in the order of first appearance, or ValueError."""
+    if len(labels) != size:
+        raise ValueError(f"{name} must have one label per row, got {len(labels)} for {size}")
+    numbers: dict[Hashable, int] = {}
+    codes = [numbers.setdefault(label, len(numbers)) for label in labels]
+    if any(label != label for label in numbers):  # NaN, which would not even be one group
+        raise ValueError(f"{name} has NaN among its labels")
+    return np.array(codes, dtype=np.intp)
+
+
+def _to_unit_extent(x: Array) -> tuple[Array, float]:
+    """`x` of one or more values, moved to mean 0 and scaled to a largest magnitude of 1, and that scale.
+
+    Constant `x` gives exact zeros. The squares of the result neither overflow nor vanish, whatever the units of `x`.
+    """
+    size = float(np.abs(x).max()) or 1.0
+    centred = x / size
+    centred = centred - centred.mean()
+    extent = float(np.abs(centred).max()) or 1.0
+    return centred / extent, size * extent
+
+
+def _interval(values: Array, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _bootstrap(
+    preds: Sequence[Array], y: Array, clusters: Sequence[Hashable], num_samples: int, seed: int, level: float
+) -> dict[str, Array]:
+    """SROCC and PLCC of each of P `preds` on the same resamples, (P, num_samples); {} for under two clusters.
+
+    A resample is kept as how often each row is in it, never as the rows themselves: resamples of any size then
+    fit one matrix, and the data are sorted once instead of once per resample.
+    """
+    if num_samples < 1 or not 0 < level < 1:
+        raise ValueError(f"need num_samples of 1 or more and 0 < level < 1, got {num_samples} and {level}")
+    codes = _codes(clusters, y.size, "clusters")
+    k = int(codes.max()) + 1 if codes.size else 0
+    if k < 2:
+        return {}
+    rng = np.random.default_rng(seed)
+    columns = [*preds, y]
+    extents = [_to_unit_extent(column)[0] for column in columns]
+    found = {name: np.zeros((len(preds), num_samples)) for name in ("srocc", "plcc")}
+    step = max(1, _BLOCK // y.size)
+    for start in range(0, num_samples, step):
+        rows = min(step, num_samples - start)
+        drawn = rng.integers(k, size=(rows, k)) + k * np.arange(rows)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rows * k).reshape(rows, k)[:, codes].astype(np.float64)
+        ranks, varied = zip(*(_weighted_ranks(column, weights) for column in columns), strict=True)
+        for i in range(len(preds)):
+            defined = varied[i] & varied[-1]
+            for name, sides in ("srocc", ranks), ("plcc", extents):
+                values = _weighted_correlation(sides[i], sides[-1], weights)
+                found[name][i, start : start + rows] = np.where(defined & np.isfinite(values), values, 0.0)
+    return found
+
+
+def _weighted_ranks(x: Array, weights: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """Average ranks of `x` (N,) with each value repeated `weights` (S, N) times, (S, N), and whether they vary, (S,).
+
+    The rank of a value that is not there (weight 0) means nothing.
+    """
+    _, place, times = np.unique(x, return_inverse=True, return_counts=True)
+    order, first = np.argsort(place, kind="stable"), np.cumsum(times) - times
+    together = np.add.reduceat(weights[:, order], first, axis=1)  # how often each distinct value is there
+    average = np.cumsum(together, axis=1) - (together - 1) / 2
+    return average[:, place], np.count_nonzero(together, axis=1) > 1
+
+
+def _weighted_correlation(x: Array, y: Array, weights: Array) -> Array:
+    """Pearson's correlation (S,) of x and y, (N,) or (S, N), each pair repeated `weights` (S, N) times."""
+    size = weights.sum(axis=1, keepdims=True)
+    x = x - (weights * x).sum(axis=1, keepdims=True) / size
+    y = y - (weights * y).sum(axis=1, keepdims=True) / size
+    weighted = weights * x
+    with np.errstate(all="ignore"):
+        spread = np.sqrt((weighted * x).sum(axis=1)) * np.sqrt((weights * y * y).sum(axis=1))
+        return np.clip((weighted * y).sum(axis=1) / spread, -1, 1)

@@ -338,3 +338,29 @@ def test_a_leak_is_said_and_counted_and_refused_where_splits_are_strict(train, c
     assert stop.value.code == 2
     assert "error: --strict_splits: leakage: " in capsys.readouterr().err
     train(f"{TINY} --freeze_clip --epochs 1 --batch_size 16 --strict_splits", "clean")
+
+
+@pytest.mark.slow
+def test_a_named_data_set_is_trained_on_as_its_csv_is(agiqa_dir, tmp_path):
+    common = shlex.split(f"{TINY} --freeze_clip --epochs 1 --cache_dir {tmp_path / 'cache'}")
+    whole = ["--mos_range_q", "0", "5", "--mos_range_c", "0", "5"]
+    files = ["--data_csv_path", str(agiqa_dir / "data.csv"), "--image_base_dir", str(agiqa_dir / "images")]
+    by_csv = baseline.main([*common, *whole, *files, "--output_dir", str(tmp_path / "csv")])
+    named = ["--dataset", "agiqa-3k", "--data_root", str(agiqa_dir)]
+    by_name = baseline.main([*common, *named, "--output_dir", str(tmp_path / "name")])
+    assert by_name["floors"] == by_csv["floors"]
+    assert by_name["test"]["main"] == pytest.approx(by_csv["test"]["main"], abs=1e-6)
+
+
+def test_results_tell_how_sure_they_are(finished):
+    folder, results = finished
+    table = pd.read_csv(folder / "predictions.csv")
+    test = table[table["split"] == "test"]
+    for task, mos, pred in (("q", "mos_quality", "pred_quality"), ("c", "mos_align", "pred_align")):
+        part = results["certainty"][task]
+        low, high = part["intervals"]["srocc"]
+        assert low <= high and low <= results["test"][f"srocc_{task}"] + 0.3
+        line = metrics.calibration_line(test[pred].to_numpy(), test[mos].to_numpy())
+        assert part["slope"] == pytest.approx(line["slope"], abs=1e-3)
+        assert part["bias"] == pytest.approx(line["bias"], abs=1e-4)
+        assert 0 <= part["within_prompt"]["accuracy"] <= 1 and part["within_prompt"]["pairs"] > 0

@@ -22,6 +22,8 @@ from configs import DEMO_SETTINGS, GROUPS, LOSS_NAMES, NOT_SAVED, OPTIONS, Train
 
 # The frozen list of flags. Whoever changes a line here changes what existing scripts and saved configs mean.
 DOCUMENTED = {
+    "--dataset": "csv",
+    "--data_root": None,
     "--data_csv_path": "data/data.csv",
     "--image_base_dir": "data/images",
     "--image_size": 224,
@@ -112,7 +114,11 @@ SAMPLES: dict[str, Any] = {
     "mos_range_c": (-1.0, 1.5),
     "max_grad_norm": 0.0,
 }
-COMPANIONS = {"use_refinement": {"use_residual_learning": False}}
+COMPANIONS = {
+    "use_refinement": {"use_residual_learning": False},
+    "dataset": {"data_root": "folder"},
+    "data_root": {"dataset": "agiqa-3k"},
+}
 NAMES_WITHIN = [name for name, spec in OPTIONS.items() if spec.metadata["within"]]
 NUMBER_NAMES = [name for name, spec in OPTIONS.items() if spec.kind is float]
 
@@ -367,7 +373,9 @@ def test_an_interval_is_read_as_written():
 def test_choices_are_all_accepted_and_nothing_else(name):
     choices = OPTIONS[name].metadata["choices"]
     for choice in choices:
-        assert getattr(parse_args([f"--{name}", choice]), name) == choice
+        others = COMPANIONS.get(name, {}) if choice != OPTIONS[name].default else {}
+        words = [word for key, item in others.items() for word in as_flags(key, item)]
+        assert getattr(parse_args([f"--{name}", choice, *words]), name) == choice
     for wrong in ("", choices[0].upper(), "nonsense"):
         message = outcome(f"--{name}", wrong)
         assert f"--{name}" in message and all(choice in message for choice in choices)

@@ -310,7 +310,7 @@ def test_the_fingerprint_changes_with_any_byte_and_with_nothing_else(make_datase
     paths = read(files)["path"].tolist()
 
     def now() -> str:
-        return data.fingerprint(files.csv, [file.digest for file in images.check_images(paths)])
+        return data.fingerprint(files.csv.read_bytes(), [file.digest for file in images.check_images(paths)])
 
     first = now()
     assert first == now() and len(first) == 64
@@ -331,7 +331,7 @@ def test_the_fingerprint_changes_with_any_byte_and_with_nothing_else(make_datase
 def table_of(prompts: list[str], **columns: Any) -> pd.DataFrame:
     """A table as `read_table` returns it, as far as splits look at it."""
     count = len(prompts)
-    table = pd.DataFrame({"name": [f"{i}.png" for i in range(count)], "prompt": prompts, "split": ""})
+    table = pd.DataFrame({"name": [f"{i}.png" for i in range(count)], "prompt": prompts, "split": "", "reference": ""})
     table["row"] = np.arange(count) + 2
     return table.assign(**{"q": np.arange(count) / 2, "c": np.arange(count) / 3, **columns})
 
@@ -508,7 +508,7 @@ def test_examples_hold_what_the_files_say(make_dataset):
     assert units["q"][5] == pytest.approx((rows[5]["mos_quality"] - 1) / 4)
     assert examples.train_means["c"] == pytest.approx((np.mean(train) - min(train)) / (max(train) - min(train)))
     assert examples.files == images.check_images([files.images / row["name"] for row in rows])
-    assert examples.fingerprint == data.fingerprint(files.csv, [file.digest for file in examples.files])
+    assert examples.fingerprint == data.fingerprint(files.csv.read_bytes(), [file.digest for file in examples.files])
 
 
 def test_unreadable_images_are_found_while_reading_the_data_set(make_dataset):
@@ -577,3 +577,21 @@ def test_planted_leaks_are_counted_by_fold_and_kind(make_dataset):
 def test_images_without_prompts_leak_by_content_only(make_dataset):
     examples = set_with_folds(make_dataset, [""] * 8, FOLDS_OF_EIGHT, twins={4: 3})
     assert data.leakage(examples) == {"prompt": {"val": 0, "test": 0}, "content": {"val": 1, "test": 0}}
+
+
+# -- reference images
+
+
+def test_distorted_copies_of_a_reference_stay_in_one_fold(make_dataset):
+    rows = [{"name": f"d{i}.png", "mos_quality": 1 + i / 10, "reference": f"ref{i // 4}"} for i in range(40)]
+    files = make_dataset(rows)
+    table = data.read_table(files.csv, files.images, data.Columns())
+    folds = data.assign_folds(table, split_by="group", test_size=0.2, val_size=0.1, seed=1)
+    assert (
+        pd.DataFrame({"reference": table["reference"], "fold": folds}).groupby("reference")["fold"].nunique().max() == 1
+    )
+    assert (folds == "test").sum() == 8 and (folds == "val").sum() == 4
+    with pytest.raises(ValueError, match=r"row 2 has no prompt, .*use --split_by group"):
+        data.assign_folds(table, split_by="prompt", test_size=0.2, val_size=0.1, seed=1)
+    with pytest.raises(ValueError, match=r"row 2 has no reference, .*use --split_by image"):
+        data.assign_folds(table.assign(reference=""), split_by="group", test_size=0.2, val_size=0.1, seed=1)

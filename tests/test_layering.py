@@ -33,6 +33,7 @@ LAYOUT = {
     "configs": Place(0, outside=names("")),  # so that --help answers at once
     "metrics": Place(0, outside=names("numpy scipy")),
     "losses": Place(0, outside=names("torch")),
+    "labels": Place(0, outside=names("numpy pandas scipy")),
     "demo": Place(0, outside=names("numpy PIL")),
     "backbones": Place(0),
     "models": Place(0, outside=names("numpy open_clip torch")),

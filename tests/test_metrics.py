@@ -14,7 +14,7 @@ from scipy import stats
 import metrics
 
 CORRELATIONS = [metrics.srocc, metrics.plcc, metrics.krocc, metrics.plcc_fit]
-PAIR_MEASURES = [*CORRELATIONS, metrics.rmse, metrics.agreement, metrics.fit_logistic]
+PAIR_MEASURES = [*CORRELATIONS, metrics.rmse, metrics.agreement, metrics.fit_logistic, metrics.calibration_line]
 
 # Scores with one decimal: coarse enough for ties, far enough apart for strictly monotone maps to keep order.
 score = st.integers(0, 50).map(lambda tenths: tenths / 10)
@@ -255,3 +255,308 @@ def test_group_means_refuse_faulty_input():
     for groups, mos in ([], []), (["a", "b"], [1.0]), (["a"], [np.nan]):
         with pytest.raises(ValueError, match=r"need one group|non-finite"):
             metrics.group_mean_predictor(groups, mos, ["a"])
+
+
+def draw_clustered(seed: int, k: int = 40, per: int = 5, rho: float = 0.6) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Two standard normal columns that correlate `rho` in population; most of each is shared by its cluster."""
+    rng = np.random.default_rng(seed)
+    covariance = [[1, rho], [rho, 1]]
+    shared = np.repeat(rng.multivariate_normal([0, 0], covariance, k), per, axis=0)
+    pred, mos = (np.sqrt(0.6) * shared + np.sqrt(0.4) * rng.multivariate_normal([0, 0], covariance, k * per)).T
+    return pred, mos, np.repeat(np.arange(k), per).tolist()
+
+
+def naive_resamples(clusters: list, num_samples: int, seed: int) -> list[np.ndarray]:
+    """The rows of each resample, written out."""
+    members = [np.flatnonzero(np.array(clusters) == name) for name in dict.fromkeys(clusters)]
+    rng = np.random.default_rng(seed)
+    return [
+        np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]) for _ in range(num_samples)
+    ]
+
+
+labels = st.sampled_from("abcd")
+labelled = st.lists(st.tuples(score, score, labels), min_size=2, max_size=20).map(
+    lambda rows: (np.array([row[:2] for row in rows]).T, [row[2] for row in rows])
+)
+
+
+@pytest.mark.parametrize("decimals", [0, 8])
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_bootstrap_intervals_are_those_of_a_naive_loop_with_scipy(decimals, level):
+    """Clusters of 1 to 5 rows in mixed order, so that resamples differ in size."""
+    pred, mos = draw(5, n=24, decimals=decimals)
+    clusters = np.random.default_rng(6).choice(list("abcdefghi"), 24, p=np.arange(1, 10) / 45).tolist()
+    chosen = naive_resamples(clusters, 200, seed=7)
+    found = metrics.cluster_bootstrap(pred, mos, clusters, num_samples=200, seed=7, level=level)
+    assert found.keys() == {"srocc", "plcc"}
+    for name, oracle in ("srocc", stats.spearmanr), ("plcc", stats.pearsonr):
+        values = [oracle(pred[rows], mos[rows])[0] for rows in chosen]
+        expected = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
+        assert found[name] == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_paired_intervals_are_those_of_a_naive_loop_over_differences():
+    pred_a, mos = draw(8, n=24, decimals=0)
+    pred_b = mos + np.random.default_rng(9).normal(0, 0.3, 24)
+    clusters = [i % 7 for i in range(24)]
+    chosen = naive_resamples(clusters, 150, seed=3)
+    found = metrics.paired_bootstrap(pred_a, pred_b, mos, clusters, num_samples=150, seed=3, level=0.9)
+    assert found.keys() == {"srocc", "plcc"}
+    for name, oracle in ("srocc", stats.spearmanr), ("plcc", stats.pearsonr):
+        values = [oracle(pred_b[rows], mos[rows])[0] - oracle(pred_a[rows], mos[rows])[0] for rows in chosen]
+        difference = oracle(pred_b, mos)[0] - oracle(pred_a, mos)[0]
+        assert found[name] == pytest.approx((difference, *np.quantile(values, [0.05, 0.95])), abs=1e-9)
+
+
+def test_the_size_of_the_blocks_does_not_change_the_resamples(monkeypatch):
+    pred, mos, clusters = draw_clustered(0, k=7, per=3)
+    whole = metrics.cluster_bootstrap(pred, mos, clusters, num_samples=50)
+    for rows in 1, 7, 49:
+        monkeypatch.setattr(metrics, "_BLOCK", rows * len(clusters))
+        found = metrics.cluster_bootstrap(pred, mos, clusters, num_samples=50)
+        assert found == {name: pytest.approx(limits, abs=1e-12) for name, limits in whole.items()}
+
+
+def test_nominal_intervals_cover_the_population_unless_the_clusters_are_ignored():
+    """For normal pairs of correlation rho the population SROCC is 6 / pi * asin(rho / 2)."""
+    truth = {"plcc": 0.6, "srocc": 6 / np.pi * np.arcsin(0.3)}
+    runs = 150
+    covered: dict[tuple[str, bool], int] = dict.fromkeys(itertools.product(truth, [True, False]), 0)
+    for seed in range(runs):
+        pred, mos, clusters = draw_clustered(seed)
+        for by_cluster, units in (True, clusters), (False, list(range(len(clusters)))):
+            found = metrics.cluster_bootstrap(pred, mos, units, num_samples=200, seed=seed)
+            for name, (low, high) in found.items():
+                covered[name, by_cluster] += low <= truth[name] <= high
+    for name in truth:
+        assert 0.88 <= covered[name, True] / runs <= 0.99
+        assert covered[name, False] / runs < 0.86
+
+
+def test_strongly_clustered_data_have_wider_intervals_than_single_rows_suggest():
+    pred, mos, _ = draw_clustered(1, k=30, per=1)
+    clusters = np.repeat(np.arange(30), 9).tolist()  # nine copies of each row hold no more than one does
+    pred, mos = np.repeat(pred, 9), np.repeat(mos, 9)
+    honest = metrics.cluster_bootstrap(pred, mos, clusters)
+    naive = metrics.cluster_bootstrap(pred, mos, list(range(270)))
+    for name in honest:
+        assert 2 < np.diff(honest[name])[0] / np.diff(naive[name])[0] < 4  # sqrt(9) in the limit
+
+
+def test_copies_inside_each_cluster_change_no_interval():
+    pred, mos, clusters = draw_clustered(2, k=12, per=2)
+    once = metrics.cluster_bootstrap(pred, mos, clusters, num_samples=100)
+    thrice = metrics.cluster_bootstrap(np.tile(pred, 3), np.tile(mos, 3), clusters * 3, num_samples=100)
+    assert thrice == {name: pytest.approx(limits, abs=1e-9) for name, limits in once.items()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(labelled)
+def test_monotone_maps_and_names_of_clusters_leave_the_srocc_interval_exactly_as_it_was(case):
+    (pred, mos), clusters = case
+    found = metrics.cluster_bootstrap(pred, mos, clusters, num_samples=30)
+    renamed = [("prompt", ord(name)) for name in clusters]
+    mapped = metrics.cluster_bootstrap(np.exp(pred) + pred**3, 7 * mos + 2, renamed, num_samples=30)
+    assert ("srocc" in found) == (len(set(clusters)) > 1)
+    assert found.get("srocc") == mapped.get("srocc")
+    for low, high in found.values():
+        assert -1 <= low <= high <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(labelled)
+def test_swapping_the_models_mirrors_the_paired_interval_and_a_model_ties_with_itself(case):
+    (pred, mos), clusters = case
+    other = np.roll(pred, 1)
+    there = metrics.paired_bootstrap(pred, other, mos, clusters, num_samples=30)
+    back = metrics.paired_bootstrap(other, pred, mos, clusters, num_samples=30)
+    for name, (difference, low, high) in there.items():
+        assert back[name] == pytest.approx((-difference, -high, -low), abs=1e-12)
+    same = metrics.paired_bootstrap(pred, pred, mos, clusters, num_samples=30)
+    assert same == dict.fromkeys(there, (0.0, 0.0, 0.0))
+
+
+def test_rows_may_come_in_any_order_that_keeps_the_first_of_each_cluster():
+    pred, mos, clusters = draw_clustered(3, k=8, per=4)
+    order = [*range(0, 32, 4), *np.random.default_rng(0).permutation([i for i in range(32) if i % 4])]
+    found = metrics.cluster_bootstrap(pred[order], mos[order], [clusters[i] for i in order], num_samples=99)
+    expected = metrics.cluster_bootstrap(pred, mos, clusters, num_samples=99)
+    assert found == {name: pytest.approx(limits, abs=1e-9) for name, limits in expected.items()}
+
+
+def test_the_seed_decides_the_resamples_and_nothing_else_does():
+    pred, mos, clusters = draw_clustered(4)
+    first = metrics.cluster_bootstrap(pred, mos, clusters, num_samples=50, seed=1)
+    assert metrics.cluster_bootstrap(pred, mos, clusters, num_samples=50, seed=1) == first
+    assert metrics.cluster_bootstrap(pred, mos, clusters, num_samples=50, seed=2) != first
+
+
+def test_one_interval_can_tell_apart_two_models_whose_own_intervals_overlap():
+    _, mos, clusters = draw_clustered(5)
+    noise = np.random.default_rng(5).normal(size=mos.size)
+    worse, better = mos + noise, mos + 0.85 * noise
+    alone = [metrics.cluster_bootstrap(pred, mos, clusters) for pred in (worse, better)]
+    together = metrics.paired_bootstrap(worse, better, mos, clusters)
+    for name, (difference, low, high) in together.items():
+        assert alone[1][name][0] < alone[0][name][1]
+        assert 0 < low < difference < high
+
+
+def test_resamples_that_are_constant_count_as_0():
+    """Two clusters of one row: a resample holds both rows, or one of them twice."""
+    chosen = naive_resamples(["a", "b"], 400, seed=0)
+    for pred, sign in ([1.0, 2.0], 1), ([2.0, 1.0], -1):
+        values = [sign * float(rows[0] != rows[1]) for rows in chosen]
+        expected = tuple(np.quantile(values, [0.2, 0.8]))
+        assert sorted(np.abs(expected)) == [0, 1]
+        found = metrics.cluster_bootstrap(pred, [3.0, 4.0], ["a", "b"], num_samples=400, level=0.6)
+        assert found == {"srocc": pytest.approx(expected), "plcc": pytest.approx(expected)}
+    for pred in [0.1] * 6, [0.0] * 6:
+        found = metrics.cluster_bootstrap(pred, np.arange(6.0), list("aabbcc"), num_samples=20)
+        assert found == {"srocc": (0.0, 0.0), "plcc": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize("sizes", [(3, 7), (6, 11), (7, 13)])
+def test_rounding_does_not_pass_for_a_spread_in_a_constant_resample(sizes):
+    """Both sides are constant inside each cluster, so only a resample of both clusters correlates."""
+    pred, mos = np.repeat([0.1, 0.7], sizes), np.repeat([0.3, 1.1], sizes)
+    found = metrics.cluster_bootstrap(pred, mos, np.repeat([0, 1], sizes).tolist(), num_samples=400, level=0.999)
+    assert found == {"srocc": (0.0, pytest.approx(1)), "plcc": (0.0, pytest.approx(1))}
+    found = metrics.cluster_bootstrap(-pred, mos, np.repeat([0, 1], sizes).tolist(), num_samples=400, level=0.999)
+    assert found == {"srocc": (pytest.approx(-1), 0.0), "plcc": (pytest.approx(-1), 0.0)}
+
+
+def test_fewer_than_two_clusters_have_no_interval():
+    for rows in 0, 1, 5:
+        values, clusters = np.arange(rows), ["only"] * rows
+        assert metrics.cluster_bootstrap(values, values, clusters) == {}
+        assert metrics.paired_bootstrap(values, values, values, clusters) == {}
+
+
+@pytest.mark.parametrize("size", [1e-320, 1e-200, 1e200, 1e308])
+def test_intervals_and_calibration_of_extreme_but_finite_input_are_finite(size):
+    pred, mos = size * np.linspace(-1, 1, 12), np.arange(12.0)
+    found = metrics.paired_bootstrap(mos, pred, mos, list("aabbccddeeff"), num_samples=50)
+    for difference, *limits in found.values():
+        assert np.isfinite(difference)
+        assert limits == pytest.approx([0, 0], abs=1e-3)  # 1e-320 has about three digits
+    for line in metrics.calibration_line(pred, mos), metrics.calibration_line(pred, -pred):
+        assert np.isfinite(list(line.values())).all()
+    assert metrics.calibration_line(pred, -pred)["slope"] == pytest.approx(-1)
+
+
+def test_within_group_accuracy_is_that_of_a_naive_loop():
+    pred, mos = draw(10, n=50, decimals=0)
+    groups = np.random.default_rng(10).choice(list("abcdefgh"), 50).tolist()
+    points = []
+    for i, j in itertools.combinations(range(50), 2):
+        if groups[i] == groups[j] and mos[i] != mos[j]:
+            points.append(0.5 + 0.5 * np.sign(pred[i] - pred[j]) * np.sign(mos[i] - mos[j]))
+    assert set(points) == {0, 0.5, 1}
+    accuracy, number = metrics.within_group_accuracy(pred, mos, groups)
+    assert number == len(points)
+    assert accuracy == pytest.approx(np.mean(points), abs=1e-12)
+
+
+def test_within_group_accuracy_sees_nothing_between_groups():
+    """Offsets of whole prompts ruin the correlation and leave the order inside each as it was."""
+    mos = np.array([1.0, 2.0, 3.0, 4.0])
+    assert metrics.within_group_accuracy([11, 12, 1, 2], mos, ["a", "a", "b", "b"]) == (1.0, 2)
+    assert metrics.srocc([11, 12, 1, 2], mos) < 0
+    assert metrics.within_group_accuracy([2, 1, 12, 11], mos, ["a", "a", "b", "b"]) == (0.0, 2)
+    assert metrics.within_group_accuracy([5, 5, 5, 5], mos, ["a", "a", "b", "b"]) == (0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("mos", "groups"), [([], []), ([1.0], ["a"]), ([1.0, 2.0], ["a", "b"]), ([3.0, 3.0], ["a", "a"])]
+)
+def test_without_pairs_there_is_no_within_group_accuracy(mos, groups):
+    assert metrics.within_group_accuracy(np.arange(len(mos)), mos, groups) == (None, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(labelled, st.randoms(use_true_random=False))
+def test_within_group_accuracy_ignores_monotone_maps_and_the_order_of_rows(case, random):
+    (pred, mos), groups = case
+    accuracy, number = metrics.within_group_accuracy(pred, mos, groups)
+    order = random.sample(range(len(groups)), len(groups))
+    shuffled = (np.exp(pred) + pred**3)[order], mos[order], [groups[i] for i in order]
+    assert metrics.within_group_accuracy(*shuffled) == (accuracy, number)
+    if accuracy is not None:
+        assert metrics.within_group_accuracy(-pred, mos, groups)[0] == pytest.approx(1 - accuracy, abs=1e-12)
+
+
+def test_within_one_group_without_ties_the_accuracy_is_krocc_between_0_and_1():
+    pred, mos = draw(11)
+    accuracy, number = metrics.within_group_accuracy(pred, mos, ["a"] * 60)
+    assert number == 60 * 59 / 2
+    assert accuracy == pytest.approx((metrics.krocc(pred, mos) + 1) / 2, abs=1e-12)
+
+
+def test_the_calibration_line_matches_polyfit_and_the_mean_error():
+    pred, mos = draw(12)
+    found = metrics.calibration_line(pred, mos)
+    assert found == {
+        "slope": pytest.approx(np.polyfit(pred, mos, 1)[0], abs=1e-10),
+        "bias": pytest.approx(np.mean(pred - mos), abs=1e-12),
+    }
+    assert all(type(value) is float for value in found.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs, st.floats(0.1, 10), st.floats(-10, 10))
+def test_scaling_pred_divides_the_slope_and_shifting_it_moves_only_the_bias(rows, scale, shift):
+    pred, mos = rows
+    found = metrics.calibration_line(pred, mos)
+    assert metrics.calibration_line(scale * pred, mos)["slope"] == pytest.approx(found["slope"] / scale, abs=1e-7)
+    shifted = metrics.calibration_line(pred + shift, mos)
+    assert shifted["slope"] == pytest.approx(found["slope"], abs=1e-7)
+    assert shifted["bias"] == pytest.approx(found["bias"] + shift, abs=1e-9)
+    perfect = metrics.calibration_line(mos, mos)
+    assert perfect == {"slope": pytest.approx(float(np.ptp(mos) > 0)), "bias": 0.0}
+
+
+def test_constant_pred_has_a_flat_calibration_line():
+    for pred, mos, bias in ([0.1] * 6, [1.1] * 5 + [2.1], -7 / 6), ([3.0], [1.0], 2.0), ([2.0, 2.0], [2.0, 2.0], 0.0):
+        assert metrics.calibration_line(pred, mos) == {"slope": 0.0, "bias": pytest.approx(bias)}
+    tiny = np.nextafter(0, 1)  # its slope, 1 / tiny, is no float
+    assert metrics.calibration_line([0.0, tiny], [1.0, 2.0])["slope"] == 0.0
+    with pytest.raises(ValueError, match="at least one pair"):
+        metrics.calibration_line([], [])
+
+
+def test_the_bias_survives_sums_that_overflow():
+    pred = np.array([1.5e308, 1.5e308, -1.5e308])
+    assert metrics.calibration_line(pred, -pred)["bias"] == pytest.approx(1e308)
+    assert metrics.calibration_line(pred[:2], -pred[:2])["bias"] == np.finfo(float).max
+
+
+GROUPED = [
+    metrics.within_group_accuracy,
+    metrics.cluster_bootstrap,
+    lambda pred, mos, groups: metrics.paired_bootstrap(pred, mos, mos, groups),
+    lambda pred, mos, groups: metrics.paired_bootstrap(mos, pred, mos, groups),
+]
+
+
+@pytest.mark.parametrize("measure", GROUPED)
+def test_grouped_measures_refuse_faulty_input(measure):
+    rising = [1.0, 2.0, 3.0]
+    for pred, groups, message in (
+        ([1.0, np.nan, 3.0], ["a", "a", "b"], "pred has 1 non-finite"),
+        ([1.0, 2.0], ["a", "b"], "one length, got 2 and 3"),
+        (rising, ["a", "b"], "one label per row, got 2 for 3"),
+        (rising, ["a", "b", float("nan")], "NaN among its labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure(pred, rising, groups)
+
+
+@pytest.mark.parametrize("options", [{"num_samples": 0}, {"level": 0.0}, {"level": 1.0}, {"level": float("nan")}])
+def test_bootstraps_refuse_options_that_mean_nothing(options):
+    rising = [1.0, 2.0, 3.0]
+    with pytest.raises(ValueError, match="need num_samples of 1 or more and 0 < level < 1"):
+        metrics.cluster_bootstrap(rising, rising, list("abc"), **options)
+    with pytest.raises(ValueError, match="need num_samples of 1 or more and 0 < level < 1"):
+        metrics.paired_bootstrap(rising, rising, rising, list("abc"), **options)
