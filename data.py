@@ -23,6 +23,16 @@ from images import ImageFile, check_images, first_five
 FOLDS = ("train", "val", "test")
 TASKS = {"q": "quality", "c": "consistency"}
 
+# How pandas gives every cell as text, blank lines included, which count as rows.
+CSV_AS_TEXT: dict[str, Any] = {
+    "header": None,
+    "dtype": str,
+    "keep_default_na": False,
+    "encoding": "utf-8-sig",
+    "skipinitialspace": True,
+    "skip_blank_lines": False,
+}
+
 NO_DATA = """no data at {path}. Three ways on:
   see it work now, without data:  python baseline.py --demo
   AGIQA-3K (2,982 images, MIT), from github.com/lcysyzxdxc/AGIQA-3k-Database:
@@ -110,15 +120,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     Rows without any text are left out. Raises ValueError.
     """
     with csv_errors(path):
-        raw = pd.read_csv(
-            path,
-            header=None,
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-            skipinitialspace=True,
-            skip_blank_lines=False,  # they count as rows
-        )
+        raw = pd.read_csv(path, **CSV_AS_TEXT)
     raw = raw.fillna("")  # a row that ends early
     raw.columns = raw.iloc[0].str.strip().tolist()
     raw.index = raw.index + 1
@@ -376,28 +378,9 @@ def leakage_notes(examples: Examples) -> list[str]:
     ]
 
 
-def load_examples(
-    csv_path: str | Path,
-    image_dir: str | Path,
-    columns: Columns,
-    *,
-    split_by: str,
-    test_size: float,
-    val_size: float,
-    seed: int,
-    ranges: Mapping[str, tuple[float, float] | None],
-) -> Examples:
-    """Read, check, split and scale a data set. Raises ValueError: see the functions it is made of."""
-    table = read_table(csv_path, image_dir, columns)
-    return build_examples(
-        table,
-        Path(csv_path).read_bytes(),
-        split_by=split_by,
-        test_size=test_size,
-        val_size=val_size,
-        seed=seed,
-        ranges=ranges,
-    )
+def load_examples(csv_path: str | Path, image_dir: str | Path, columns: Columns, **options: Any) -> Examples:
+    """Read a CSV and build a data set from it; `options` as `build_examples` takes them. Raises ValueError."""
+    return build_examples(read_table(csv_path, image_dir, columns), Path(csv_path).read_bytes(), **options)
 
 
 def named_table(found: pd.DataFrame, root: Path) -> pd.DataFrame:

@@ -236,16 +236,7 @@ def csv_pieces(args: argparse.Namespace) -> Iterator[pd.DataFrame]:
     """The CSV's rows that hold any text, read `chunk_size` at a time; row 1 is the header. Raises ValueError."""
     with (
         data.csv_errors(args.csv),
-        pd.read_csv(
-            args.csv,
-            header=None,
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-            skipinitialspace=True,
-            skip_blank_lines=False,  # they count as rows
-            chunksize=args.chunk_size,
-        ) as reader,
+        pd.read_csv(args.csv, chunksize=args.chunk_size, **data.CSV_AS_TEXT) as reader,
     ):
         header = reader.get_chunk(1).fillna("").iloc[0].str.strip().tolist()
         places = column_places(args, header)
