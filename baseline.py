@@ -319,7 +319,7 @@ def cache_frozen(
     train = examples.rows("train")
     rows_of: dict[inputs.View, inputs.Rows] = {
         None: np.arange(len(examples.table)),
-        **dict.fromkeys(range(config.num_views), train),
+        **dict.fromkeys(range(min(config.num_views, config.epochs)), train),  # no epoch would see the others
     }
     augmentation = {name: getattr(config, name) for name in ("crop_scale_min", "horizontal_flip", "seed")}
     found = caching.cache_images(setting, model.clip.visual, feed.pixels, rows_of=rows_of, augmentation=augmentation)
