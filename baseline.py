@@ -9,17 +9,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":
     # --help and mistakes in the flags answer here, before torch is imported, which takes seconds.
@@ -36,25 +35,23 @@ from tqdm import tqdm
 
 import backbones
 import caching
-import calibration
 import checkpoint
 import data
-import demo
 import engine
 import features
 import images
 import inputs
-import labels
 import losses
-import metrics
 import models
+import protocol
+import reporting
+import sources
 from configs import TrainingConfig, one_line_errors, parse_args
 
 EVAL_ORDERS = ("train_eval", "val", "test")
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
 BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
-MOS_COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
 
 
 def run(config: TrainingConfig) -> dict[str, Any]:
@@ -69,7 +66,8 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     engine.seed_everything(config.seed)
 
     # Data, model, and how one becomes batches for the other.
-    config = draw_demo(config, runtime) if config.demo else config
+    with runtime.main_first():
+        config = sources.draw_demo(config) if config.demo else config
     examples = read_examples(config)
     backbone, model, arguments = start_model(config, examples)
     model.to(runtime.device)
@@ -88,11 +86,13 @@ def run(config: TrainingConfig) -> dict[str, Any]:
 
     # What CLIP knows before training: the point to start from, and to be compared with at the end.
     ready = time.perf_counter()
-    cache_frozen(config, model, feed, examples, backbone, runtime)
+    store = open_cache(config)
+    statistics = caching.Statistics(feed.pixels.store, store)
+    cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics)
     known = {fold: predict(model, fold, models.embed_batch) for fold in EVAL_ORDERS}
-    base = fit_base(known, examples)
-    if config.calibration and isinstance(model.heads, models.ResidualHeads) and not config.init_from:
-        model.heads.set_base(base.quality, base.consistency)
+    base = reporting.fit_base(known, examples)
+    if config.calibration and not config.init_from:
+        set_base(model, base)
 
     optimizer = build_optimizer(config, model, examples)
     schedule = engine.build_schedule(
@@ -115,7 +115,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     with newest_best:
         for epoch in range(1, config.epochs + 1):
             if enter_stage(config, model, examples, epoch, runtime):
-                cache_frozen(config, model, feed, examples, backbone, runtime)
+                cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics)
                 trainee = runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
             with Progress(len(examples.rows("train")), runtime) as progress:
                 lr = config.lr * optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["initial_lr"]
@@ -137,7 +137,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
             validated = {f"val_{name}": value for name, value in measured.items()}
             history.append({"epoch": epoch, **trained, **validated, "lr": lr, **progress.timing()})
             selection.append(validated[f"val_{config.select_by}"])
-            runtime.say(epoch_line(history[-1], config.epochs))
+            runtime.say(reporting.epoch_line(history[-1], config.epochs))
             writer.csv("metrics.csv", pd.DataFrame(history))
             if engine.best_epoch(selection) == epoch:
                 predictions["val"] = scores
@@ -157,19 +157,20 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     runtime.copy_weights(best)
     predictions |= {fold: predict(best, fold) for fold in ("train_eval", "test")}
     results = {
+        "images": {fold: len(examples.rows(fold)) for fold in data.FOLDS},
         "best_epoch": engine.best_epoch(selection),
         "epochs": len(history),
         **{fold: evaluate(predictions[fold], fold, examples, config) for fold in ("val", "test")},
-        "base": {fold: agreements(base.scores(known[fold]), fold, examples) for fold in ("val", "test")},
-        "floors": floors(examples),
-        "certainty": certainty(predictions["test"], examples),
+        "base": {fold: reporting.agreements(base.scores(known[fold]), fold, examples) for fold in ("val", "test")},
+        "floors": reporting.floors(examples, base, known, runtime.of_main(statistics.of_all)),
+        **reporting.findings(predictions["test"], examples),
         "leakage": data.leakage(examples),
         "seconds": round(time.perf_counter() - started, 3),
         "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
     }
-    writer.csv("predictions.csv", prediction_table(predictions, examples))
+    writer.csv("predictions.csv", reporting.prediction_table(predictions, examples))
     writer.json(checkpoint.RESULTS_FILE, results)
-    runtime.say(results_table(results, examples))
+    runtime.say(reporting.results_table(results, examples))
     runtime.say(f"run folder: {folder}")
     return results
 
@@ -179,7 +180,7 @@ def start(config: TrainingConfig) -> tuple[engine.Runtime, Path]:
     runtime = engine.start_runtime(config.device, config.amp)
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
-    folder = Path(config.output_dir) if config.output_dir else new_run_dir(config)
+    folder = run_folder(config)
     if runtime.is_main:
         checkpoint.refuse_occupied(folder, overwrite=config.overwrite)
     return runtime, runtime.agree(folder)
@@ -209,13 +210,23 @@ def freeze(config: TrainingConfig, model: models.ScoreModel, examples: data.Exam
     """Freeze what is not to be trained while `num_layers` are frozen; the text tower where no score uses it."""
     if not config.lora_rank:
         models.freeze_backbone(model.clip, everything=config.freeze_clip, num_layers=num_layers)
-    if not uses_prompts(config, examples):
+    if not uses_texts(config, examples):
         model.clip.text.requires_grad_(False)
 
 
-def uses_prompts(config: TrainingConfig, examples: data.Examples) -> bool:
-    """Whether anything that is trained looks at the prompts."""
-    return "c" in examples.scales or config.use_explanations
+def uses_texts(config: TrainingConfig, examples: data.Examples) -> bool:
+    """Whether anything that is trained looks at texts."""
+    return "c" in examples.scales or config.use_explanations or config.prompt_levels
+
+
+def set_base(model: models.ScoreModel, base: reporting.Base) -> None:
+    """Let residual heads start from what CLIP knows."""
+    if not isinstance(model.heads, models.ResidualHeads):
+        return
+    model.heads.set_base(base.quality, base.consistency)
+    for task, head in model.extra_heads.items():
+        if task in base.images:
+            cast(models.ResidualHead, head).set_base(base.images[task])
 
 
 def load_first_stage(
@@ -229,7 +240,7 @@ def load_first_stage(
     folder, state, description = checkpoint.load_weights(Path(str(config.init_from)))
     backbone = backbones.rebuild(description["clip"], folder, image_size=config.image_size)
     arguments = model_arguments(config, backbone.embed_dim)
-    free = {"dropout", "predict_rationale"}  # neither changes what the other weights mean
+    free = {"dropout", "predict_rationale", "task_gradients"}  # none changes what the other weights mean
     for name, value in description["model"].items():
         if name not in free and value != arguments[name]:
             raise ValueError(f"--init_from {folder}: has {name} {value}, not {arguments[name]}; use the same flags")
@@ -250,8 +261,21 @@ def load_first_stage(
     model = models.build_model(backbone.clip, **arguments)
     clip_state = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
     backbones.load_state(backbone.clip, clip_state, str(folder))
-    model.load_state_dict({key: value for key, value in state.items() if key.startswith("heads.")}, strict=False)
+    heads = {key: value for key, value in state.items() if key.startswith(("heads.", "extra."))}
+    model.load_state_dict(heads, strict=False)
     return backbone, model, arguments
+
+
+def how_split(config: TrainingConfig, examples: data.Examples) -> str:
+    """Where the folds come from, in words."""
+    if config.split_file:
+        drawn = (examples.table["split"] == "").any()
+        return f"by {config.split_by}, kept in {config.split_file}" if drawn else f"as in {config.split_file}"
+    if (examples.table["split"] != "").any():
+        return "as the data set says"
+    units = [sources.suitable_unit(title, examples.only(title).table, config.split_by) for title in examples.sets]
+    part = f", part {config.fold} of {config.kfold}" if config.kfold else ""
+    return f"by {', '.join(units)}{part}"
 
 
 def origin(config: TrainingConfig) -> str:
@@ -290,6 +314,12 @@ def caches_nothing(config: TrainingConfig, model: models.ScoreModel) -> bool:
     return not config.cache or not max(map(models.frozen_stages, (model.clip.visual, model.clip.text)))
 
 
+def open_cache(config: TrainingConfig) -> features.FeatureCache | None:
+    """The cache of what frozen layers compute; None if nothing is to be cached."""
+    folder = Path(config.cache_dir) / "features"
+    return features.FeatureCache(folder, config.cache_max_gb * 1e9) if config.cache else None
+
+
 def cache_frozen(
     config: TrainingConfig,
     model: models.ScoreModel,
@@ -297,6 +327,8 @@ def cache_frozen(
     examples: data.Examples,
     backbone: backbones.Backbone,
     runtime: engine.Runtime,
+    store: features.FeatureCache | None,
+    statistics: caching.Statistics,
 ) -> None:
     """Compute what the frozen layers make of images and prompts once, as far as there are any and it fits."""
     feed.source = feed.pixels
@@ -304,11 +336,11 @@ def cache_frozen(
     for table in tables.values():
         if table:
             table.enter_at(0, None)
-    if caches_nothing(config, model):
+    if store is None or caches_nothing(config, model):
         return
     started = time.perf_counter()
     setting = caching.Caching(
-        features.FeatureCache(Path(config.cache_dir) / "features", config.cache_max_gb * 1e9),
+        store,
         runtime,
         config.cache_dtype,
         caching.identity(backbone.config, runtime),
@@ -321,8 +353,17 @@ def cache_frozen(
         None: np.arange(len(examples.table)),
         **dict.fromkeys(range(min(config.num_views, config.epochs)), train),  # no epoch would see the others
     }
-    augmentation = {name: getattr(config, name) for name in ("crop_scale_min", "horizontal_flip", "seed")}
-    found = caching.cache_images(setting, model.clip.visual, feed.pixels, rows_of=rows_of, augmentation=augmentation)
+    of_view = ("crop_scale_min", "horizontal_flip", "seed", *(("crops", "global_view") if config.crops else ()))
+    of_test = {"test_crops": config.num_test_crops, "global_view": config.global_view}
+    found = caching.cache_images(
+        setting,
+        model.clip.visual,
+        feed.pixels,
+        rows_of=rows_of,
+        evaluation=of_test if config.crops else "evaluation",
+        augmentation={name: getattr(config, name) for name in of_view},
+        observe=statistics.observe,
+    )
     reasons = {"images": found} if isinstance(found, str) else {}
     if isinstance(found, inputs.CachedSource):
         feed.source = found
@@ -371,68 +412,9 @@ class Progress:
         }
 
 
-@dataclass(frozen=True)
-class Base:
-    """What a frozen CLIP knows, fitted on the training fold; None for a score without labels."""
-
-    quality: tuple[np.ndarray, float] | None
-    consistency: tuple[float, float] | None
-
-    def scores(self, known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Embeddings -> ridge probe "q" (logits) and zero-shot cosine "c": orders, not MOS units."""
-        found = {}
-        if self.quality:
-            found["q"] = known["image"] @ self.quality[0] + self.quality[1]
-        if self.consistency:
-            found["c"] = known["cos"]
-        return found
-
-
-def fit_base(known: Mapping[str, Mapping[str, np.ndarray]], examples: data.Examples) -> Base:
-    """Fit both base terms on the training fold's embeddings."""
-    rows = examples.rows("train")
-    targets = {task: values[rows] for task, values in examples.unit_targets.items()}
-    labelled = {task: ~np.isnan(values) for task, values in targets.items()}
-    quality = consistency = None
-    if "q" in targets:
-        groups = data.prompt_groups(examples.table)[rows]
-        keep = labelled["q"]
-        quality = calibration.fit_quality(known["train_eval"]["image"][keep], targets["q"][keep], groups[keep])
-    if "c" in targets:
-        keep = labelled["c"]
-        consistency = calibration.fit_consistency(known["train_eval"]["cos"][keep], targets["c"][keep])
-    return Base(quality, consistency)
-
-
-def draw_demo(config: TrainingConfig, runtime: engine.Runtime) -> TrainingConfig:
-    """Draw the demo set (once); the config with the paths to it."""
-    # Named after the code that draws it, so that an older program's set is never taken for this one's.
-    version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:8]
-    with runtime.main_first():
-        csv_path, image_dir = demo.write_demo_set(Path(config.cache_dir) / f"demo-{version}")
-    return replace(config, data_csv_path=str(csv_path), image_base_dir=str(image_dir))
-
-
 def read_examples(config: TrainingConfig) -> data.Examples:
-    """The data set that the options name. Raises ValueError."""
-    ranges = {"q": config.mos_range_q, "c": config.mos_range_c}
-    options = {name: getattr(config, name) for name in ("split_by", "test_size", "val_size", "seed")}
-    if config.dataset == "csv":
-        columns = data.Columns(
-            name=config.name_column,
-            prompt=config.prompt_column,
-            quality=config.quality_column,
-            consistency=config.consistency_column,
-            explanation=config.explanation_column,
-            group=config.group_column,
-        )
-        examples = data.load_examples(config.data_csv_path, config.image_base_dir, columns, ranges=ranges, **options)
-    else:
-        root = Path(str(config.data_root))
-        table = data.named_table(labels.read_dataset(config.dataset, root), root)
-        known = labels.DATASETS[config.dataset].ranges
-        ranges = {task: given or known.get(task) for task, given in ranges.items()}
-        examples = data.build_examples(table, table.drop(columns="path").to_csv().encode(), ranges=ranges, **options)
+    """The data that the options name, fit for them. Raises ValueError."""
+    examples = sources.read_examples(config)
     check_examples(config, examples)
     return examples
 
@@ -442,8 +424,19 @@ def check_examples(config: TrainingConfig, examples: data.Examples) -> None:
     task = config.select_by.rpartition("_")[2]
     if task in data.TASKS and task not in examples.scales:
         raise ValueError(f"--select_by {config.select_by}: the data has no {data.TASKS[task]} scores")
-    if not any({"q": config.w_q, "c": config.w_c}[task] for task in examples.scales):
-        raise ValueError(f"the data has {' and '.join(data.TASKS[t] for t in examples.scales)} scores only, weighted 0")
+    if not any({"q": config.w_q, "c": config.w_c}.get(task, config.w_extra) for task in examples.scales):
+        raise ValueError(f"the data has {' and '.join(map(data.title_of, examples.scales))} scores only, weighted 0")
+    if not set(data.TASKS) & set(examples.scales):
+        raise ValueError("the data has neither quality nor consistency scores: --extra_scores come beside them")
+    stopped = config.task_gradients.removeprefix("stop_")
+    if stopped in data.TASKS and set(examples.scales) == {stopped}:
+        raise ValueError(f"--task_gradients {config.task_gradients}: the data has no other scores to train CLIP by")
+    if config.uses_spreads and set(examples.spreads) & set(examples.scales) != set(examples.scales):
+        lacking = next(task for task in examples.scales if task not in examples.spreads)
+        raise ValueError(
+            f"--loss {config.loss}: needs the standard deviation of the opinions on {data.title_of(lacking)}; name its "
+            "column with --quality_std_column, --consistency_std_column"
+        )
     if config.strict_splits and (leaks := data.leakage_notes(examples)):
         raise ValueError(f"--strict_splits: {'; '.join(leaks)}")
     if config.use_explanations and (examples.table["prompt"] == "").all():
@@ -465,6 +458,10 @@ def model_arguments(config: TrainingConfig, embed_dim: int) -> dict[str, Any]:
         "dropout": config.dropout,
         "refinement": sizes if config.use_refinement else None,
         "predict_rationale": config.use_explanations,
+        "extra": config.extra_score_names,
+        "prompt_levels": config.prompt_levels,
+        "global_view": config.global_view,
+        "task_gradients": config.task_gradients,
     }
 
 
@@ -485,10 +482,16 @@ def build_feed(
         texts = examples.table[column].tolist()
         return inputs.TextTable(texts, tokenize, runtime.device, trim=trim) if any(texts) else None
 
+    prompts: inputs.TextTable | None = None
+    if config.prompt_levels:
+        texts = examples.table["prompt"].tolist()
+        prompts = inputs.LevelledTexts(texts, tokenize, runtime.device, trim=trim, **models.LEVEL_TEXTS)
+    elif uses_texts(config, examples):
+        prompts = text_table("prompt")
     rationales = text_table("explanation") if config.use_explanations else None
     store = images.ImageStore(
         examples.files,
-        image_size=config.image_size,
+        image_size=None if config.crops else config.image_size,
         num_threads=num_threads(config, runtime),
         max_memory=config.image_memory_gb * 1e9 / runtime.local_world,
         max_file=config.cache_max_gb * 1e9 / runtime.local_world,
@@ -502,12 +505,16 @@ def build_feed(
         crop_scale_min=config.crop_scale_min,
         flip=config.horizontal_flip,
         seed=config.seed,
+        crops=config.crops,
+        test_crops=config.num_test_crops,
+        global_view=config.global_view,
     )
+    spreads = {f"{task}_std": values for task, values in examples.spreads.items()} if config.uses_spreads else {}
     feed = inputs.Feed(
         pixels=inputs.PixelSource(store, views),
         device=runtime.device,
-        targets=examples.unit_targets,
-        prompts=text_table("prompt") if uses_prompts(config, examples) else None,
+        targets={**examples.unit_targets, **spreads},
+        prompts=prompts,
         rationales=(rationales, (examples.table["explanation"] != "").to_numpy()) if rationales else None,
         share=runtime.share,
         num_ahead=runtime.num_ahead,
@@ -537,7 +544,7 @@ def count_steps(config: TrainingConfig, examples: data.Examples) -> int:
 
 def evaluation_batch(config: TrainingConfig) -> int:
     """Images at once where no activations are kept: more than in training, but not too many for the memory."""
-    return min(2 * config.batch_size, 128)
+    return max(1, min(2 * config.batch_size, 128) // config.num_images_encoded)
 
 
 def num_threads(config: TrainingConfig, runtime: engine.Runtime) -> int:
@@ -556,18 +563,19 @@ def score_terms(
     return losses.score_losses(
         {task: scores[task] for task in examples.scales},
         targets,
-        weights={"q": config.w_q, "c": config.w_c},
+        weights={"q": config.w_q, "c": config.w_c, **dict.fromkeys(config.extra_score_names, config.w_extra)},
         terms=config.loss_terms,
         smoothing=config.label_smoothing,
         means=examples.train_means,
         labelled=labelled,
+        spreads={task: targets[f"{task}_std"] for task in examples.scales if f"{task}_std" in targets},
     )
 
 
 def leaves_unused(examples: data.Examples, model: models.ScoreModel) -> bool:
     """Whether some of what is trained may get no gradient: a head without labels, a part that a foreign tower skips."""
     plain = all(map(models.staged_blocks, (model.clip.visual, model.clip.text)))
-    return not plain or len(examples.scales) < len(data.TASKS)
+    return not plain or model.task_gradients != "shared" or not set(data.TASKS) <= set(examples.scales)
 
 
 def build_losses(
@@ -601,63 +609,15 @@ def evaluate(
     rows = examples.rows(fold)
     tensors = {task: torch.from_numpy(values) for task, values in scores.items()}
     targets = {task: torch.from_numpy(values[rows]) for task, values in examples.unit_targets.items()}
+    targets |= {f"{task}_std": torch.from_numpy(values[rows]) for task, values in examples.spreads.items()}
     terms = {name: float(value) for name, value in score_terms(tensors, targets, config, examples).items()}
-    in_mos = {task: scale.to_mos(scores[task]) for task, scale in examples.scales.items()}
-    return {**terms, **agreements(in_mos, fold, examples)}
+    return {**terms, **reporting.agreements(reporting.in_mos_units(scores, examples), fold, examples)}
 
 
-def agreements(in_mos: Mapping[str, np.ndarray], fold: str, examples: data.Examples) -> dict[str, float]:
-    """Agreement of a fold's predictions (MOS units) with the labels that exist: "srocc_q", ..., "main"."""
-    found = {}
-    for task in examples.scales:
-        mos = examples.mos(task, fold)
-        known = ~np.isnan(mos)
-        for name, value in metrics.agreement(in_mos[task][known], mos[known]).items():
-            found[f"{name}_{task}"] = value
-    return {**found, "main": metrics.main_score(found)}
-
-
-def certainty(scores: Mapping[str, np.ndarray], examples: data.Examples) -> dict[str, dict[str, Any]]:
-    """How sure the test fold's scores are, and what correlations do not tell: a part for each task.
-
-    Returns:
-        Task -> 95 % intervals of srocc and plcc (bootstrap over prompts; absent with a single prompt), the share of
-        pairs of the same prompt that are ordered as people order them and their number, slope and bias (MOS units).
-    """
-    prompts = data.prompt_groups(examples.table)[examples.rows("test")]
-    found = {}
-    for task, scale in examples.scales.items():
-        mos = examples.mos(task, "test")
-        known = ~np.isnan(mos)
-        pred, mos, groups = scale.to_mos(scores[task])[known], mos[known], prompts[known]
-        accuracy, num_pairs = metrics.within_group_accuracy(pred, mos, groups)
-        found[task] = {
-            "intervals": {name: list(ends) for name, ends in metrics.cluster_bootstrap(pred, mos, groups).items()},
-            "within_prompt": {"accuracy": accuracy, "pairs": num_pairs},
-            **metrics.calibration_line(pred, mos),
-        }
-    return found
-
-
-def floors(examples: data.Examples) -> dict[str, dict[str, float]]:
-    """What predictors that look at no pixel reach on the test fold: the training mean and each generator's mean."""
-    groups = examples.table["group"].to_numpy()
-    predictors = {"mean": np.zeros(len(groups)), "generator_mean": groups}
-    found = {}
-    for name, codes in predictors.items():
-        predicted = {}
-        for task in examples.scales:
-            mos = examples.mos(task, "train")
-            known = examples.rows("train")[~np.isnan(mos)]
-            predicted[task] = metrics.group_mean_predictor(
-                codes[known], examples.table[task].to_numpy()[known], codes[examples.rows("test")]
-            )
-        found[name] = agreements(predicted, "test", examples)
-    return found
-
-
-def new_run_dir(config: TrainingConfig) -> Path:
-    """runs/<time>-<short name>, not yet taken."""
+def run_folder(config: TrainingConfig) -> Path:
+    """--output_dir, or runs/<time>-<short name>, not yet taken."""
+    if config.output_dir:
+        return Path(config.output_dir)
     place = config.clip_model.partition(":")[2]
     model = re.sub(r"[^\w.-]+", "-", Path(place).name if place else config.clip_model).lower()
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{config.freezing}"
@@ -686,7 +646,10 @@ def write_inputs(
         "mos_scales": {task: [scale.low, scale.high] for task, scale in examples.scales.items()},
     }
     writer.json(checkpoint.CONFIG_FILE, {**config.to_json(), "provenance": provenance})
-    writer.csv("splits.csv", pd.DataFrame({"name": examples.table["name"], "split": examples.folds}))
+    splits = pd.DataFrame({"name": examples.table["name"], "split": examples.folds})
+    writer.csv("splits.csv", splits.assign(digest=[file.digest for file in examples.files]))
+    if config.split_file and runtime.is_main and not Path(config.split_file).exists():
+        checkpoint.write_csv(Path(config.split_file), splits)
 
 
 def never_trained(model: models.ScoreModel, optimizer: torch.optim.Optimizer) -> set[str]:
@@ -709,25 +672,10 @@ def save_scorer(
         "image_size": config.image_size,
         "model": dict(arguments),
         "scales": {task: {"low": scale.low, "high": scale.high} for task, scale in examples.scales.items()},
+        "test_crops": config.num_test_crops,
         "source": origin(config),
     }
     writer.weights(checkpoint.BEST_DIR, state, description, lambda path: backbones.save_text_files(backbone, path))
-
-
-def prediction_table(scores: Mapping[str, Mapping[str, np.ndarray]], examples: data.Examples) -> pd.DataFrame:
-    """One row per image in MOS units; the columns of a task without scores are empty."""
-    parts = []
-    for name, predicted in scores.items():
-        fold = name.removesuffix("_eval")
-        rows = examples.rows(fold)
-        part = pd.DataFrame({"row": rows, "name": examples.table["name"].to_numpy()[rows], "split": fold})
-        for task, (mos_column, pred_column) in MOS_COLUMNS.items():
-            part[mos_column] = examples.mos(task, fold)
-            known = task in examples.scales
-            part[pred_column] = examples.scales[task].to_mos(predicted[task]) if known else np.nan
-        part.loc[examples.table["prompt"].to_numpy()[rows] == "", MOS_COLUMNS["c"][1]] = np.nan
-        parts.append(part)
-    return pd.concat(parts).sort_values("row").drop(columns="row")
 
 
 def plan(
@@ -744,7 +692,7 @@ def plan(
     """What is about to be trained, in a few lines."""
     table = examples.table
     scores = ", ".join(
-        f"{data.TASKS[task]} {table[task].min():g}..{table[task].max():g} ({table[task].notna().sum()})"
+        f"{data.title_of(task)} {table[task].min():g}..{table[task].max():g} ({table[task].notna().sum()})"
         for task in examples.scales
     )
     counts = models.count_parameters(model)
@@ -752,10 +700,9 @@ def plan(
         f"{name} {trained / 1e6:.2f}M of {(trained + frozen) / 1e6:.2f}M" for name, (trained, frozen) in counts.items()
     )
     sizes = ", ".join(f"{fold} {len(examples.rows(fold))}" for fold in data.FOLDS)
-    own = (table["split"] != "").any()
     lines = [
-        ("data", f"{len(table)} images, {table['prompt'].nunique()} prompts; {scores}"),
-        ("split", f"{sizes} ({'as the data set says' if own else 'by ' + config.split_by})"),
+        ("data", f"{', '.join(examples.sets)}: {len(table)} images, {table['prompt'].nunique()} prompts; {scores}"),
+        ("split", f"{sizes} ({how_split(config, examples)})"),
         ("backbone", f"{origin(config)}, {config.image_size} px, {backbone.activation}, {config.freezing}"),
         ("trained", parts),
         (
@@ -777,70 +724,15 @@ def plan(
     return "\n".join(f"{title:<10}{text}" for title, text in lines)
 
 
-def epoch_line(row: Mapping[str, float], epochs: int) -> str:
-    """One line on an epoch."""
-    tasks = [task for task in data.TASKS if f"val_srocc_{task}" in row]
-
-    def pair(name: str) -> str:
-        return " ".join(f"{task} {row[f'{name}_{task}']:.3f}" for task in tasks)
-
-    rationale = f" exp {row['loss_exp']:.3f}" if "loss_exp" in row else ""
-    return (
-        f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f} ({pair('loss')}{rationale})  "
-        f"val {row['val_loss']:.4f}  SROCC {pair('val_srocc')}  PLCC {pair('val_plcc')}  "
-        f"lr {row['lr']:.1e}  {row['images_per_s']:.0f} img/s, waited {row['data_wait']:.0%}  {row['seconds']:.1f} s"
-    )
-
-
-def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
-    """The test fold's scores beside the floors."""
-    columns = {"srocc": "SROCC", "plcc": "PLCC", "plcc_fit": "PLCC fitted", "krocc": "KROCC", "rmse": "RMSE (MOS)"}
-    rows = {
-        "trained model": results["test"],
-        "before": results["base"]["test"],
-        **{name.replace("_", " "): row for name, row in results["floors"].items()},
-    }
-    lines = [
-        f"test fold: {len(examples.rows('test'))} images, weights of epoch {results['best_epoch']} of "
-        f"{results['epochs']}, {results['seconds']:.0f} s in all",
-        f"{'':<28}" + "".join(f"{title:>12}" for title in columns.values()),
-    ]
-    for task in examples.scales:
-        for place, (name, row) in enumerate(rows.items()):
-            title = data.TASKS[task] if place == 0 else ""
-            lines.append(f"{title:<12} {name:<15}" + "".join(f"{row[f'{key}_{task}']:>12.3f}" for key in columns))
-    added = ", ".join(
-        f"{data.TASKS[task]} {results['test'][key] - results['base']['test'][key]:+.3f}"
-        for task in examples.scales
-        for key in [f"srocc_{task}"]
-    )
-    return "\n".join(
-        [
-            *lines,
-            *certainty_lines(results["certainty"]),
-            f"SROCC added by training to what CLIP knew before (ridge probe, cosine): {added}",
-            f"main score (mean of SROCC and PLCC): {results['test']['main']:.3f}",
-        ]
-    )
-
-
-def certainty_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """`certainty` in words, a line for each task."""
-    lines = []
-    for task, part in found.items():
-        said = [f"{name.upper()} {low:.3f} .. {high:.3f}" for name, (low, high) in part["intervals"].items()]
-        words = [f"95 % intervals over prompts: {', '.join(said)}"] if said else []
-        if part["within_prompt"]["pairs"]:
-            words.append(f"pairs of one prompt ordered right: {part['within_prompt']['accuracy']:.1%}")
-        words.append(f"slope {part['slope']:.2f}, bias {part['bias']:+.2f}")
-        lines.append(f"{data.TASKS[task]}: {'; '.join(words)}")
-    return lines
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the command line and run; returns the results. Mistakes are one line and exit code 2."""
     with one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
-        results = run(parse_args(argv))
+        config = parse_args(argv)
+        if config.is_protocol:
+            runtime = engine.start_runtime(config.device, config.amp)
+            results = protocol.run_all(config, run, run_folder(config), runtime)
+        else:
+            results = run(config)
         engine.stop_runtime()
         return results
 

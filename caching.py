@@ -21,7 +21,9 @@ from tqdm import tqdm
 import models
 from engine import Runtime
 from features import FeatureCache, FeatureSet, key_of
+from images import ImageStore
 from inputs import CachedSource, PixelSource, Rows, TextTable, View, run_ahead
+from simple_statistics import NAMES, simple_statistics
 
 # What the cached values depend on besides weights and inputs: this code, and the libraries it calls.
 CODE = ("images.py", "models.py", "backbones.py", "caching.py", "features.py", "inputs.py")
@@ -87,61 +89,76 @@ def fingerprint(tower: nn.Module, num_stages: int) -> str:
     return digest.hexdigest()
 
 
+def image_encoder(visual: nn.Module, num_stages: int, runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """The first stages of an image tower, for pixels (B, 3, S, S) or several views (B, V, 3, S, S)."""
+
+    @torch.inference_mode()
+    def encode(pixels: Tensor) -> Tensor:
+        several = pixels.ndim == 5
+        with runtime.autocast():
+            out = models.run_image(visual, pixels.flatten(0, 1) if several else pixels, 0, num_stages)
+        return out.unflatten(0, pixels.shape[:2]) if several else out
+
+    return encode
+
+
 def cache_images(
     caching: Caching,
     visual: nn.Module,
     pixels: PixelSource,
     *,
     rows_of: Mapping[View, Rows],
+    evaluation: Mapping[str, Any] | str,
     augmentation: Mapping[str, Any],
+    observe: Callable[[Rows, list[Tensor]], None],
 ) -> CachedSource | str:
     """Compute what is missing of the frozen stages' activations of images.
 
     Args:
         rows_of: for each view (None: the evaluation view, 0..V-1: training views) the rows that will be asked for.
-        augmentation: what training views depend on.
+        evaluation, augmentation: what the evaluation view and training views depend on.
+        observe: is shown all rows that are decoded, with their images.
 
     Returns:
         The source of activations, or why there is none.
     """
     runtime, num_stages = caching.runtime, models.frozen_stages(visual)
-    store, views = pixels.store, pixels.views
+    views = pixels.views
     if num_stages == 0:
         return "no frozen layers in front"
 
-    @torch.inference_mode()
-    def encode(pixels: Tensor) -> Tensor:
-        with runtime.autocast():
-            return models.run_image(visual, pixels, 0, num_stages)
-
+    encode = image_encoder(visual, num_stages, runtime)
     visual.eval()
-    example = encode(torch.zeros(1, 3, views.image_size, views.image_size, device=runtime.device))
     weights = fingerprint(visual, num_stages)
-    sets = tuple(
+    counts = (views.count(None), views.count(0))
+    shape = (3, views.image_size, views.image_size)
+    several = {count: (count,) if count > 1 else () for count in counts}
+    example_of = {count: encode(torch.zeros(1, *several[count], *shape, device=runtime.device)) for count in several}
+    sets = [
         caching.open(
             visual, num_stages, example, weights=weights, input="image", image_size=views.image_size, view=view
         )
-        for view in ("evaluation", augmentation)
-    )
+        for example, view in zip((example_of[count] for count in counts), (evaluation, augmentation), strict=True)
+    ]
     source = CachedSource(
         (sets[0], sets[1]),
-        [file.digest for file in store.files],
+        [file.digest for file in pixels.store.files],
         rows_of=rows_of,
         stage=num_stages,
         device=runtime.device,
-        dtype=example.dtype,
+        dtype=example_of[counts[0]].dtype,
+        counts=counts,
     )
 
-    needed = sum(len(source.missing(view)) for view in rows_of) * sets[0].row_bytes
+    needed = source.size({view: source.missing(view) for view in rows_of})
     if not runtime.agree(needed == 0 or caching.cache.make_room(needed)):
         return f"would take {needed / 1e9:.1f} GB, more than --cache_max_gb or the disk has left"
 
     def wanted() -> Rows:
         return np.unique(np.concatenate([source.missing(view) for view in rows_of])).astype(int)
 
-    caching.fill(wanted, lambda rows: add_views(source, pixels, encode, rows, caching))
-    resident = sum(len(rows) for rows in rows_of.values()) * sets[0].row_bytes
-    if caching.fits_device(resident):
+    caching.fill(wanted, lambda rows: add_views(source, pixels, encode, rows, caching, observe))
+    if caching.fits_device(source.size(rows_of)):
         source.move_to_device()
     return source
 
@@ -152,6 +169,7 @@ def add_views(
     encode: Callable[[Tensor], Tensor],
     rows: Rows,
     caching: Caching,
+    observe: Callable[[Rows, list[Tensor]], None],
 ) -> None:
     """Decode some rows once and add those of their views that are missing."""
     store = pixels.store
@@ -163,6 +181,7 @@ def add_views(
     pieces = run_ahead(load, chunks(rows, caching.batch_size), caching.runtime.num_ahead)
     with tqdm(total=len(rows), unit="img", leave=False, disable=caching.runtime.hide_progress) as bar:
         for piece, decoded in pieces:
+            observe(piece, decoded)
             images = [image.to(caching.runtime.device) for image in decoded]
             for view, rows_left in todo.items():
                 places = [place for place, row in enumerate(piece) if int(row) in rows_left]
@@ -173,6 +192,48 @@ def add_views(
             bar.update(len(piece))
     source.evaluation.flush()
     source.training.flush()
+
+
+class Statistics:
+    """Simple statistics of all images of a store, each computed when its image is decoded anyway, or at the end."""
+
+    def __init__(self, store: ImageStore, cache: FeatureCache | None) -> None:
+        """`cache` keeps them for other runs; None keeps nothing."""
+        code = hashlib.sha256((Path(__file__).parent / "simple_statistics.py").read_bytes()).hexdigest()
+        recipe = {"input": "image", "what": "simple statistics", "image_size": store.image_size, "code": code}
+        self.store = store
+        self.cache = cache
+        self.features = cache.open(recipe, (len(NAMES),), torch.float32) if cache else None
+        self.computed: dict[str, Tensor] = {}
+
+    def missing(self, rows: Rows) -> Rows:
+        """Those of the rows whose statistics are not known."""
+        keys = [self.store.files[row].digest for row in rows]
+        stored = self.features.places if self.features else {}
+        new = [row for row, key in zip(rows, keys, strict=True) if key not in self.computed and key not in stored]
+        return np.array(new, dtype=int)
+
+    def observe(self, rows: Rows, decoded: list[Tensor]) -> None:
+        """Compute those that are missing."""
+        images = dict(zip(rows.tolist(), decoded, strict=True))
+        wanted = self.missing(rows).tolist()
+        values = self.store.pool.map(lambda row: simple_statistics(images[row]), wanted)
+        self.computed |= {self.store.files[row].digest: value for row, value in zip(wanted, values, strict=True)}
+
+    def of_all(self) -> np.ndarray:
+        """(n, 12) of all images."""
+        for piece in chunks(self.missing(np.arange(len(self.store.files))), 64):
+            self.observe(piece, self.store.load(piece, keep=False))
+        keys = [file.digest for file in self.store.files]
+        new = [key for key in dict.fromkeys(keys) if key in self.computed]
+        if self.cache and self.features and new and self.cache.make_room(len(new) * self.features.row_bytes):
+            self.features.add(new, torch.stack([self.computed[key] for key in new]))
+            self.features.flush()
+        stored = [key for key in dict.fromkeys(keys) if key not in self.computed]
+        known = dict(self.computed)
+        if self.features and stored:
+            known |= dict(zip(stored, self.features.stack(stored), strict=True))
+        return torch.stack([known[key] for key in keys]).double().numpy()
 
 
 def cache_texts(caching: Caching, text: nn.Module, table: TextTable) -> str:

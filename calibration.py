@@ -14,19 +14,18 @@ from sklearn.model_selection import GroupKFold
 Array = NDArray[np.float64]
 
 NUM_FOLDS = 5
-MIN_SPREAD = 1e-7  # of (cos + 1) / 2, computed in float32
+MIN_SPREAD = 1e-7  # of a feature on [0, 1] that is computed in float32
 PENALTIES = np.logspace(-4, 3, 15)  # unit embeddings: the largest leaves only the mean
 LOGIT_CLIP = 0.05  # labels are taken into [.05, .95] before the logit, which would send 0 and 1 to infinity
 
 
-def fit_consistency(cos: Array, target: Array) -> tuple[float, float]:
-    """Least-squares (a, b) of target ~ a (cos + 1) / 2 + b, for cos (n,) and labels (n,) on [0, 1]."""
-    half = (cos + 1) / 2
-    spread = half - half.mean()
-    # A constant cosine leaves rounding, not 0: what is below float32's resolution says nothing.
+def fit_line(feature: Array, target: Array) -> tuple[float, float]:
+    """Least-squares (a, b) of target ~ a * feature + b, for a feature (n,) and labels (n,), both on [0, 1]."""
+    spread = feature - feature.mean()
+    # A constant feature leaves rounding, not 0: what is below float32's resolution says nothing.
     known = spread.std() > MIN_SPREAD
     slope = float(spread @ (target - target.mean()) / (spread @ spread)) if known else 0.0
-    return slope, float(target.mean() - slope * half.mean())
+    return slope, float(target.mean() - slope * feature.mean())
 
 
 def fit_quality(image_NE: Array, target: Array, groups: NDArray[np.int_]) -> tuple[Array, float]:
@@ -42,15 +41,20 @@ def fit_quality(image_NE: Array, target: Array, groups: NDArray[np.int_]) -> tup
     """
     clipped = np.clip(target, LOGIT_CLIP, 1 - LOGIT_CLIP)
     logit = np.log(clipped / (1 - clipped))
+    return fit_ridge(image_NE, logit, groups)
+
+
+def fit_ridge(features_ND: Array, target: Array, groups: NDArray[np.int_]) -> tuple[Array, float]:
+    """Ridge (w (D,), b) of target (n,) ~ w . features + b, the penalty by cross-validation over whole groups."""
     num_folds = min(NUM_FOLDS, len(np.unique(groups)))
     if num_folds < 2:
-        ridge = Ridge(alpha=1.0).fit(image_NE, logit)
+        ridge = Ridge(alpha=1.0).fit(features_ND, target)
     else:
         errors = np.zeros(len(PENALTIES))
-        for rest, held in GroupKFold(num_folds).split(image_NE, groups=groups):
+        for rest, held in GroupKFold(num_folds).split(features_ND, groups=groups):
             # One fit for all penalties: each is that of a target of its own, and all targets are the same.
-            targets = np.repeat(logit[rest, None], len(PENALTIES), axis=1)
-            ridge = Ridge(alpha=PENALTIES).fit(image_NE[rest], targets)
-            errors += np.square(ridge.predict(image_NE[held]) - logit[held, None]).mean(axis=0)
-        ridge = Ridge(alpha=PENALTIES[errors.argmin()]).fit(image_NE, logit)
+            targets = np.repeat(target[rest, None], len(PENALTIES), axis=1)
+            ridge = Ridge(alpha=PENALTIES).fit(features_ND[rest], targets)
+            errors += np.square(ridge.predict(features_ND[held]) - target[held, None]).mean(axis=0)
+        ridge = Ridge(alpha=PENALTIES[errors.argmin()]).fit(features_ND, target)
     return np.asarray(ridge.coef_, dtype=np.float64), float(ridge.intercept_)

@@ -19,7 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_type_hints
 
-LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity")
+LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity", "kl", "thurstone")
+SPREAD_LOSSES = ("kl", "thurstone")  # need the standard deviation of the opinions behind each score
 
 # As labels.py reads them.
 DATASET_NAMES = (
@@ -45,6 +46,12 @@ GROUPS = {
     "speed": "how fast, and with how much memory; results change by rounding, and with the number of cached views",
     "meta": "about the run itself",
 }
+
+# Columns of the data that mean something else already.
+NOT_EXTRA = (
+    *("name", "path", "prompt", "explanation", "q", "c", "q_std", "c_std", "split", "reference", "row", "group", "set"),
+    *("quality", "align", "mos_quality", "mos_align", "rationale", "image", "cos", "exp"),
+)
 
 # Facts about a place, not about an experiment: a saved config does not carry them into the next run.
 NOT_SAVED = ("config", "output_dir", "overwrite", "dry_run")
@@ -82,9 +89,16 @@ class TrainingConfig:
 
     # data
     dataset: str = option(
-        "csv", "data", "'csv', or a data set as downloaded, in --data_root", choices=("csv", *DATASET_NAMES)
+        "csv",
+        "data",
+        f"'csv', or data sets as downloaded: {', '.join(DATASET_NAMES)}; several as in agiqa-3k,koniq-10k are "
+        "trained on together, in the units of the first",
+        metavar="NAME[,NAME]",
     )
-    data_root: str | None = option(None, "data", "folder of the --dataset", metavar="DIR")
+    data_root: str | None = option(None, "data", "folder of each --dataset that is not csv", metavar="DIR[,DIR]")
+    extra_scores: str | None = option(
+        None, "data", "further scores to predict from the image, by column: authenticity", metavar="NAME[,NAME]"
+    )
     data_csv_path: str = option("data/data.csv", "data", "table of image names, prompts and scores (UTF-8 CSV)")
     image_base_dir: str = option("data/images", "data", "folder that the image names are relative to")
     image_size: int = option(224, "data", "pixels per side that CLIP sees", within="[16, 4096]", recommended="224-336")
@@ -94,6 +108,23 @@ class TrainingConfig:
         "RandomResizedCrop keeps at least this share of the area",
         within="(0, 1]",
         recommended="0.6-1.0",
+    )
+    crops: int = option(
+        0,
+        "data",
+        "random crops of native size per image and step, in place of the resized view; 0 = off",
+        within="[0, 64]",
+        recommended="3-8",
+    )
+    test_crops: int | None = option(
+        None,
+        "data",
+        "crops of native size, on a grid, when scores are read (default: --crops)",
+        within="[1, 256]",
+        recommended="4, 9 or 15",
+    )
+    global_view: bool = option(
+        False, "data", "with --crops: also look at the resized view, which consistency is then judged by"
     )
     horizontal_flip: bool = option(True, "data", "never mirror training images: for prompts that say left or right")
     test_size: float = option(
@@ -108,8 +139,16 @@ class TrainingConfig:
         "what must not be shared between folds (group: the reference image); a CSV column 'split' wins",
         choices=("prompt", "group", "image"),
     )
+    split_file: str | None = option(
+        None, "data", "CSV of name and split: read if it is there, else written", metavar="FILE"
+    )
+    kfold: int = option(0, "data", "test on each of so many parts in turn, a run for each; 0 = off", within="[0, 1000]")
+    fold: int | None = option(None, "data", "run only this part of --kfold, from 1", within="[1, 1000]")
+    repeats: int = option(
+        1, "data", "run so often, with seeds --seed, --seed + 1, ... and their splits", within="[1, 1000]"
+    )
     strict_splits: bool = option(
-        False, "data", "refuse to run if a prompt or the content of an image occurs in more than one fold"
+        False, "data", "refuse to run if folds share a prompt, a reference image or the content of an image"
     )
     seed: int = option(42, "data", "seed of splits, weights, augmentation and order", within="[0, 4294967295]")
     mos_range_q: tuple[float, float] | None = option(
@@ -124,6 +163,10 @@ class TrainingConfig:
     quality_column: str = option("mos_quality", "data", "CSV column of quality scores", metavar="COLUMN")
     consistency_column: str = option("mos_align", "data", "CSV column of consistency scores", metavar="COLUMN")
     explanation_column: str = option("explanation", "data", "CSV column of rationale texts", metavar="COLUMN")
+    quality_std_column: str = option(
+        "std_quality", "data", "CSV column: standard deviation of the opinions on quality", metavar="COLUMN"
+    )
+    consistency_std_column: str = option("std_align", "data", "the same for consistency", metavar="COLUMN")
     group_column: str | None = option(
         None,
         "data",
@@ -191,6 +234,12 @@ class TrainingConfig:
         256, "heads", "hidden width of the consistency head", within="[1, 65536]", recommended="64-512"
     )
     dropout: float = option(0.1, "heads", "dropout in the heads", within="[0, 1)", recommended="0.0-0.3")
+    prompt_levels: bool = option(
+        False,
+        "heads",
+        "start from which of five texts CLIP finds nearest ('a photo of bad ... perfect quality', '... that badly ... "
+        "perfectly matches PROMPT') instead of ridge probe and cosine",
+    )
     use_refinement: bool = option(
         False,
         "heads",
@@ -203,6 +252,15 @@ class TrainingConfig:
     # loss
     w_q: float = option(0.5, "loss", "weight of the quality loss", within="[0, 1000]", recommended="0.3-0.7")
     w_c: float = option(0.5, "loss", "weight of the consistency loss", within="[0, 1000]", recommended="0.3-0.7")
+    w_extra: float = option(
+        0.5, "loss", "weight of the loss of each of --extra_scores", within="[0, 1000]", recommended="0.1-0.5"
+    )
+    task_gradients: str = option(
+        "shared",
+        "loss",
+        "whether one score's gradient stops at its head and leaves CLIP to the others: for scores that conflict",
+        choices=("shared", "stop_q", "stop_c"),
+    )
     w_exp: float = option(0.1, "loss", "weight of the explanation loss", within="[0, 1000]", recommended="0.05-0.3")
     use_explanations: bool = option(False, "loss", "also predict the rationale's text embedding where there is one")
     label_smoothing: float = option(
@@ -212,7 +270,12 @@ class TrainingConfig:
         within="[0, 1)",
         recommended="0.0-0.1",
     )
-    loss: str = option("mse", "loss", f"of {', '.join(LOSS_NAMES)}; several as in mse+0.5*plcc", metavar="EXPR")
+    loss: str = option(
+        "mse",
+        "loss",
+        f"of {', '.join(LOSS_NAMES)}; several as in mse+0.5*plcc (kl and thurstone use the opinions' std)",
+        metavar="EXPR",
+    )
 
     # optimisation
     epochs: int = option(20, "optimisation", "passes over the training fold", within="[1, 100000]", recommended="10-50")
@@ -367,6 +430,41 @@ class TrainingConfig:
         return parse_loss(self.loss)
 
     @property
+    def num_test_crops(self) -> int:
+        """Crops of native size when scores are read."""
+        return self.test_crops or self.crops
+
+    @property
+    def num_images_encoded(self) -> int:
+        """Views of each image that go through the image tower in a step."""
+        return max(1, self.crops + self.global_view)
+
+    @property
+    def uses_spreads(self) -> bool:
+        """Whether the loss needs the standard deviation of the opinions behind each score."""
+        return any(name in SPREAD_LOSSES for _, name in self.loss_terms)
+
+    @property
+    def is_protocol(self) -> bool:
+        """Whether several runs are asked for."""
+        return self.repeats > 1 or (self.kfold > 0 and self.fold is None)
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """The data sets to train on."""
+        return split_list(self.dataset)
+
+    @property
+    def data_roots(self) -> list[str]:
+        """The folders of those that are not a CSV, in their order."""
+        return split_list(self.data_root)
+
+    @property
+    def extra_score_names(self) -> list[str]:
+        """Scores beside quality and consistency."""
+        return split_list(self.extra_scores)
+
+    @property
     def stages(self) -> tuple[tuple[int | None, int], ...]:
         """What is frozen from which epoch on: (number of layers or None, epochs done) pairs, the first at 0."""
         if self.unfreeze_schedule:
@@ -491,6 +589,11 @@ def inside(value: Any, interval: str) -> bool:
     return above and below
 
 
+def split_list(text: str | None) -> list[str]:
+    """Read "a, b" as ["a", "b"]."""
+    return [part.strip() for part in text.split(",")] if text else []
+
+
 def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
     """Read a loss expression: "mse+0.5*plcc" -> ((1.0, "mse"), (0.5, "plcc")). Raises ValueError."""
     terms = []
@@ -533,9 +636,7 @@ def check_together(config: TrainingConfig) -> None:
     parse_loss(config.loss)
     if config.freeze_clip and config.partial_freeze:
         raise ValueError("--freeze_clip and --partial_freeze exclude each other: choose one")
-    if (config.dataset == "csv") != (config.data_root is None):
-        need = "drop --data_root, or name the data set in it" if config.data_root else "needs --data_root DIR"
-        raise ValueError(f"--dataset {config.dataset}: {need}")
+    check_data(config)
     if config.unfreeze_schedule:
         parse_unfreeze_schedule(config.unfreeze_schedule)
         if config.freeze_clip or config.lora_rank:
@@ -544,6 +645,10 @@ def check_together(config: TrainingConfig) -> None:
         raise ValueError("--lora_rank trains CLIP's blocks, --freeze_clip does not: drop one")
     if config.compile == "on" and config.lora_rank:
         raise ValueError("--compile on: LoRA makes every block a kind of its own to compile; drop it, or --lora_rank")
+    if not config.crops and (config.test_crops or config.global_view):
+        raise ValueError(f"--{'test_crops' if config.test_crops else 'global_view'}: needs --crops")
+    if config.prompt_levels and not config.use_residual_learning:
+        raise ValueError("--prompt_levels is a base term of residual learning: drop it, or --no_residual_learning")
     if config.use_refinement and config.use_residual_learning:
         raise ValueError("--use_refinement is the older design and needs --no_residual_learning")
     if config.refinement_dim % config.refinement_heads:
@@ -560,6 +665,32 @@ def check_together(config: TrainingConfig) -> None:
     for flag, pair in (("--mos_range_q", config.mos_range_q), ("--mos_range_c", config.mos_range_c)):
         if pair and pair[0] >= pair[1]:
             raise ValueError(f"{flag} {pair[0]} {pair[1]}: LO must be below HI")
+
+
+def check_data(config: TrainingConfig) -> None:
+    """Rules between the options that name data and splits. Raises ValueError."""
+    named = [name for name in config.dataset_names if name != "csv"]
+    for name in named:
+        if name not in DATASET_NAMES:
+            near = difflib.get_close_matches(name.lower(), DATASET_NAMES, n=3)
+            known = f"did you mean {' or '.join(near)}?" if near else f"must be csv or of {', '.join(DATASET_NAMES)}"
+            raise ValueError(f"--dataset {name}: {known}")
+    if len(set(config.dataset_names)) < len(config.dataset_names):
+        raise ValueError(f"--dataset {config.dataset}: names a data set twice")
+    if len(config.data_roots) != len(named):
+        need = f"needs --data_root with {len(named)} folder(s)" if named else "has no --data_root: drop one of the two"
+        raise ValueError(f"--dataset {config.dataset}: {need}")
+    # A table of predictions names a score without the "mos_" in front.
+    plain = [name.removeprefix("mos_") for name in config.extra_score_names]
+    for name in config.extra_score_names:
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or name in NOT_EXTRA or plain.count(name.removeprefix("mos_")) > 1:
+            raise ValueError(f"--extra_scores {config.extra_scores}: {name!r} cannot be the name of a further score")
+    if config.kfold == 1:
+        raise ValueError("--kfold 1: must be 0 (off) or at least 2")
+    if config.fold and config.fold > config.kfold:
+        raise ValueError(f"--fold {config.fold}: must be at most --kfold, which is {config.kfold}")
+    if config.kfold and config.split_file:
+        raise ValueError("--kfold draws its own splits: drop it, or --split_file")
 
 
 def derive_options() -> dict[str, Option]:
@@ -660,18 +791,43 @@ def build_predict_parser() -> argparse.ArgumentParser:
     """The command line of predict.py."""
     parser = OneLineParser(
         prog="predict.py",
-        usage="python predict.py --checkpoint RUN/best (IMAGE... | --csv FILE | --image_dir DIR) [flags]",
+        usage="python predict.py --checkpoint RUN/best (IMAGE... | --csv FILE | --image_dir DIR) [flags]\n"
+        "       python predict.py --checkpoint RUN --evaluate (--csv FILE | --dataset NAME --data_root DIR) [flags]",
         description="Score images with a trained run, in the MOS units of its training data.",
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="RUN/best, or RUN itself")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="RUN/best, or RUN itself; several times with --evaluate",
+    )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     parser.add_argument("--prompt", metavar="TEXT", help="what the images should show; without it: quality alone")
     parser.add_argument("--csv", metavar="FILE", help="table of image names and prompts")
     parser.add_argument("--image_dir", metavar="DIR", help="folder of the CSV's names; alone: score all images in it")
     parser.add_argument("--name_column", default="name", metavar="COLUMN", help="(default: name)")
     parser.add_argument("--prompt_column", default="prompt", metavar="COLUMN", help="(default: prompt)")
-    parser.add_argument("--out", metavar="FILE", help="write name,pred_quality,pred_align there instead of printing")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write name,pred_quality,pred_align (or the table of --evaluate) there"
+    )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="compare with the human scores of --csv or --dataset, on images that the run has not seen",
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME[,NAME]",
+        help=f"with --evaluate: data sets as downloaded ({', '.join(DATASET_NAMES)})",
+    )
+    parser.add_argument("--data_root", metavar="DIR[,DIR]", help="folder of each --dataset")
+    for name in ("quality_column", "consistency_column"):
+        default = OPTIONS[name].default
+        parser.add_argument(
+            f"--{name}", default=default, metavar="COLUMN", help=f"with --evaluate (default: {default})"
+        )
     parser.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
     parser.add_argument(
         "--chunk_size", type=int, default=4096, help="rows at a time that --out keeps if stopped (default: 4096)"
@@ -694,17 +850,37 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         OPTIONS[name].check(getattr(args, name))
     if args.chunk_size < 1:
         raise ValueError(f"--chunk_size {args.chunk_size}: must be at least 1")
+    args.checkpoints, args.checkpoint = args.checkpoint, args.checkpoint[0]
+    check_evaluation(args)
     if args.images and (args.csv or args.image_dir):
         raise ValueError(f"{args.images[0]}: image files or {'--csv' if args.csv else '--image_dir'}, not both")
-    if not (args.images or args.csv or args.image_dir):
+    if not (args.images or args.csv or args.image_dir or args.evaluate):
         raise ValueError("no images to score: give IMAGE..., --csv FILE or --image_dir DIR; see --help")
     if args.csv and args.prompt is not None:
         raise ValueError("--prompt: the prompts come from --csv, drop one of the two")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         raise ValueError(f"--out {args.out}: must be a file in a folder that exists")
-    if not args.out and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if not args.out and not args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several processes need --out FILE: each scores a part of it")
     return args
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
+    """Rules around --evaluate. Raises ValueError."""
+    names, roots = split_list(args.dataset), split_list(args.data_root)
+    if not args.evaluate:
+        if len(args.checkpoints) > 1 or names or roots:
+            raise ValueError(f"{'--dataset' if names or roots else 'several --checkpoint'}: works with --evaluate only")
+        return
+    if args.images or not (args.csv or names):
+        raise ValueError("--evaluate: needs human scores: --csv FILE or --dataset NAME --data_root DIR, and no IMAGE")
+    for name in names:
+        if name not in DATASET_NAMES:
+            raise ValueError(f"--dataset {name}: must be of {', '.join(DATASET_NAMES)}")
+    if len(names) != len(roots):
+        raise ValueError(f"--dataset {args.dataset}: needs --data_root with {len(names)} folder(s)")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--evaluate: runs in one process; leave torchrun out")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From a CSV and a folder of images to a checked data set: reading, splitting, scaling.
+"""From tables of scores and folders of images to a checked data set: reading, splitting, scaling.
 
 Scores live on [0, 1] inside (`LabelScale`) and on the data set's own MOS scale everywhere a person looks.
 A missing score is NaN from here on; it is masked in the loss and left out of every statistic.
@@ -50,19 +50,30 @@ class Columns:
     consistency: str = "mos_align"
     explanation: str = "explanation"
     group: str | None = None
+    quality_std: str = "std_quality"
+    consistency_std: str = "std_align"
 
 
-def read_table(csv_path: str | Path, image_dir: str | Path, columns: Columns, *, scored: bool = True) -> pd.DataFrame:
+def title_of(task: str) -> str:
+    """What a score is called: an extra one by its column."""
+    return TASKS.get(task, task)
+
+
+def read_table(
+    csv_path: str | Path, image_dir: str | Path, columns: Columns, *, scored: bool = True, extra: Sequence[str] = ()
+) -> pd.DataFrame:
     """Read and check a CSV of images.
 
     Args:
         csv_path: UTF-8 CSV (with or without BOM) with a header.
         image_dir: the folder that the names are relative to.
         scored: whether the scores are read, and at least one of the two columns must hold some.
+        extra: columns of further scores.
 
     Returns:
-        One row per image: name, path, prompt ("" if none), explanation ("" if none), q and c (MOS, float64,
-        NaN where missing), group (generator), split ("" if the CSV has none), and row (as a spreadsheet counts).
+        One row per image: name, path, prompt ("" if none), explanation ("" if none), q, c and each extra score (MOS,
+        float64, NaN where missing), q_std and c_std (of the opinions behind a score, NaN where not given), group
+        (generator), reference and split ("" if the CSV has none), and row (as a spreadsheet counts).
 
     Raises:
         ValueError: one line naming the file, the row or the column, and the rule.
@@ -70,22 +81,11 @@ def read_table(csv_path: str | Path, image_dir: str | Path, columns: Columns, *,
     raw = read_csv(csv_path)  # indexed by row number
     if not Path(image_dir).is_dir():
         raise ValueError(f"--image_base_dir {image_dir}: no such folder")
+    check_columns(list(raw.columns), columns, extra, csv_path)
 
     def texts(column: str | None) -> pd.Series:
         return raw[column].str.strip() if column in raw.columns else pd.Series("", index=raw.index)
 
-    # Columns may be absent under their usual names; those asked for by another name may not.
-    for flag, column, usual in (
-        ("--name_column", columns.name, None),
-        ("--prompt_column", columns.prompt, Columns.prompt),
-        ("--quality_column", columns.quality, Columns.quality),
-        ("--consistency_column", columns.consistency, Columns.consistency),
-        ("--explanation_column", columns.explanation, Columns.explanation),
-        ("--group_column", columns.group, Columns.group),
-    ):
-        if column != usual and column not in raw.columns:
-            present = ", ".join(map(repr, raw.columns))
-            raise ValueError(f"{csv_path}: no column {column!r} among {present}; name yours with {flag}")
     table = pd.DataFrame(
         {
             "name": texts(columns.name),
@@ -93,6 +93,9 @@ def read_table(csv_path: str | Path, image_dir: str | Path, columns: Columns, *,
             "explanation": texts(columns.explanation),
             "q": parse_scores(raw, columns.quality, csv_path) if scored else np.nan,
             "c": parse_scores(raw, columns.consistency, csv_path) if scored else np.nan,
+            **{column: parse_scores(raw, column, csv_path) for column in extra},
+            "q_std": parse_scores(raw, columns.quality_std, csv_path) if scored else np.nan,
+            "c_std": parse_scores(raw, columns.consistency_std, csv_path) if scored else np.nan,
             "split": texts("split"),
             "reference": texts("reference"),
             "row": raw.index,
@@ -112,6 +115,24 @@ def read_table(csv_path: str | Path, image_dir: str | Path, columns: Columns, *,
         )
     table["path"] = check_names(table, Path(image_dir), csv_path)
     return table.reset_index(drop=True)
+
+
+def check_columns(present: Sequence[str], columns: Columns, extra: Sequence[str], csv_path: str | Path) -> None:
+    """Raise ValueError for a missing column. Usual names may be absent, those asked for by another name may not."""
+    for flag, column, usual in (
+        ("--name_column", columns.name, None),
+        ("--prompt_column", columns.prompt, Columns.prompt),
+        ("--quality_column", columns.quality, Columns.quality),
+        ("--consistency_column", columns.consistency, Columns.consistency),
+        ("--explanation_column", columns.explanation, Columns.explanation),
+        ("--quality_std_column", columns.quality_std, Columns.quality_std),
+        ("--consistency_std_column", columns.consistency_std, Columns.consistency_std),
+        ("--group_column", columns.group, Columns.group),
+        *(("--extra_scores", column, None) for column in extra),
+    ):
+        if column != usual and column not in present:
+            found = ", ".join(map(repr, present))
+            raise ValueError(f"{csv_path}: no column {column!r} among {found}; name yours with {flag}")
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
@@ -200,11 +221,25 @@ def check_names(table: pd.DataFrame, image_dir: Path, csv_path: str | Path) -> l
     return paths
 
 
-def assign_folds(table: pd.DataFrame, *, split_by: str, test_size: float, val_size: float, seed: int) -> np.ndarray:
+def assign_folds(
+    table: pd.DataFrame,
+    *,
+    split_by: str,
+    test_size: float,
+    val_size: float,
+    seed: int,
+    part: tuple[int, int] | None = None,
+    tasks: Sequence[str] = tuple(TASKS),
+) -> np.ndarray:
     """The fold of each row: "train", "val" or "test".
 
-    The CSV's own `split` wins. Otherwise whole prompts (compared without regard to case and spacing) or single
-    images are drawn at random, so that `test_size` and `val_size` are shares of all prompts (or images).
+    The table's own `split` wins; one that has no validation fold gets it out of training. Otherwise whole prompts
+    (compared without regard to case and spacing), reference images or single images are drawn at random, so that
+    `test_size` and `val_size` are shares of all prompts (or images).
+
+    Args:
+        part: (k, K) takes the k-th (from 1) of K parts as the test fold, in place of `test_size`.
+        tasks: the scores that every fold must have, if any has.
 
     Raises:
         ValueError: an unknown fold name, too few prompts or images, or a fold that lacks scores of a task.
@@ -216,10 +251,19 @@ def assign_folds(table: pd.DataFrame, *, split_by: str, test_size: float, val_si
                 f"row {wrong['row'].iloc[0]}: split is {wrong['split'].iloc[0]!r}, must be train, val or test; "
                 f"{len(wrong)} such row(s)"
             )
-        folds = table["split"].to_numpy(dtype=str)
+        if part:
+            raise ValueError("--kfold: the data set has folds of its own (split); drop one of the two")
+        folds = table["split"].to_numpy(dtype=str).astype("<U5")
+        if "val" not in folds and "test" in folds:
+            train = np.flatnonzero(folds == "train")
+            units = split_units(table.iloc[train], split_by)
+            num_units = len(np.unique(units))
+            num_val = max(1, round(num_units * val_size))
+            if num_val < num_units:  # else `check_folds` says what is wrong
+                folds[train[draw_units(units, num_val, seed)]] = "val"
     else:
-        folds = draw_folds(split_units(table, split_by), split_by, test_size, val_size, seed)
-    check_folds(table, folds)
+        folds = draw_folds(split_units(table, split_by), split_by, test_size, val_size, seed, part)
+    check_folds(table, folds, tasks)
     return folds
 
 
@@ -238,38 +282,65 @@ def split_units(table: pd.DataFrame, split_by: str) -> np.ndarray:
 def prompt_groups(table: pd.DataFrame) -> np.ndarray:
     """A number for each row, equal for prompts that differ in case and spacing only; no prompt, a number of its own."""
     key = table["prompt"].str.casefold().str.split().str.join(" ")
-    return pd.factorize(key.where(key != "", "\0" + table["name"]))[0]
+    return groups_of(key, key == "")
 
 
-def draw_folds(units: np.ndarray, split_by: str, test_size: float, val_size: float, seed: int) -> np.ndarray:
+def clusters(table: pd.DataFrame) -> np.ndarray:
+    """A number for each row, equal for rows that are judged alike: the prompt, without one the reference image."""
+    by_reference = groups_of(table["reference"], table["reference"] == "") + 2 * len(table)
+    return np.where(table["prompt"] != "", prompt_groups(table), by_reference)
+
+
+def groups_of(key: pd.Series, alone: pd.Series) -> np.ndarray:
+    """A number for each row, equal for equal keys; rows that stand `alone` get one of their own."""
+    codes = pd.factorize(key)[0]
+    return np.where(alone, len(codes) + np.arange(len(codes)), codes)
+
+
+def draw_folds(
+    units: np.ndarray,
+    split_by: str,
+    test_size: float,
+    val_size: float,
+    seed: int,
+    part: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Random folds of whole units. Raises ValueError if there are too few units for three folds."""
     count = len(np.unique(units))
     num_test, num_val = max(1, round(count * test_size)), max(1, round(count * val_size))
+    if part:
+        if count < part[1]:
+            raise ValueError(f"{count} {split_by}(s) cannot be cut into {part[1]} parts; lower --kfold")
+        chosen = np.array_split(np.random.default_rng(seed).permutation(np.unique(units)), part[1])[part[0] - 1]
+        num_test = len(chosen)
     if count - num_test - num_val < 1:
-        raise ValueError(
-            f"{count} {split_by}(s) cannot fill three folds with --test_size {test_size} --val_size {val_size}; "
-            "add data or lower these"
-        )
+        asked = (f"--kfold {part[1]}" if part else f"--test_size {test_size}") + f" --val_size {val_size}"
+        raise ValueError(f"{count} {split_by}(s) cannot fill three folds with {asked}; add data or lower these")
     folds = np.full(len(units), "train", dtype="<U5")
-    rest = np.arange(len(units))
-    for fold, size in (("test", num_test), ("val", num_val)):
-        splitter = GroupShuffleSplit(n_splits=1, test_size=size, random_state=seed)
-        keep, chosen = next(splitter.split(rest, groups=units[rest]))
-        folds[rest[chosen]] = fold
-        rest = rest[keep]
+    test = np.flatnonzero(np.isin(units, chosen)) if part else draw_units(units, num_test, seed)
+    folds[test] = "test"
+    rest = np.flatnonzero(folds == "train")
+    folds[rest[draw_units(units[rest], num_val, seed)]] = "val"
     return folds
 
 
-def check_folds(table: pd.DataFrame, folds: np.ndarray) -> None:
+def draw_units(units: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Places of the rows of `count` units, drawn at random."""
+    splitter = GroupShuffleSplit(n_splits=1, test_size=count, random_state=seed)
+    return next(splitter.split(units, groups=units))[1]
+
+
+def check_folds(table: pd.DataFrame, folds: np.ndarray, tasks: Sequence[str]) -> None:
     """Raise ValueError unless every fold can be trained on or measured: two scores of each task that has any."""
-    for task, title in TASKS.items():
+    for task in tasks:
+        title = title_of(task)
         if table[task].isna().all():
             continue
         for fold in FOLDS:
             count = table.loc[folds == fold, task].notna().sum()
             if count < 2:
                 raise ValueError(
-                    f"the {fold} fold has {count} image(s) with a {title} score, needs at least 2; "
+                    f"the {fold} fold has {count} image(s) with a score of {title}, needs at least 2; "
                     "change --test_size, --val_size or the CSV's split column"
                 )
 
@@ -326,7 +397,7 @@ def fingerprint(labels: bytes, image_hashes: Sequence[str]) -> str:
 class Examples:
     """A checked data set: images, prompts and scores with their folds and scales."""
 
-    table: pd.DataFrame  # as `read_table` returns it
+    table: pd.DataFrame  # as `read_table` returns it, and `set`, the title of the data set a row is from
     folds: np.ndarray  # (n,) of FOLDS
     scales: dict[str, LabelScale]  # task -> MOS scale; the tasks that have scores
     files: list[ImageFile]  # the checked images
@@ -339,6 +410,34 @@ class Examples:
     def mos(self, task: str, fold: str) -> np.ndarray:
         """MOS of a fold's rows, NaN where missing."""
         return self.table[task].to_numpy()[self.rows(fold)]
+
+    @cached_property
+    def sets(self) -> list[str]:
+        """Titles of the data sets that the rows are from."""
+        return self.table["set"].unique().tolist()
+
+    def only(self, title: str) -> Examples:
+        """The rows of one data set, with the scores that it has."""
+        if len(self.sets) == 1:
+            return self
+        rows = np.flatnonzero(self.table["set"] == title)
+        table = self.table.iloc[rows].reset_index(drop=True)
+        scales = {task: scale for task, scale in self.scales.items() if table[task].notna().any()}
+        return Examples(table, self.folds[rows], scales, [self.files[row] for row in rows], self.fingerprint)
+
+    @cached_property
+    def spreads(self) -> dict[str, np.ndarray]:
+        """Task -> (n,) standard deviation of the opinions behind each label, in label units; none if none is given.
+
+        A label without one gets the median.
+        """
+        found = {}
+        for task, scale in self.scales.items():
+            std = self.table[f"{task}_std"] if f"{task}_std" in self.table else pd.Series(np.nan, self.table.index)
+            typical = std[self.table[task].notna()].median()
+            if np.isfinite(typical):
+                found[task] = std.fillna(typical).to_numpy() / (scale.high - scale.low)
+        return found
 
     @cached_property
     def unit_targets(self) -> dict[str, np.ndarray]:
@@ -355,12 +454,20 @@ def leakage(examples: Examples) -> dict[str, dict[str, int]]:
     """How many images of the validation and the test fold share something with an earlier fold.
 
     Returns:
-        {"prompt": {"val": ..., "test": ...}, "content": {...}}: numbers of images whose prompt (without regard to case
-        and spacing), or whose file content, also occurs in training; for the test fold, in training or validation.
+        {"prompt": {"val": ..., "test": ...}, "reference": {...}, "content": {...}}: numbers of images whose prompt
+        (without regard to case and spacing), reference image or file content also occurs in training; for the test
+        fold, in training or validation.
     """
     digests = pd.factorize(np.array([file.digest for file in examples.files]))[0]
+    references = groups_of(
+        examples.table["set"] + "\0" + examples.table["reference"], examples.table["reference"] == ""
+    )
     found: dict[str, dict[str, int]] = {}
-    for what, codes in (("prompt", prompt_groups(examples.table)), ("content", digests)):
+    for what, codes in (
+        ("prompt", prompt_groups(examples.table)),
+        ("reference", references),
+        ("content", digests),
+    ):
         found[what] = {}
         for number, fold in enumerate(FOLDS[1:], start=1):
             earlier = codes[np.isin(examples.folds, FOLDS[:number])]
@@ -378,9 +485,29 @@ def leakage_notes(examples: Examples) -> list[str]:
     ]
 
 
-def load_examples(csv_path: str | Path, image_dir: str | Path, columns: Columns, **options: Any) -> Examples:
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """One data set as it was read, not yet split."""
+
+    title: str
+    table: pd.DataFrame  # as `read_table` returns it
+    ranges: Mapping[str, tuple[float, float] | None]  # task -> MOS scale; None or absent: that of the training fold
+    labels: bytes  # stands for the label file
+
+
+def load_examples(
+    csv_path: str | Path,
+    image_dir: str | Path,
+    columns: Columns,
+    *,
+    ranges: Mapping[str, tuple[float, float] | None],
+    extra: Sequence[str] = (),
+    **options: Any,
+) -> Examples:
     """Read a CSV and build a data set from it; `options` as `build_examples` takes them. Raises ValueError."""
-    return build_examples(read_table(csv_path, image_dir, columns), Path(csv_path).read_bytes(), **options)
+    table = read_table(csv_path, image_dir, columns, extra=extra)
+    labelled = Labelled(title="csv", table=table, ranges=ranges, labels=Path(csv_path).read_bytes())
+    return build_examples([labelled], extra=extra, **options)
 
 
 def named_table(found: pd.DataFrame, root: Path) -> pd.DataFrame:
@@ -389,25 +516,54 @@ def named_table(found: pd.DataFrame, root: Path) -> pd.DataFrame:
     no_prompt = table["c"].notna() & (table["prompt"] == "")
     if no_prompt.any():
         raise ValueError(f"{root}: {no_prompt.sum()} image(s) have a consistency score but no prompt")
+    if "test" not in set(table["split"]):  # as published, the scores of the test fold may be withheld
+        table["split"] = ""
     return table.assign(path=check_names(table, root, root))
 
 
 def build_examples(
-    table: pd.DataFrame,
-    labels: bytes,
-    *,
-    split_by: str,
-    test_size: float,
-    val_size: float,
-    seed: int,
-    ranges: Mapping[str, tuple[float, float] | None],
+    sources: Sequence[Labelled], *, split_by: str | Sequence[str], extra: Sequence[str] = (), **options: Any
 ) -> Examples:
-    """Split and scale a table and check its images; `labels` stands for the label file. Raises ValueError."""
-    folds = assign_folds(table, split_by=split_by, test_size=test_size, val_size=val_size, seed=seed)
-    scales = {
-        task: label_scale(table[task].to_numpy(), folds, ranges[task], f"--mos_range_{task}")
-        for task in TASKS
-        if table[task].notna().any()
-    }
-    files = check_images(table["path"].tolist())
-    return Examples(table, folds, scales, files, fingerprint(labels, [file.digest for file in files]))
+    """Split and scale data sets, bring them to the scale of the first that has a score, and check their images.
+
+    Args:
+        sources: with several, names get the set's title in front.
+        split_by: as `assign_folds` takes it; a list gives each set its own.
+        extra: scores beside q and c.
+        options: further ones of `assign_folds`.
+
+    Raises:
+        ValueError: folds or scales that cannot be, or images that cannot be read.
+    """
+    tasks = (*TASKS, *extra)
+    scales: dict[str, LabelScale] = {}
+    tables, folds = [], []
+    for number, source in enumerate(sources):
+        table = source.table.assign(set=source.title)
+        unit = split_by if isinstance(split_by, str) else split_by[number]
+        own = assign_folds(table, split_by=unit, tasks=tasks, **options)
+        for task in tasks:
+            if table[task].isna().all():
+                continue
+            flag = f"--mos_range_{task}" if task in TASKS else "--extra_scores"
+            scale = label_scale(table[task].to_numpy(), own, source.ranges.get(task), flag)
+            common = scales.setdefault(task, scale)
+            table[task] = common.to_mos(scale.to_unit(table[task].to_numpy())) if scale != common else table[task]
+            if f"{task}_std" in table:
+                table[f"{task}_std"] *= (common.high - common.low) / (scale.high - scale.low)
+        if len(sources) > 1:
+            table["name"] = source.title + "/" + table["name"]
+        tables.append(table)
+        folds.append(own)
+    whole = pd.concat(tables, ignore_index=True)
+    files = check_images(whole["path"].tolist())
+    digests = [file.digest for file in files]
+    labels = b"".join(source.labels for source in sources)
+    ordered = {task: scales[task] for task in tasks if task in scales}
+    return Examples(whole, np.concatenate(folds), ordered, files, fingerprint(labels, digests))
+
+
+if __name__ == "__main__":  # the one command that is called by this file's name
+    import describe
+
+    describe.main()

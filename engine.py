@@ -149,6 +149,10 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def of_main(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, in all processes."""
+        return self.agree(compute() if self.is_main else cast(T, None))
+
     def distribute(self, model: nn.Module, *, may_be_unused: bool) -> nn.Module:
         """The model to train: with several processes, one that averages gradients over them.
 

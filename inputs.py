@@ -54,6 +54,9 @@ class ImageSource(Protocol):
     def stage(self) -> int:
         """The stage of the tower that it enters; 0 for pixels."""
 
+    def count(self, view: View) -> int:
+        """How many views of an image are given, in a dimension of their own if it is not one."""
+
     def prepare(self, rows: Rows, view: View) -> Any:
         """Do what the host has to do; may run in another thread."""
 
@@ -70,12 +73,16 @@ class PixelSource:
         self.store = store
         self.views = views
 
+    def count(self, view: View) -> int:
+        """How many views of an image are given."""
+        return self.views.count(view)
+
     def prepare(self, rows: Rows, view: View) -> list[Tensor]:
         """Decoded images, pinned where a GPU waits for them."""
         return [pinned(image, self.views.device) for image in self.store.load(rows)]
 
     def finish(self, prepared: list[Tensor], rows: Rows, view: View) -> Tensor:
-        """(B, 3, S, S) normalised pixels."""
+        """(B, 3, S, S) normalised pixels; (B, V, 3, S, S) of several views."""
         return self.views(prepared, [self.store.files[row].digest for row in rows], view)
 
 
@@ -94,8 +101,15 @@ class CachedSource:
         stage: int,
         device: torch.device,
         dtype: torch.dtype,
+        counts: tuple[int, int] = (1, 1),
     ) -> None:
-        """`rows_of`: the rows of each view (None, 0..V-1) that will be asked for; `dtype`: what to give them as."""
+        """How the activations are given.
+
+        Args:
+            rows_of: the rows of each view (None, 0..V-1) that will be asked for.
+            dtype: what to give them as.
+            counts: how many views of an image the evaluation view and a training view consist of.
+        """
         self.evaluation, self.training = sets
         self.digests = digests
         self.rows_of = rows_of
@@ -103,16 +117,25 @@ class CachedSource:
         self.stage = stage
         self.device = device
         self.dtype = dtype
+        self.counts = counts
         self.resident: dict[View, Tensor] = {}  # view -> all rows, in the device's memory
         self.place_of: dict[View, np.ndarray] = {}  # view -> where each row of the data set lies in `resident`
 
     def describe(self) -> str:
         """What is cached, in words."""
         where = "in GPU memory" if self.resident else "memory-mapped"
-        rows = sum(len(rows) for rows in self.rows_of.values())
-        size = rows * self.evaluation.row_bytes / 1e9
-        what = "embeddings" if len(self.evaluation.shape) == 1 else f"activations after {self.stage} blocks"
+        size = self.size(self.rows_of) / 1e9
+        is_embedding = len(self.evaluation.shape) - (self.counts[0] > 1) == 1
+        what = "embeddings" if is_embedding else f"activations after {self.stage} blocks"
         return f"{what}, {self.num_views} training view(s), {size:.2f} GB {where}"
+
+    def size(self, rows_of: Mapping[View, Rows]) -> int:
+        """Bytes that the rows of some views take."""
+        return sum(len(rows) * self.keys(rows[:0], view)[0].row_bytes for view, rows in rows_of.items())
+
+    def count(self, view: View) -> int:
+        """How many views of an image are given."""
+        return self.counts[self.which(view) is not None]
 
     def which(self, view: View) -> View:
         """The cached view that stands for a training pass."""
@@ -206,6 +229,38 @@ class TextTable:
         }
 
 
+class LevelledTexts(TextTable):
+    """Prompts with levels: each prompt also as K texts of how well an image matches it, and K texts of quality."""
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        tokenize: Callable[[Sequence[str]], Tensor],
+        device: torch.device,
+        *,
+        quality: Sequence[str],
+        consistency: Sequence[str],
+        trim: bool = False,
+    ) -> None:
+        """`quality`: K texts, the worst first; `consistency`: K patterns with {prompt} in them, likewise."""
+        self.per_prompt = 1 + len(consistency)
+        patterns = ("{prompt}", *consistency)
+        texts = [pattern.replace("{prompt}", prompt) for prompt in prompts for pattern in patterns]
+        super().__init__([*texts, *quality], tokenize, device, trim=trim)
+        self.places_of_quality = len(texts) + np.arange(len(quality))
+
+    def select(self, rows: Rows) -> dict[str, Any]:
+        """As a model with levels takes them: prompt_of_B is (B, 1 + K), and level_of_K has the levels of quality."""
+        places = np.asarray(rows)[:, None] * self.per_prompt + np.arange(self.per_prompt)
+        found = super().select(np.concatenate([places.ravel(), self.places_of_quality]))
+        every = found.pop("prompt_of_B")
+        return {
+            **found,
+            "prompt_of_B": every[: places.size].view(places.shape),
+            "level_of_K": every[places.size :],
+        }
+
+
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A small array on the device."""
     return pinned(torch.from_numpy(array), device).to(device, non_blocking=True)
@@ -261,10 +316,11 @@ class Feed(Generic[P]):
             return view, rows, self.source.prepare(self.share(rows), view)
 
         for view, rows, prepared in run_ahead(prepare, order, self.num_ahead):
-            yield self.assemble(rows, self.source.finish(prepared, self.share(rows), view))
+            images = self.source.finish(prepared, self.share(rows), view)
+            yield self.assemble(rows, images, self.source.count(view))
 
-    def assemble(self, rows: Rows, image: Tensor) -> Batch:
-        """The Batch of these rows, whose share of images is given."""
+    def assemble(self, rows: Rows, image: Tensor, num_views: int) -> Batch:
+        """The Batch of these rows, whose share of images is given, each with so many views."""
         texts = self.prompts.select(self.share(rows)) if self.prompts else {}
         known = {task: ~np.isnan(values[rows]) for task, values in self.targets.items()}
         rationales = places = None
@@ -275,7 +331,7 @@ class Feed(Generic[P]):
                 places = to_device(np.flatnonzero(present[rows]), self.device)
         return Batch(
             rows=rows,
-            inputs={"image": image, "image_stage": self.source.stage, **texts},
+            inputs={"image": image, "image_stage": self.source.stage, "num_views": num_views, **texts},
             targets={task: to_device(values[rows], self.device) for task, values in self.targets.items()},
             labelled={
                 task: None if mask.all() else to_device(np.flatnonzero(mask), self.device)
@@ -290,7 +346,8 @@ class Feed(Generic[P]):
         if len(batch) <= size:
             return [batch]
         starts = range(0, len(batch), size)
-        return [self.assemble(batch.rows[s : s + size], batch.inputs["image"][s : s + size]) for s in starts]
+        image, num_views = batch.inputs["image"], batch.inputs["num_views"]
+        return [self.assemble(batch.rows[s : s + size], image[s : s + size], num_views) for s in starts]
 
 
 def run_ahead(function: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:

@@ -1,8 +1,9 @@
 """Pure losses on scores: tensors in, scalars or named terms out.
 
 Labels and predictions live on the label scale [0, 1], higher is better; predictions may stray outside it.
-B is the batch, E the width of an embedding. Every loss has the one signature `loss(pred_B, target_B) -> ()`,
-takes inputs without missing labels, and gives an exact 0.0 that still has a (zero) gradient where there is
+B is the batch, E the width of an embedding. Every loss has the one signature `loss(pred_B, target_B) -> ()`, those
+of label distributions a third argument `std_B`, the standard deviation of the opinions behind each label. It takes
+inputs without missing labels, and gives an exact 0.0 that still has a (zero) gradient where there is
 nothing to compare. Arithmetic is in float32 whatever AMP made of the predictions; float64 stays float64.
 """
 
@@ -22,6 +23,8 @@ HUBER_DELTA = 0.1
 # Standard deviation of one image's opinion in Thurstone's model. UNIQUE and LIQE use 1 on wider scales; on
 # [0, 1] that would hold every probability between .24 and .76, and no order of predictions would get near 0.
 THURSTONE_SIGMA = 0.1
+# Opinions that agree better than this are taken for agreeing by chance: few people were asked.
+MIN_OPINION_STD = 0.02
 # A spread of scores on [0, 1] below this is rounding, and dividing by it would make gradients explode.
 MIN_STD = 1e-6
 # An embedding shorter than this counts as this long: one that starts at 0 would get a gradient of 1e8.
@@ -87,12 +90,44 @@ def fidelity_loss(pred_B: Tensor, target_B: Tensor) -> Tensor:
     al., "Uncertainty-aware blind image quality assessment in the laboratory and wild" (UNIQUE), TIP 2021.
     """
     pred, target = _prepare(pred_B, target_B)
+    return _fidelity(pred, (_differences(target).sign() + 1) / 2)
+
+
+def thurstone_loss(pred_B: Tensor, target_B: Tensor, std_B: Tensor) -> Tensor:
+    """`fidelity_loss` against the probability that people prefer one image to the other.
+
+    As there, but p = Phi((t_i - t_j) / sqrt(s_i^2 + s_j^2)) for opinions of standard deviation s around each label:
+    a pair on which opinions overlap need not be ordered for certain.
+
+    Source: Zhang et al. (UNIQUE), TIP 2021, equations 2 to 4.
+    """
+    pred, target = _prepare(pred_B, target_B)
+    _, std = _prepare(pred_B, std_B)
+    variance = std.clamp(min=MIN_OPINION_STD).square()
+    return _fidelity(pred, torch.special.ndtr(_differences(target) / _pair_sums(variance).sqrt()))
+
+
+def kl_loss(pred_B: Tensor, target_B: Tensor, std_B: Tensor) -> Tensor:
+    """KL divergence of the label distribution N(t, s^2) from N(p, s^2), relative to the batch's mean precision.
+
+    The mean of (p - t)^2 w with w = s^-2 / mean(s^-2): where all opinions spread alike, `mse_loss`; elsewhere an error
+    counts less the less people agree.
+    """
+    pred, target = _prepare(pred_B, target_B)
+    _, std = _prepare(pred_B, std_B)
+    if not pred.numel():
+        return _zero(pred)
+    precision = std.clamp(min=MIN_OPINION_STD).square().reciprocal()
+    return ((pred - target).square() * precision / precision.mean()).mean()
+
+
+def _fidelity(pred: Tensor, p: Tensor) -> Tensor:
+    """Mean fidelity loss of Thurstone's model of `pred` (B,) against probabilities p of all pairs i < j."""
     if pred.numel() < 2:
         return _zero(pred)
     z = _differences(pred) / (math.sqrt(2) * THURSTONE_SIGMA)
     # Long before 60 the loss is flat in float64 too; far beyond it the derivative of log_ndtr is NaN.
     z = z.clamp(-60, 60)
-    p = (_differences(target).sign() + 1) / 2
     # sqrt(Phi(z)) by its logarithm: the gradient of sqrt is infinite where Phi underflows to 0.
     above = torch.exp(torch.special.log_ndtr(z) / 2)
     below = torch.exp(torch.special.log_ndtr(-z) / 2)
@@ -107,20 +142,26 @@ LOSSES: dict[str, Loss] = {
     "rank": rank_loss,
     "fidelity": fidelity_loss,
 }
+SPREAD_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"kl": kl_loss, "thurstone": thurstone_loss}
 
 
 def combined_loss(
-    terms: Sequence[tuple[float, str]], pred_B: Tensor, target_B: Tensor, labelled: Tensor | slice | None = None
+    terms: Sequence[tuple[float, str]],
+    pred_B: Tensor,
+    target_B: Tensor,
+    labelled: Tensor | slice | None = None,
+    std_B: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of the named losses over the rows that have a label; a NaN in `target_B` is a missing one.
 
-    `terms` are (weight, name) with names from LOSSES, as in [(1.0, "mse"), (0.5, "plcc")]. Rows without a
-    label get a gradient of exactly 0, and a batch without any gives 0.0. `labelled` selects the rows that have
-    one; left out, they are looked for, for which a GPU has to be waited for. Returns a scalar.
+    `terms` are (weight, name) with names from LOSSES and SPREAD_LOSSES (which need `std_B`), as in
+    [(1.0, "mse"), (0.5, "plcc")]. Rows without a label get a gradient of exactly 0, and a batch without any gives 0.0.
+    `labelled` selects the rows that have one; left out, they are looked for, for which a GPU has to be waited for.
+    Returns a scalar.
     """
-    unknown = [name for _, name in terms if name not in LOSSES]
+    unknown = [name for _, name in terms if name not in {**LOSSES, **SPREAD_LOSSES}]
     if unknown:
-        raise ValueError(f"unknown loss {unknown[0]!r}, choose from {', '.join(LOSSES)}")
+        raise ValueError(f"unknown loss {unknown[0]!r}, choose from {', '.join([*LOSSES, *SPREAD_LOSSES])}")
     pred, target = _prepare(pred_B, target_B)
     if labelled is None:
         labelled = ~torch.isnan(target)
@@ -128,7 +169,13 @@ def combined_loss(
     pred, target = pred[labelled], target[labelled]
     total = _zero(pred)
     for weight, name in terms:
-        total = total + weight * LOSSES[name](pred, target)
+        if name in LOSSES:
+            value = LOSSES[name](pred, target)
+        elif std_B is None:
+            raise ValueError(f"the loss {name} needs the standard deviation of the opinions")
+        else:
+            value = SPREAD_LOSSES[name](pred, target, std_B[labelled])
+        total = total + weight * value
     return total
 
 
@@ -162,13 +209,15 @@ def score_losses(
     smoothing: float,
     means: Mapping[str, float],
     labelled: Mapping[str, Tensor | None] | None = None,
+    spreads: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Losses of all tasks in `pred` ("q", "c"): {"loss_q": ..., "loss_c": ..., "loss": ...}, all scalars.
 
     `pred` and `target` map a task to its scores (B,), NaN for a missing label; `weights` and `means` (of the
     training labels, on [0, 1]) need every task in `pred`. A task's own entry is unweighted, "loss" is the sum
     of weight * entry. `labelled` maps a task to the places that have a label, None for all; left out, they are
-    looked for.
+    looked for. `spreads` maps a task to the standard deviation (B,) of the opinions behind each label, which losses of
+    label distributions need.
     """
     if not pred:
         raise ValueError("score_losses needs the predictions of at least one task")
@@ -179,10 +228,10 @@ def score_losses(
         found = labelled[task]
         return slice(None) if found is None else found
 
-    losses = {
-        f"loss_{task}": combined_loss(terms, scores, smooth_targets(target[task], means[task], smoothing), places(task))
-        for task, scores in pred.items()
-    }
+    losses = {}
+    for task, scores in pred.items():
+        smoothed = smooth_targets(target[task], means[task], smoothing)
+        losses[f"loss_{task}"] = combined_loss(terms, scores, smoothed, places(task), (spreads or {}).get(task))
     total = torch.stack([weights[task] * losses[f"loss_{task}"] for task in pred]).sum()
     return {**losses, "loss": total}
 
@@ -204,3 +253,9 @@ def _differences(x_B: Tensor) -> Tensor:
     """x_i - x_j for all pairs i < j: (B,) -> (B * (B - 1) / 2,)."""
     i, j = torch.triu_indices(len(x_B), len(x_B), offset=1, device=x_B.device)
     return x_B[i] - x_B[j]
+
+
+def _pair_sums(x_B: Tensor) -> Tensor:
+    """x_i + x_j for all pairs i < j: (B,) -> (B * (B - 1) / 2,)."""
+    i, j = torch.triu_indices(len(x_B), len(x_B), offset=1, device=x_B.device)
+    return x_B[i] + x_B[j]

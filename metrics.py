@@ -243,6 +243,25 @@ def paired_bootstrap(
     }
 
 
+def resampled_interval(values: ArrayLike, share: float, *, level: float = 0.95) -> list[float] | None:
+    """Interval [low, high] of the mean of `values`, (R,), one from each of R random splits; None for a single one.
+
+    Training folds of different splits overlap, so their results are not independent and the usual t interval is too
+    narrow. The variance of the mean is therefore taken as sd^2 (1 / R + share), `share` being the number of test
+    items divided by that of training items, with R - 1 degrees of freedom.
+
+    Source: Nadeau and Bengio, Inference for the generalization error, Machine Learning 52, 2003, section 5 (corrected
+    resampled t test); Bouckaert and Frank, PAKDD 2004, for repeated k-fold cross-validation.
+    """
+    x = _vector(values, "values")
+    if share < 0 or not 0 < level < 1:
+        raise ValueError(f"need share of 0 or more and 0 < level < 1, got {share} and {level}")
+    if x.size < 2:
+        return None
+    half = stats.t.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1) * np.sqrt(1 / x.size + share)
+    return [float(x.mean() - half), float(x.mean() + half)]
+
+
 def _vector(values: ArrayLike, name: str) -> Array:
     """`values` as a finite float64 vector, or ValueError."""
     vector = np.asarray(values, dtype=np.float64)

@@ -1,6 +1,7 @@
 """The scoring model: CLIP, how much of it is trained, and two heads on its embeddings.
 
-Shapes: B images, P distinct prompts, N tokens, D tower width, E embedding, S pixels per side.
+Shapes: B images, V views of each, P distinct prompts, K levels, N tokens, D tower width, E embedding, S pixels per
+side. Where each image has several views, they stand in a dimension behind B.
 Scores are label units: 0..1 spans the data set's MOS scale. Nothing is clamped inside the graph.
 """
 
@@ -8,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,6 +33,16 @@ from torch.utils.checkpoint import checkpoint
 TOP = "ln_post|ln_final|proj|text_projection|head|norm|fc_norm|attn_pool|attnpool"
 # By depth of the image tower: ViT-B, and ViT-L/14 (at 336 pixels).
 RECOMMENDED_FREEZE_LAYERS = {12: "8-10", 24: "18-20 (20-22 at 336 pixels)"}
+EXTRA_PREFIX = "score_"
+# Gradients into CLIP: of all scores, or of all but one of the two.
+TASK_GRADIENTS = ("shared", "stop_q", "stop_c")
+# Five texts of quality, and of agreement with the prompt; the worst first.
+LEVEL_TEXTS = {
+    "quality": [f"a photo of {level} quality" for level in ("bad", "poor", "fair", "good", "perfect")],
+    "consistency": [
+        f"a photo that {level} matches '{{prompt}}'" for level in ("badly", "poorly", "fairly", "well", "perfectly")
+    ],
+}
 NUM_CONSISTENCY_TOKENS = 3  # image, text and coarse score: what the refinement transformer reads
 
 
@@ -50,23 +61,51 @@ def joint_features(image_BE: Tensor, text_BE: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([image_BE, text_BE, cos_B1], dim=-1), cos_B1
 
 
+def expected_level(image_BE: Tensor, levels_KE: Tensor, temperature: Tensor) -> Tensor:
+    """Expectation (B, 1) over levels 0..1 whose probabilities are a softmax over cosines, as in CLIP's own training.
+
+    Args:
+        levels_KE: embedded texts of the levels, the lowest first, (K, E) for all images or (B, K, E) for each.
+        temperature: () the factor on the cosines.
+
+    Source: Wang et al., "Exploring CLIP for assessing the look and feel of images", AAAI 2023, with two levels;
+    Zhang et al., "Blind image quality assessment via vision-language correspondence" (LIQE), CVPR 2023, with five.
+    """
+    cos_BK = (image_BE[:, None] * levels_KE).sum(dim=-1)
+    values_K = torch.linspace(0, 1, levels_KE.shape[-2], device=image_BE.device)
+    return ((temperature * cos_BK).softmax(dim=-1) * values_K).sum(dim=-1, keepdim=True)
+
+
 class ResidualHeads(nn.Module):
     """score = what CLIP already knows + small bounded learned delta.
 
         quality      q = sigmoid(w . image + b)              + scale_q * tanh(MLP(image))
         consistency  c = a * (cos(image, text) + 1) / 2 + b  + scale_c * tanh(MLP([image, text, cos]))
 
+    With a `temperature` both base terms are a * level + b, `level` being the `expected_level` of five texts.
     The deltas start at exactly zero, so a fresh model is its base.
     """
 
     def __init__(
-        self, embed_dim: int, *, scale_q: float, scale_c: float, hidden_q: int, hidden_c: int, dropout: float
+        self,
+        embed_dim: int,
+        *,
+        scale_q: float,
+        scale_c: float,
+        hidden_q: int,
+        hidden_c: int,
+        dropout: float,
+        temperature: float | None = None,
     ) -> None:
         super().__init__()
         self.scale_q = scale_q
         self.scale_c = scale_c
-        self.base_q = nn.Linear(embed_dim, 1)
+        self.base_q = nn.Linear(embed_dim if temperature is None else 1, 1)
         self.base_c = nn.Linear(1, 1)
+        self.temperature = None if temperature is None else nn.Parameter(torch.tensor(temperature))
+        if temperature is not None:
+            nn.init.ones_(self.base_q.weight)
+            nn.init.zeros_(self.base_q.bias)
         nn.init.ones_(self.base_c.weight)
         nn.init.zeros_(self.base_c.bias)
         self.delta_q = mlp(embed_dim, hidden_q, dropout, zero_last=True)
@@ -80,16 +119,54 @@ class ResidualHeads(nn.Module):
                 layer.weight.copy_(torch.from_numpy(np.atleast_2d(np.asarray(fitted[0]))))
                 layer.bias.fill_(fitted[1])
 
-    def quality(self, image_BE: Tensor) -> Tensor:
-        """(B, E) -> (B,)."""
-        base_B1 = torch.sigmoid(self.base_q(image_BE))
+    def quality(self, image_BE: Tensor, levels_KE: Tensor | None = None) -> Tensor:
+        """(B, E), with a temperature also (K, E) -> (B,)."""
+        if self.temperature is None:
+            base_B1 = torch.sigmoid(self.base_q(image_BE))
+        else:
+            base_B1 = self.base_q(expected_level(image_BE, cast(Tensor, levels_KE), self.temperature))
         return (base_B1 + self.scale_q * torch.tanh(self.delta_q(image_BE))).squeeze(-1)
 
-    def consistency(self, image_BE: Tensor, text_BE: Tensor) -> Tensor:
-        """(B, E), (B, E) -> (B,)."""
+    def consistency(self, image_BE: Tensor, text_BE: Tensor, levels_BKE: Tensor | None = None) -> Tensor:
+        """(B, E), (B, E), with a temperature also (B, K, E) -> (B,)."""
         features, cos_B1 = joint_features(image_BE, text_BE)
-        base_B1 = self.base_c((cos_B1 + 1) / 2)
-        return (base_B1 + self.scale_c * torch.tanh(self.delta_c(features))).squeeze(-1)
+        if self.temperature is None:
+            known_B1 = (cos_B1 + 1) / 2
+        else:
+            known_B1 = expected_level(image_BE, cast(Tensor, levels_BKE), self.temperature)
+        return (self.base_c(known_B1) + self.scale_c * torch.tanh(self.delta_c(features))).squeeze(-1)
+
+
+class ResidualHead(nn.Module):
+    """A further score of the image: sigmoid(w . image + b) + scale * tanh(MLP(image)), as quality."""
+
+    def __init__(self, embed_dim: int, *, scale: float, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.base = nn.Linear(embed_dim, 1)
+        self.delta = mlp(embed_dim, hidden, dropout, zero_last=True)
+
+    @torch.no_grad()
+    def set_base(self, fitted: tuple[ArrayLike, float]) -> None:
+        """Start from fitted weights (E,) and bias."""
+        self.base.weight.copy_(torch.from_numpy(np.atleast_2d(np.asarray(fitted[0]))))
+        self.base.bias.fill_(fitted[1])
+
+    def forward(self, image_BE: Tensor) -> Tensor:
+        """(B, E) -> (B,)."""
+        return (torch.sigmoid(self.base(image_BE)) + self.scale * torch.tanh(self.delta(image_BE))).squeeze(-1)
+
+
+class PlainHead(nn.Module):
+    """A further score of the image, learned from nothing."""
+
+    def __init__(self, embed_dim: int, *, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.head = mlp(embed_dim, hidden, dropout, zero_last=False)
+
+    def forward(self, image_BE: Tensor) -> Tensor:
+        """(B, E) -> (B,)."""
+        return torch.sigmoid(self.head(image_BE)).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +189,11 @@ class PlainHeads(nn.Module):
         self.head_c = mlp(2 * embed_dim + 1, hidden_c, dropout, zero_last=False)
         self.refine = ConsistencyRefiner(embed_dim, refinement, dropout) if refinement else None
 
-    def quality(self, image_BE: Tensor) -> Tensor:
+    def quality(self, image_BE: Tensor, levels_KE: Tensor | None = None) -> Tensor:
         """(B, E) -> (B,)."""
         return torch.sigmoid(self.head_q(image_BE)).squeeze(-1)
 
-    def consistency(self, image_BE: Tensor, text_BE: Tensor) -> Tensor:
+    def consistency(self, image_BE: Tensor, text_BE: Tensor, levels_BKE: Tensor | None = None) -> Tensor:
         """(B, E), (B, E) -> (B,)."""
         features, _ = joint_features(image_BE, text_BE)
         logit_B1 = self.head_c(features)
@@ -149,6 +226,15 @@ class ConsistencyRefiner(nn.Module):
         return self.correction(self.encoder(tokens_BND)[:, -1])
 
 
+class Embeddings(NamedTuple):
+    """What CLIP makes of images and their texts: unit vectors."""
+
+    image: Tensor  # (B, E); (B, V, E) with several views
+    text: Tensor | None = None  # (B, E) of the prompts
+    levels_q: Tensor | None = None  # (K, E) of the levels of quality
+    levels_c: Tensor | None = None  # (B, K, E) of the levels of consistency with each prompt
+
+
 class ScoreModel(nn.Module):
     """CLIP and heads: pixels and prompts in, label-unit scores out."""
 
@@ -163,10 +249,18 @@ class ScoreModel(nn.Module):
         *,
         embed_dim: int,
         predict_rationale: bool = False,
+        extra: Mapping[str, nn.Module] | None = None,
+        global_view: bool = False,
+        task_gradients: str = "shared",
     ) -> None:
+        """See `build_model`."""
         super().__init__()
         self.clip = clip
         self.heads = heads
+        # Behind a prefix, because a module's own attributes, such as "type" or "values", are no keys of a ModuleDict.
+        self.extra = nn.ModuleDict({EXTRA_PREFIX + task: head for task, head in (extra or {}).items()})
+        self.global_view = global_view
+        self.task_gradients = task_gradients
         self.rationale = nn.Linear(2 * embed_dim + 1, embed_dim) if predict_rationale else None
 
     def encode_image(self, image: Tensor, stage: int = 0) -> Tensor:
@@ -204,24 +298,55 @@ class ScoreModel(nn.Module):
         image_stage: int = 0,
         text_stage: int = 0,
         tokens_PN: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Images and their prompts (as `forward` takes them) -> (B, E) and (B, E), or None without prompts."""
-        image_BE = self.encode_image(image, image_stage)
-        return image_BE, None if text is None else self.encode_text(text, text_stage, tokens_PN)[prompt_of_B]
+        num_views: int = 1,
+        level_of_K: Tensor | None = None,
+    ) -> Embeddings:
+        """Images and their texts (as `forward` takes them) -> their embeddings."""
+        image = self.encode_image(image.flatten(0, 1) if num_views > 1 else image, image_stage)
+        image = image.unflatten(0, (-1, num_views)) if num_views > 1 else image
+        if text is None:
+            return Embeddings(image)
+        text_PE = self.encode_text(text, text_stage, tokens_PN)
+        text = text_PE[prompt_of_B]
+        if level_of_K is None:
+            return Embeddings(image, text)
+        return Embeddings(image, text[:, 0], text_PE[level_of_K], text[:, 1:])
 
-    def score(self, image_BE: Tensor, text_BE: Tensor | None) -> dict[str, Tensor]:
-        """Unit embeddings -> {"q": (B,), "c": (B,) if there is text, "rationale": (B, E) if predicted}.
+    def score(
+        self,
+        image: Tensor,
+        text_BE: Tensor | None = None,
+        levels_KE: Tensor | None = None,
+        levels_BKE: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What `Embeddings` holds -> {"q": (B,), "c": (B,) if there is text, ..., "rationale": (B, E) if predicted}.
 
+        Scores of several views are averaged; with a global view, consistency is judged by that alone.
         In float32 whatever the autocast: half precision would tie scores that differ.
         """
-        with torch.autocast(image_BE.device.type, enabled=False):
-            scores = {"q": self.heads.quality(image_BE)}
+        with torch.autocast(image.device.type, enabled=False):
+            for_q, for_c = image, self.view_of_content(image)
+            if self.task_gradients == "stop_q":
+                for_q, levels_KE = detached(for_q), detached(levels_KE)
+            if self.task_gradients == "stop_c":
+                for_c, text_BE, levels_BKE = detached(for_c), detached(text_BE), detached(levels_BKE)
+            scores = {"q": averaged(lambda image_BE: self.heads.quality(image_BE, levels_KE), for_q)}
+            scores |= {task: averaged(head, image) for task, head in self.extra_heads.items()}
             if text_BE is not None:
-                scores["c"] = self.heads.consistency(image_BE, text_BE)
+                scores["c"] = averaged(self.heads.consistency, for_c, text_BE, levels_BKE)
                 if self.rationale is not None:
-                    features, _ = joint_features(image_BE, text_BE)
-                    scores["rationale"] = self.rationale(features)
+                    content_BE = for_c if for_c.ndim == 2 else for_c.mean(dim=1)
+                    scores["rationale"] = self.rationale(joint_features(content_BE, text_BE)[0])
         return scores
+
+    @property
+    def extra_heads(self) -> dict[str, nn.Module]:
+        """The heads of further scores, by their names."""
+        return {name.removeprefix(EXTRA_PREFIX): head for name, head in self.extra.items()}
+
+    def view_of_content(self, image: Tensor) -> Tensor:
+        """What the prompt is compared with: the global view (B, E), the first of several, or all there are."""
+        return image[:, 0] if self.global_view and image.ndim == 3 else image
 
     def forward(
         self, image: Tensor, text: Tensor | None = None, prompt_of_B: Tensor | None = None, **stages: Any
@@ -229,10 +354,13 @@ class ScoreModel(nn.Module):
         """Score images against their prompts, each distinct prompt encoded once.
 
         Args:
-            image: (B, 3, S, S) normalised pixels, or what enters a later stage of the tower.
+            image: (B, 3, S, S) normalised pixels, or what enters a later stage of the tower; (B, V, ...) for
+                several views.
             text: (P, N) token ids of the distinct prompts, or what enters a later stage; None for quality alone.
-            prompt_of_B: (B,) the row of `text` that belongs to each image.
-            stages: `image_stage`, `text_stage` and `tokens_PN` of `encode`.
+            prompt_of_B: (B,) the row of `text` that belongs to each image; with levels (B, 1 + K), those of the
+                prompt and of its levels of consistency.
+            stages: `image_stage`, `text_stage`, `tokens_PN`, `num_views` and `level_of_K` (the rows of `text` that
+                are levels of quality) of `encode`.
 
         Returns:
             As `score`.
@@ -269,31 +397,95 @@ def build_model(
     dropout: float,
     refinement: Mapping[str, int] | None,
     predict_rationale: bool,
+    extra: Sequence[str] = (),
+    prompt_levels: bool = False,
+    global_view: bool = False,
+    task_gradients: str = "shared",
 ) -> ScoreModel:
-    """A ScoreModel from plain (JSON) arguments, so that a checkpoint can say how it was built."""
+    """A ScoreModel from plain (JSON) arguments, so that a checkpoint can say how it was built.
+
+    Args:
+        extra: scores beside quality and consistency; each gets a head like that of quality.
+        prompt_levels: the base terms are expectations over five texts.
+        global_view: of several views the first is the whole image, and the only one that is compared with the prompt.
+        task_gradients: of TASK_GRADIENTS.
+    """
     heads: ResidualHeads | PlainHeads
+    of_extra: nn.Module
     if residual:
         heads = ResidualHeads(
-            embed_dim, scale_q=scale_q, scale_c=scale_c, hidden_q=hidden_q, hidden_c=hidden_c, dropout=dropout
+            embed_dim,
+            scale_q=scale_q,
+            scale_c=scale_c,
+            hidden_q=hidden_q,
+            hidden_c=hidden_c,
+            dropout=dropout,
+            temperature=float(clip.logit_scale.detach().exp()) if prompt_levels else None,
         )
     else:
         refine = Refinement(**refinement) if refinement else None
         heads = PlainHeads(embed_dim, hidden_q=hidden_q, hidden_c=hidden_c, dropout=dropout, refinement=refine)
-    return ScoreModel(clip, heads, embed_dim=embed_dim, predict_rationale=predict_rationale)
+    further = {}
+    for task in extra:
+        if residual:
+            of_extra = ResidualHead(embed_dim, scale=scale_q, hidden=hidden_q, dropout=dropout)
+        else:
+            of_extra = PlainHead(embed_dim, hidden=hidden_q, dropout=dropout)
+        further[task] = of_extra
+    return ScoreModel(
+        clip,
+        heads,
+        embed_dim=embed_dim,
+        predict_rationale=predict_rationale,
+        extra=further,
+        global_view=global_view,
+        task_gradients=task_gradients,
+    )
+
+
+def averaged(score: Callable[..., Tensor], image: Tensor, *others: Tensor | None) -> Tensor:
+    """Scores (B,) of embeddings (B, E), with what belongs to each; of several views (B, V, E) their mean."""
+    if image.ndim == 2:
+        return score(image, *others)
+    num_views = image.shape[1]
+    repeated = (None if other is None else other.repeat_interleave(num_views, dim=0) for other in others)
+    return score(image.flatten(0, 1), *repeated).unflatten(0, (-1, num_views)).mean(dim=1)
+
+
+def detached(x: Any) -> Any:
+    """A tensor without its history; None stays None."""
+    return None if x is None else x.detach()
 
 
 def score_batch(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     """The scores of a batch that carries a model's arguments as `inputs`."""
     scores = model(**batch.inputs)
-    return {task: scores[task] for task in ("q", "c") if task in scores}
+    return {task: values for task, values in scores.items() if task != "rationale"}
 
 
 def embed_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
-    """What CLIP itself knows of a batch: "image" (B, E) and, with prompts, "cos" (B,)."""
-    image_BE, text_BE = model.encode(**batch.inputs)
-    if text_BE is None:
-        return {"image": image_BE}
-    return {"image": image_BE, "cos": (image_BE * text_BE).sum(dim=-1)}
+    """What CLIP itself knows of a batch.
+
+    Returns:
+        "image" (B, E), the mean over views; with prompts "text" (B, E) and "cos" (B,), and with levels "level_q" and
+        "level_c" (B,), what they expect, on 0..1.
+    """
+    known = model.encode(**batch.inputs)
+    views = known.image if known.image.ndim == 3 else known.image[:, None]
+    found = {"image": views.mean(dim=1)}
+    if known.text is not None:
+        content = model.view_of_content(known.image)
+        found["text"] = known.text
+        found["cos"] = averaged(lambda image_BE, text_BE: (image_BE * text_BE).sum(dim=-1), content, known.text)
+    temperature = getattr(model.heads, "temperature", None)
+    if temperature is not None:
+
+        def level(image_BE: Tensor, levels: Tensor | None) -> Tensor:
+            return expected_level(image_BE, cast(Tensor, levels), temperature).squeeze(-1)
+
+        found["level_q"] = averaged(lambda image_BE: level(image_BE, known.levels_q), known.image)
+        found["level_c"] = averaged(level, content, known.levels_c)
+    return found
 
 
 def trims_exactly(text: nn.Module) -> bool:
@@ -575,7 +767,7 @@ def count_parameters(model: ScoreModel) -> dict[str, tuple[int, int]]:
     parts: dict[str, list[nn.Module]] = {
         "image tower": [model.clip.visual],
         "text tower": [model.clip.text],
-        "heads": [model.heads],
+        "heads": [model.heads, model.extra],
     }
     if model.rationale is not None:
         parts["heads"].append(model.rationale)

@@ -36,14 +36,15 @@ import backbones
 import checkpoint
 import data
 import engine
+import evaluation
 import inputs
 import models
-from configs import one_line_errors, parse_predict_args
+import reporting
+from configs import one_line_errors, parse_predict_args, split_list
 from images import Views, decode, decode_all, first_five
 from parts import Parts
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SCORE_COLUMNS = {"q": "pred_quality", "c": "pred_align"}
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 
 
@@ -57,10 +58,14 @@ class LoosePixels:
         self.views = views
         self.num_threads = num_threads
 
+    def count(self, view: inputs.View) -> int:
+        """How many views of an image are given."""
+        return self.views.count(view)
+
     def prepare(self, rows: inputs.Rows, view: inputs.View) -> list[Tensor]:
         """Decoded images. Raises OSError that counts all images that cannot be read and names the first five."""
         try:
-            decoded = decode_all([self.images[row] for row in rows], self.views.image_size, self.num_threads)
+            decoded = decode_all([self.images[row] for row in rows], self.views.decode_size, self.num_threads)
         except UNREADABLE as error:
             with ThreadPoolExecutor(max(1, self.num_threads)) as pool:
                 problems = [problem for problem in pool.map(self.problem, range(len(self.images))) if problem]
@@ -73,7 +78,7 @@ class LoosePixels:
         image = self.images[row]
         name = f"image {row + 1}" if isinstance(image, Image.Image) else str(image)
         try:
-            decode(image, self.views.image_size)
+            decode(image, self.views.decode_size)
         except UnidentifiedImageError:
             return f"{name} (not an image)"
         except UNREADABLE as error:
@@ -81,7 +86,7 @@ class LoosePixels:
         return ""
 
     def finish(self, prepared: list[Tensor], rows: inputs.Rows, view: inputs.View) -> Tensor:
-        """(B, 3, S, S) normalised pixels."""
+        """(B, 3, S, S) normalised pixels; (B, V, 3, S, S) of several views."""
         return self.views(prepared, [], None)
 
 
@@ -104,6 +109,11 @@ class Scorer:
         self.num_truncated = 0
         self.scales = {task: data.LabelScale(**scale) for task, scale in description["scales"].items()}
 
+    @property
+    def has_levels(self) -> bool:
+        """Whether the scores start from levels, so that every image needs texts."""
+        return getattr(self.model.heads, "temperature", None) is not None
+
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", amp: str = "off") -> Scorer:
         """Load a checkpoint folder (RUN/best, or RUN itself). Raises ValueError if it is none or is damaged."""
@@ -125,6 +135,7 @@ class Scorer:
         batch_size: int = 64,
         num_workers: int | None = None,
         progress: Callable[[int], object] | None = None,
+        clamp: bool = True,
     ) -> pd.DataFrame:
         """Score images. Under torchrun every process scores what it is given, for itself.
 
@@ -134,10 +145,11 @@ class Scorer:
                 CLIP's context length are cut; `num_truncated` holds how many that were.
             num_workers: threads that decode images; None: one per core, at most 16.
             progress: is told the number of images after each batch.
+            clamp: keep scores within the scale, as people expect; clamping ties scores that differ.
 
         Returns:
-            One row per image: pred_quality and pred_align in MOS units, NaN for what the model was not trained
-            on or has no prompt for.
+            One row per image: pred_quality, pred_align and further scores in MOS units, NaN for what the model was
+            not trained on or has no prompt for.
 
         Raises:
             ValueError: the numbers of images and prompts differ, or there is nothing that can be scored.
@@ -148,7 +160,8 @@ class Scorer:
         texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(images):
             raise ValueError(f"{len(images)} images but {len(texts)} prompts: give one for each, one for all, or none")
-        table = pd.DataFrame(np.nan, index=range(len(images)), columns=list(SCORE_COLUMNS.values()))
+        columns = {task: reporting.columns_of(task)[1] for task in dict.fromkeys([*data.TASKS, *self.scales])}
+        table = pd.DataFrame(np.nan, index=range(len(images)), columns=list(columns.values()))
         if not len(images):
             return table
         has_prompt = np.array([bool(text.strip()) for text in texts])
@@ -158,7 +171,7 @@ class Scorer:
             pixels=self.pixels(images, num_workers),
             device=self.runtime.device,
             targets={},
-            prompts=self.text_table(texts) if has_prompt.any() else None,
+            prompts=self.text_table(texts) if has_prompt.any() or self.has_levels else None,
             num_ahead=self.runtime.num_ahead,
         )
         order = inputs.BatchOrder(np.arange(len(images)), batch_size=batch_size)
@@ -167,19 +180,28 @@ class Scorer:
         scores = engine.predict(self.model, batches, models.score_batch, runtime=alone)
         for task, scale in self.scales.items():
             if task in scores:
-                table[SCORE_COLUMNS[task]] = scale.clamp(scale.to_mos(scores[task]))
-        table.loc[~has_prompt, "pred_align"] = np.nan
+                mos = scale.to_mos(scores[task])
+                table[columns[task]] = scale.clamp(mos) if clamp else mos
+        table.loc[~has_prompt, columns["c"]] = np.nan
         return table
 
     def pixels(self, images: Sequence[str | Path | Image.Image], num_workers: int | None) -> LoosePixels:
         """The source of evaluation views."""
         preprocess = self.description["clip"]["preprocess_cfg"]
-        views = Views(image_size=self.description["image_size"], device=self.runtime.device, **preprocess)
+        views = Views(
+            image_size=self.description["image_size"],
+            device=self.runtime.device,
+            test_crops=self.description.get("test_crops", 0),
+            global_view=self.model.global_view,
+            **preprocess,
+        )
         return LoosePixels(images, views, self.runtime.num_threads if num_workers is None else num_workers)
 
     def text_table(self, texts: Sequence[str]) -> inputs.TextTable:
-        """The prompts, tokenised."""
+        """The prompts, tokenised, with their levels if the model reads them."""
         trim = models.trims_exactly(self.model.clip.text)
+        if self.has_levels:
+            return inputs.LevelledTexts(texts, self.tokenize, self.runtime.device, trim=trim, **models.LEVEL_TEXTS)
         return inputs.TextTable(texts, self.tokenize, self.runtime.device, trim=trim)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
@@ -378,6 +400,43 @@ def print_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     print(scores.dropna(axis=1, how="all").to_string(index=False, float_format="%.4f"))
 
 
+def evaluate(args: argparse.Namespace) -> pd.DataFrame:
+    """Score every labelled set with every run; print and return the table. Raises ValueError, OSError."""
+    columns = data.Columns(
+        name=args.name_column,
+        prompt=args.prompt_column,
+        quality=args.quality_column,
+        consistency=args.consistency_column,
+    )
+    scorers = {run: Scorer.load(run, device=args.device) for run in args.checkpoints}
+    extra = sorted({task for scorer in scorers.values() for task in scorer.scales} - set(data.TASKS))
+    named = list(zip(split_list(args.dataset), split_list(args.data_root), strict=True))
+    sets = evaluation.read_sets(args.csv, image_folder(args), columns, named, extra)
+    rows = []
+    for labelled in sets:
+        for run, scorer in scorers.items():
+            with tqdm(total=len(labelled.table), unit="img", leave=False, disable=None) as bar:
+
+                def score(table: pd.DataFrame, scorer: Scorer = scorer, bar: tqdm = bar) -> pd.DataFrame:
+                    return scorer.score(
+                        table["path"].tolist(),
+                        table["prompt"].tolist(),
+                        batch_size=args.batch_size,
+                        num_workers=args.num_workers,
+                        progress=bar.update,
+                        clamp=False,
+                    )
+
+                found, lines = evaluation.evaluate(run, list(scorer.scales), labelled, score)
+            print(f"{run} on {labelled.title}:", *lines, "", sep="\n")
+            rows += found
+    print("\n".join(evaluation.table_lines(rows)))
+    table = pd.DataFrame(rows, columns=evaluation.COLUMNS)
+    if args.out:
+        checkpoint.write_csv(Path(args.out), table)
+    return table
+
+
 def note_cut_prompts(number: int) -> None:
     """Say how many prompts were cut, if any."""
     if number:
@@ -388,6 +447,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Score what the command line names; print the table, or write it to --out."""
     with one_line_errors():
         args = parse_predict_args(argv)
+        if args.evaluate:
+            evaluate(args)
+            return
         names = names_given(args)
         if args.out:
             write_scores(args, names)

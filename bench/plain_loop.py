@@ -34,6 +34,7 @@ import engine
 import images
 import inputs
 import models
+import reporting
 from configs import TrainingConfig, parse_args
 
 EVALUATION = -1  # the view of an image that is not augmented
@@ -147,7 +148,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     started = time.perf_counter()
-    base = baseline.fit_base({"train_eval": scores("train_eval")}, examples)
+    base = reporting.fit_base({"train_eval": scores("train_eval")}, examples)
     assert isinstance(model.heads, models.ResidualHeads)
     model.heads.set_base(base.quality, base.consistency)
     is_cached = not baseline.caches_nothing(config, model)

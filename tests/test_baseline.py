@@ -83,7 +83,7 @@ def test_folds_share_no_prompt_and_are_the_ones_written(finished, demo_set):
     assert splits.groupby("prompt")["split"].nunique().max() == 1
     assert set(splits["split"]) == {"train", "val", "test"}
     predictions = pd.read_csv(folder / "predictions.csv")
-    assert predictions[["name", "split"]].equals(pd.read_csv(folder / "splits.csv"))
+    assert predictions[["name", "split"]].equals(pd.read_csv(folder / "splits.csv")[["name", "split"]])
 
 
 def test_the_saved_epoch_is_the_best_on_validation(finished):
@@ -95,9 +95,7 @@ def test_the_saved_epoch_is_the_best_on_validation(finished):
 
 def test_the_checkpoint_scores_files_as_the_run_did(finished, demo_set):
     folder, _ = finished
-    expected = pd.read_csv(folder / "predictions.csv").merge(pd.read_csv(demo_set[0])[["name", "prompt"]], on="name")[
-        :9
-    ]
+    expected = pd.read_csv(folder / "predictions.csv")[:9]
     scorer = Scorer.load(folder / "best")
     scores = scorer.score([demo_set[1] / name for name in expected["name"]], expected["prompt"].tolist())
     np.testing.assert_allclose(scores["pred_quality"], expected["pred_quality"], atol=1e-4)
@@ -108,10 +106,13 @@ def test_results_hold_scores_base_and_floors(finished):
     _, results = finished
     keys = {f"{name}_{task}" for name in ("srocc", "plcc", "plcc_fit", "krocc", "rmse") for task in "qc"} | {"main"}
     assert keys <= set(results["val"]) and keys <= set(results["test"])
-    assert set(results["floors"]) == {"mean", "generator_mean"}
-    for row in (*results["floors"].values(), *results["base"].values()):
-        assert set(row) == keys
+    floors = {"mean", "generator_mean", "image_statistics", "zero_shot_cosine", "ridge_probe"}
+    assert set(results["floors"]) == floors
+    for name, row in (*results["floors"].items(), *results["base"].items()):
+        assert set(row) == ({key for key in keys if not key.endswith("q")} if name == "zero_shot_cosine" else keys)
     assert results["floors"]["mean"]["srocc_q"] == 0.0
+    assert results["floors"]["zero_shot_cosine"]["srocc_c"] == results["base"]["test"]["srocc_c"]
+    assert results["images"] == {"train": 40, "val": 8, "test": 16}
     assert results["seconds"] > 0
 
 

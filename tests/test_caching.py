@@ -29,6 +29,7 @@ import features
 import images
 import inputs
 import models
+import reporting
 
 EPOCHS, VIEWS, LAYERS = 2, 1, 22
 TOLERANCE = 1e-5
@@ -149,13 +150,16 @@ def plain(folds, demo_set, tmp_path_factory) -> Callable[[str], Run]:
 
 @pytest.fixture
 def computed(monkeypatch) -> Counter[str]:
-    """How many rows were added to caches since it was cleared: of "evaluation" and "training" views, and "text"."""
+    """How many rows were added to caches since it was cleared.
+
+    Of "evaluation" and "training" views, of "text", and of "statistics" of images, which are written at a run's end.
+    """
     counts: Counter[str] = Counter()
     add = features.FeatureSet.add
 
     def counted(self: features.FeatureSet, keys: list[str], values: torch.Tensor) -> None:
         recipe = json.loads(self.recipe)
-        view = recipe.get("view", recipe["input"])
+        view = recipe.get("view", "statistics" if "what" in recipe else recipe["input"])
         counts["training" if isinstance(view, Mapping) else view] += len(keys)
         add(self, keys, values)
 
@@ -304,7 +308,7 @@ def again(warm, tmp_path, train, computed, monkeypatch) -> Callable[..., dict[st
         raise Cached
 
     def run(flags: str = "", **options: Any) -> dict[str, int]:
-        monkeypatch.setattr(baseline, "fit_base", stop)  # what comes next
+        monkeypatch.setattr(reporting, "fit_base", stop)  # what comes next
         with pytest.raises(Cached):
             train(f"{BASE} {flags}", **options)
         return {kind: count for kind, count in computed.items() if count}
@@ -313,6 +317,7 @@ def again(warm, tmp_path, train, computed, monkeypatch) -> Callable[..., dict[st
 
 
 ALL = {"evaluation": 64, "training": 40 * VIEWS, "text": 8}
+STATISTICS = {"statistics": 64}
 NO_TEXT = {"evaluation": 64, "training": 40 * VIEWS}
 TRAINING = {"training": 40 * VIEWS}
 
@@ -324,8 +329,9 @@ def test_a_cold_cache_computes_each_row_once(train, computed, dataset):
         "evaluation": len(dataset.table),
         "training": VIEWS * dataset.size("train"),
         "text": prompts,
+        "statistics": len(dataset.table),
     }
-    assert computed == ALL
+    assert computed == ALL | STATISTICS
 
 
 @pytest.mark.parametrize(
@@ -378,7 +384,7 @@ def test_a_cache_in_half_precision_trains_nearly_the_same(train, plain, flags):
 
 def test_embeddings_stay_in_float32_whatever_type_is_asked_for(train, computed):
     train(f"{TINY} --freeze_clip --epochs 1 --cache_views 0", "first")
-    assert computed == {"evaluation": 64, "text": 8}
+    assert computed == {"evaluation": 64, "text": 8} | STATISTICS
     computed.clear()
     second = train(f"{TINY} --freeze_clip --epochs 1 --cache_views 0 --cache_dtype bf16", "second")
     assert not computed
@@ -459,7 +465,7 @@ def test_an_image_that_comes_into_the_training_fold_computes_its_training_views(
 
 def test_thawing_caches_what_leaves_fewer_layers(train, computed):
     train(f"{TINY} --unfreeze_schedule 23@0,22@1 --epochs {EPOCHS} --cache_views {VIEWS}")
-    assert computed == {"evaluation": 2 * 64, "training": 2 * 40 * VIEWS, "text": 8}
+    assert computed == {"evaluation": 2 * 64, "training": 2 * 40 * VIEWS, "text": 8} | STATISTICS
 
 
 # ------------------------------------------------------------------------------------------ room, damage, company
@@ -471,7 +477,7 @@ def test_what_does_not_fit_is_computed_anew_and_said(train, plain, computed, cap
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache")]
     assert len(said) == 1 and "images not: would take" in said[0] and "--cache_max_gb" in said[0]
     assert ("prompts not: would take" in said[0]) == (max_gb == "0")
-    assert computed == ({} if max_gb == "0" else {"text": 8})  # prompts are small enough
+    assert computed == ({} if max_gb == "0" else {"text": 8} | STATISTICS)  # these are small enough
     assert_same(small, plain(f"{PARTIAL} --epochs {EPOCHS}"), TOLERANCE)
 
 
@@ -482,8 +488,8 @@ def test_a_damaged_segment_is_said_and_computed_anew(train, computed, capsys):
         path.write_bytes(path.read_bytes()[:-8])
     computed.clear()
     second = train(name="second")
-    assert computed == ALL
-    assert capsys.readouterr().out.count("damaged, not used") == 3
+    assert computed == ALL | STATISTICS
+    assert capsys.readouterr().out.count("damaged, not used") == 4
     assert_same(first, second, 0)
 
 

@@ -10,7 +10,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 
 import calibration
-from calibration import LOGIT_CLIP, NUM_FOLDS, PENALTIES, fit_consistency, fit_quality
+from calibration import LOGIT_CLIP, NUM_FOLDS, PENALTIES, fit_line, fit_quality, fit_ridge
 
 
 def unit_rows(rng: np.random.Generator, num_rows: int, width: int) -> np.ndarray:
@@ -28,12 +28,16 @@ def clipped_logit(target: np.ndarray) -> np.ndarray:
 
 
 def closed_form(images: np.ndarray, target: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
+    """What `fit_quality` finds with a penalty."""
+    return plain_ridge(images, clipped_logit(target), penalty)
+
+
+def plain_ridge(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
     """Ridge with a free intercept: solve the centred normal equations."""
-    logit = clipped_logit(target)
-    centred = images - images.mean(axis=0)
-    gram = centred.T @ centred + penalty * np.eye(images.shape[1])
-    weight = np.linalg.solve(gram, centred.T @ (logit - logit.mean()))
-    return weight, float(logit.mean() - images.mean(axis=0) @ weight)
+    centred = features - features.mean(axis=0)
+    gram = centred.T @ centred + penalty * np.eye(features.shape[1])
+    weight = np.linalg.solve(gram, centred.T @ (target - target.mean()))
+    return weight, float(target.mean() - features.mean(axis=0) @ weight)
 
 
 def chosen_penalty(images: np.ndarray, target: np.ndarray, fitted: tuple[np.ndarray, float]) -> float:
@@ -45,31 +49,29 @@ def chosen_penalty(images: np.ndarray, target: np.ndarray, fitted: tuple[np.ndar
     return matches[0]
 
 
-# ------------------------------------------------------------------------------------------- consistency
+# ---------------------------------------------------------------------------------------- a single feature
 
 
 @given(st.integers(0, 10_000), st.integers(2, 40))
 @settings(max_examples=40, deadline=None)
-def test_consistency_is_the_least_squares_line(seed, num_rows):
+def test_the_line_is_that_of_least_squares(seed, num_rows):
     rng = np.random.default_rng(seed)
-    cos, target = rng.uniform(-1, 1, num_rows), rng.uniform(0, 1, num_rows)
-    design = np.column_stack([(cos + 1) / 2, np.ones(num_rows)])
-    expected = np.linalg.lstsq(design, target, rcond=None)[0]
-    np.testing.assert_allclose(fit_consistency(cos, target), expected, rtol=1e-6, atol=1e-8)
+    feature, target = rng.uniform(0, 1, num_rows), rng.uniform(0, 1, num_rows)
+    expected = np.linalg.lstsq(np.column_stack([feature, np.ones(num_rows)]), target, rcond=None)[0]
+    np.testing.assert_allclose(fit_line(feature, target), expected, rtol=1e-6, atol=1e-8)
 
 
-def test_consistency_keeps_the_narrow_spread_of_a_real_clip():
+def test_the_narrow_spread_of_a_real_clips_cosine_is_kept():
     rng = np.random.default_rng(0)
-    cos = rng.normal(0.28, 0.004, 200).astype(np.float32).astype(np.float64)
-    slope, offset = fit_consistency(cos, 40 * (cos + 1) / 2 - 25)
-    assert (slope, offset) == pytest.approx((40, -25), rel=1e-6)
+    half = (rng.normal(0.28, 0.004, 200).astype(np.float32).astype(np.float64) + 1) / 2
+    assert fit_line(half, 40 * half - 25) == pytest.approx((40, -25), rel=1e-6)
 
 
-@given(st.floats(-1, 1), st.lists(st.floats(0, 1), min_size=1, max_size=60))
+@given(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=60))
 @settings(max_examples=80, deadline=None)
-def test_a_constant_cosine_gives_slope_zero_and_the_mean(cosine, labels):
+def test_a_constant_feature_gives_slope_zero_and_the_mean(value, labels):
     target = np.array(labels)
-    slope, offset = fit_consistency(np.full(len(labels), cosine), target)
+    slope, offset = fit_line(np.full(len(labels), value), target)
     assert slope == 0
     assert offset == pytest.approx(target.mean())
 
@@ -78,7 +80,7 @@ def test_float32_rounding_of_one_cosine_is_not_taken_for_signal():
     rng = np.random.default_rng(0)
     jitter = np.nextafter(np.float32(0.3), rng.choice(np.float32([0, 1]), 50)).astype(np.float64)
     assert np.ptp(jitter) > 0
-    assert fit_consistency(jitter, rng.uniform(0, 1, 50))[0] == 0
+    assert fit_line((jitter + 1) / 2, rng.uniform(0, 1, 50))[0] == 0
 
 
 # ----------------------------------------------------------------------------------------------- quality
@@ -199,3 +201,15 @@ def test_the_penalty_is_the_one_that_sklearns_own_search_chooses(noisy):
     weight, offset = fit_quality(images, target, groups)
     np.testing.assert_allclose(weight, search.coef_, rtol=1e-6, atol=1e-9)
     assert offset == pytest.approx(search.intercept_)
+
+
+def test_ridge_is_fitted_to_any_target_and_quality_is_ridge_of_the_logit(noisy):
+    images, target, groups = noisy
+    weight, offset = fit_ridge(images, clipped_logit(target), groups)
+    of_quality = fit_quality(images, target, groups)
+    np.testing.assert_array_equal(weight, of_quality[0])
+    assert offset == of_quality[1]
+    mos = 1 + 99 * target  # far outside of where a logit exists
+    fitted = fit_ridge(images, mos, groups)
+    plain = [plain_ridge(images, mos, penalty) for penalty in PENALTIES]
+    assert sum(np.allclose(fitted[0], weight) and np.isclose(fitted[1], offset) for weight, offset in plain) == 1

@@ -24,14 +24,22 @@ from configs import DEMO_SETTINGS, GROUPS, LOSS_NAMES, NOT_SAVED, OPTIONS, Train
 DOCUMENTED = {
     "--dataset": "csv",
     "--data_root": None,
+    "--extra_scores": None,
     "--data_csv_path": "data/data.csv",
     "--image_base_dir": "data/images",
     "--image_size": 224,
     "--crop_scale_min": 0.8,
+    "--crops": 0,
+    "--test_crops": None,
+    "--global_view": False,
     "--no_horizontal_flip": True,
     "--test_size": 0.2,
     "--val_size": 0.1,
     "--split_by": "prompt",
+    "--split_file": None,
+    "--kfold": 0,
+    "--fold": None,
+    "--repeats": 1,
     "--strict_splits": False,
     "--seed": 42,
     "--mos_range_q": None,
@@ -41,6 +49,8 @@ DOCUMENTED = {
     "--quality_column": "mos_quality",
     "--consistency_column": "mos_align",
     "--explanation_column": "explanation",
+    "--quality_std_column": "std_quality",
+    "--consistency_std_column": "std_align",
     "--group_column": None,
     "--clip_model": "ViT-L-14",
     "--clip_pretrained": "openai",
@@ -57,12 +67,15 @@ DOCUMENTED = {
     "--hidden_dim_q": 128,
     "--hidden_dim_c": 256,
     "--dropout": 0.1,
+    "--prompt_levels": False,
     "--use_refinement": False,
     "--refinement_layers": 4,
     "--refinement_heads": 8,
     "--refinement_dim": 256,
     "--w_q": 0.5,
     "--w_c": 0.5,
+    "--w_extra": 0.5,
+    "--task_gradients": "shared",
     "--w_exp": 0.1,
     "--use_explanations": False,
     "--label_smoothing": 0.0,
@@ -113,11 +126,18 @@ SAMPLES: dict[str, Any] = {
     "mos_range_q": (0.0, 5.0),
     "mos_range_c": (-1.0, 1.5),
     "max_grad_norm": 0.0,
+    "dataset": "agiqa-3k,csv",
+    "data_root": "folder",
+    "kfold": 5,
+    "fold": 2,
 }
 COMPANIONS = {
     "use_refinement": {"use_residual_learning": False},
     "dataset": {"data_root": "folder"},
     "data_root": {"dataset": "agiqa-3k"},
+    "fold": {"kfold": 4},
+    "test_crops": {"crops": 3},
+    "global_view": {"crops": 3},
 }
 NAMES_WITHIN = [name for name, spec in OPTIONS.items() if spec.metadata["within"]]
 NUMBER_NAMES = [name for name, spec in OPTIONS.items() if spec.kind is float]
@@ -257,7 +277,7 @@ def test_the_demo_does_not_silently_ignore_data_that_was_named(name, tmp_path):
 
 
 def test_json_round_trip_keeps_every_option_but_facts_about_the_place(tmp_path):
-    clashing = {"partial_freeze", "unfreeze_schedule", "lora_rank"}
+    clashing = {"partial_freeze", "unfreeze_schedule", "lora_rank", "split_file", "prompt_levels"}
     config = TrainingConfig(**{name: sample(name) for name in OPTIONS if name not in clashing})
     assert set(config.to_json()) == set(OPTIONS)
     path = write_json(tmp_path, {**config.to_json(), "provenance": {"machine": "any"}})

@@ -95,7 +95,10 @@ def test_columns_may_have_other_names_and_others_may_lie_between(make_dataset):
     assert table.loc[0, keys].tolist() == ["a.png", "a cat", 1.0, 2.0, "sd", "blurred"]
 
 
-@pytest.mark.parametrize("field", ["name", "prompt", "quality", "consistency", "explanation", "group"])
+@pytest.mark.parametrize(
+    "field",
+    ["name", "prompt", "quality", "consistency", "explanation", "group", "quality_std", "consistency_std"],
+)
 def test_a_column_that_was_asked_for_by_name_must_exist(make_dataset, field):
     files = make_dataset(scored_rows(2))
     message = refusal(read, files, data.Columns(**{field: "nmae"}))
@@ -232,6 +235,42 @@ def test_quality_alone_needs_no_prompt(make_dataset):
     assert table["prompt"].tolist() == [""]
 
 
+# -- further scores and spreads
+
+
+def test_further_scores_are_read_by_their_columns_and_may_have_gaps(make_dataset):
+    rows = [{**row, "authenticity": i / 2, "beauty": ""} for i, row in enumerate(scored_rows(2, 2))]
+    rows[2]["authenticity"] = " "
+    table = read(make_dataset(rows), extra=["beauty", "authenticity"])
+    np.testing.assert_array_equal(table["authenticity"], [0, 0.5, math.nan, 1.5])
+    assert table["beauty"].isna().all() and table["beauty"].dtype == float
+
+
+def test_a_further_score_that_is_no_number_is_refused_by_row_and_column(make_dataset):
+    rows = [{**row, "authenticity": "much" if i == 1 else 1} for i, row in enumerate(scored_rows(2, 2))]
+    files = make_dataset(rows)
+    assert "row 3: authenticity is 'much'" in refusal(read, files, extra=["authenticity"])
+    assert "authenticity" not in read(files)  # where nobody asks for it, it is nobody's mistake
+
+
+def test_a_column_of_further_scores_must_exist(make_dataset):
+    files = make_dataset(scored_rows(2))
+    message = refusal(read, files, extra=["mos_quality", "authenticity"])
+    assert message.startswith(f"{files.csv}: no column 'authenticity' among 'name', 'prompt', 'mos_quality'")
+    assert message.endswith("--extra_scores")
+
+
+def test_spreads_are_read_where_there_are_any(make_dataset):
+    rows = [{**row, "std_quality": i / 10, "sd": ""} for i, row in enumerate(scored_rows(2, 2))]
+    rows[3]["sd"] = 0.7
+    files = make_dataset(rows)
+    table = read(files)
+    assert table["q_std"].tolist() == [0.0, 0.1, 0.2, 0.3]
+    assert table["c_std"].isna().all()
+    np.testing.assert_array_equal(read(files, data.Columns(consistency_std="sd"))["c_std"], [math.nan] * 3 + [0.7])
+    assert read(files, scored=False)[["q_std", "c_std"]].isna().all(axis=None)
+
+
 # -- names and files
 
 
@@ -345,6 +384,11 @@ def prompt_tables(draw: st.DrawFn) -> tuple[pd.DataFrame, list[int]]:
     return table_of([draw(st.sampled_from(forms)).format(number) for number in numbers]), numbers
 
 
+def by_fold(numbers: list[int], folds: np.ndarray) -> dict[str, set[int]]:
+    """The prompts of each fold."""
+    return {fold: {number for number, its in zip(numbers, folds, strict=True) if its == fold} for fold in data.FOLDS}
+
+
 @settings(max_examples=60, deadline=None)
 @given(prompt_tables(), st.floats(0.05, 0.45), st.floats(0.05, 0.45), st.integers(0, 2**32 - 1))
 def test_folds_share_no_prompt_have_their_sizes_and_follow_from_the_seed(drawn, test_size, val_size, seed):
@@ -354,7 +398,7 @@ def test_folds_share_no_prompt_have_their_sizes_and_follow_from_the_seed(drawn, 
     assume(sum(sizes.values()) < count)
     options = {"split_by": "prompt", "test_size": test_size, "val_size": val_size, "seed": seed}
     folds = data.assign_folds(table, **options)
-    prompts = {fold: {number for number, of in zip(numbers, folds, strict=True) if of == fold} for fold in data.FOLDS}
+    prompts = by_fold(numbers, folds)
     assert sum(map(len, prompts.values())) == count == len(set.union(*prompts.values()))
     assert {fold: len(prompts[fold]) for fold in sizes} == sizes
     np.testing.assert_array_equal(folds, data.assign_folds(table, **options))
@@ -404,11 +448,87 @@ def test_an_unknown_fold_is_refused_by_row(wrong):
     assert f"row 5: split is {wrong!r}, must be train, val or test; 2 such row(s)" in message
 
 
-@pytest.mark.parametrize("missing", data.FOLDS)
+@pytest.mark.parametrize("missing", ["train", "test"])
 def test_a_split_column_that_leaves_a_fold_empty_is_refused(missing):
     others = [fold for fold in data.FOLDS if fold != missing]
-    message = refusal(data.assign_folds, table_of(["a"] * 8, split=others * 4), **SPLIT)
+    message = refusal(data.assign_folds, table_of(["a", "b", "c", "d"] * 2, split=others * 4), **SPLIT)
     assert f"the {missing} fold has 0 image(s)" in message
+
+
+@pytest.mark.parametrize(
+    ("split", "empty"), [(["train", "test"] * 4, "val"), (["test"] * 8, "train"), (["train"] * 8, "val")]
+)
+def test_a_split_column_from_which_no_validation_fold_can_be_drawn_is_refused(split, empty):
+    message = refusal(data.assign_folds, table_of(["a"] * 8, split=split), **SPLIT)  # training has one prompt at most
+    assert f"the {empty} fold has 0 image(s)" in message
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt_tables(), st.floats(0.05, 0.6), st.integers(0, 2**32 - 1), st.data())
+def test_a_split_column_without_validation_gets_it_out_of_training_in_whole_prompts(drawn, val_size, seed, choice):
+    table, numbers = drawn
+    tested = choice.draw(st.sets(st.sampled_from(numbers), min_size=1, max_size=len(set(numbers)) - 2))
+    num_val = max(1, round((len(set(numbers)) - len(tested)) * val_size))
+    assume(num_val < len(set(numbers)) - len(tested))
+    table["split"] = ["test" if number in tested else "train" for number in numbers]
+    options = {"split_by": "prompt", "test_size": 0.5, "val_size": val_size, "seed": seed}
+    folds = data.assign_folds(table, **options)
+    of = by_fold(numbers, folds)
+    assert of["test"] == tested and len(of["val"]) == num_val
+    assert not of["val"] & of["train"] and of["val"] | of["train"] == set(numbers) - tested
+    np.testing.assert_array_equal(folds, data.assign_folds(table, **options))
+
+
+# -- a run for each part
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt_tables(), st.integers(2, 15), st.floats(0.05, 0.45), st.integers(0, 2**32 - 1))
+def test_over_all_parts_every_prompt_is_tested_on_once(drawn, num_parts, val_size, seed):
+    table, numbers = drawn
+    count = len(set(numbers))
+    num_val = max(1, round(count * val_size))
+    assume(num_parts <= count and math.ceil(count / num_parts) + num_val < count)
+    tested = []
+    for part in range(1, num_parts + 1):
+        options = {
+            "split_by": "prompt",
+            "test_size": 0.9,
+            "val_size": val_size,
+            "seed": seed,
+            "part": (part, num_parts),
+        }
+        folds = data.assign_folds(table, **options)
+        of = by_fold(numbers, folds)
+        assert len(of["val"]) == num_val and len(of["test"]) in (count // num_parts, math.ceil(count / num_parts))
+        assert sum(map(len, of.values())) == count  # no prompt is in two folds
+        np.testing.assert_array_equal(folds, data.assign_folds(table, **options))
+        tested += of["test"]
+    assert sorted(tested) == sorted(set(numbers))
+
+
+@pytest.mark.parametrize(("split_by", "column"), [("image", "name"), ("group", "reference")])
+def test_parts_are_also_cut_out_of_images_and_references(split_by, column):
+    table = table_of([""] * 20, reference=[f"ref{i // 2}" for i in range(20)], c=np.nan)
+    options = {**SPLIT, "split_by": split_by}
+    tested = [table[column][data.assign_folds(table, **options, part=(k, 3)) == "test"].unique() for k in (1, 2, 3)]
+    assert sorted(np.concatenate(tested)) == sorted(table[column].unique())
+
+
+def test_other_seeds_cut_other_parts():
+    table = table_of([f"thing {i // 2}" for i in range(40)])
+    tested = {tuple(data.assign_folds(table, **{**SPLIT, "seed": s}, part=(1, 4)) == "test") for s in range(8)}
+    assert len(tested) == 8
+
+
+def test_parts_are_refused_beside_folds_of_its_own_and_where_there_are_too_few_prompts():
+    split = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    message = refusal(data.assign_folds, table_of(list("aabbccdd"), split=split), **SPLIT, part=(1, 2))
+    assert message.startswith("--kfold: the data set has folds of its own")
+    message = refusal(data.assign_folds, table_of(list("aabbccdd")), **SPLIT, part=(1, 5))
+    assert message == "4 prompt(s) cannot be cut into 5 parts; lower --kfold"
+    message = refusal(data.assign_folds, table_of(list("aabb")), **SPLIT, part=(1, 2))
+    assert message.startswith("2 prompt(s) cannot fill three folds")
 
 
 @pytest.mark.parametrize("task", ["q", "c"])
@@ -417,7 +537,7 @@ def test_every_fold_needs_two_scores_of_each_task(task):
     scores = np.arange(8.0)
     scores[5] = np.nan
     message = refusal(data.assign_folds, table_of(["a"] * 8, split=split, **{task: scores}), **SPLIT)
-    assert f"the val fold has 1 image(s) with a {data.TASKS[task]} score, needs at least 2" in message
+    assert f"the val fold has 1 image(s) with a score of {data.TASKS[task]}, needs at least 2" in message
     assert data.assign_folds(table_of(["a"] * 8, split=split, **{task: np.nan}), **SPLIT).tolist() == split
 
 
@@ -442,6 +562,30 @@ def test_sizes_that_leave_no_training_prompt_are_refused():
 def test_splitting_by_prompt_needs_a_prompt_in_every_row():
     message = refusal(data.assign_folds, table_of(["a", "b", "", "c"], c=np.nan), **SPLIT)
     assert "row 4" in message and "--split_by image" in message
+
+
+# -- what belongs together
+
+KEYS = st.sampled_from(["", "a", "b", "c"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(KEYS, st.booleans()), min_size=1, max_size=12))
+def test_groups_are_equal_keys_but_those_that_stand_alone(items):
+    key, alone = pd.Series([key for key, _ in items]), pd.Series([alone for _, alone in items])
+    codes = data.groups_of(key, alone)
+    for i, j in itertools.combinations(range(len(items)), 2):
+        assert (codes[i] == codes[j]) == (key[i] == key[j] and not alone[i] and not alone[j])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["", "a", "A", "b"]), KEYS), min_size=1, max_size=12))
+def test_a_cluster_is_a_prompt_or_without_one_a_reference_or_else_an_image(items):
+    table = table_of([prompt for prompt, _ in items], reference=[reference for _, reference in items])
+    codes = data.clusters(table)
+    for (i, (prompt, reference)), (j, (prompt2, reference2)) in itertools.combinations(enumerate(items), 2):
+        told = prompt or prompt2
+        assert (codes[i] == codes[j]) == (prompt.lower() == prompt2.lower() if told else reference == reference2 != "")
 
 
 # -- label scales
@@ -540,13 +684,19 @@ def test_agiqa_3k_is_a_data_set(agiqa_dir):
 
 # -- leakage
 
+NO_LEAK = {what: {"val": 0, "test": 0} for what in ("prompt", "reference", "content")}
 
-def set_with_folds(make_dataset, prompts: list[str], folds: list[str], twins: dict[int, int] | None = None):
+
+def set_with_folds(
+    make_dataset, prompts: list[str], folds: list[str], twins: dict[int, int] | None = None, **columns: list[str]
+):
     """Examples with given prompts and folds; `twins` gives an image the content of another."""
     rows = [
         {"name": f"g_{i}.png", "prompt": prompt, "mos_quality": 1 + i / 10, "split": fold}
         for i, (prompt, fold) in enumerate(zip(prompts, folds, strict=True))
     ]
+    for column, values in columns.items():
+        rows = [{**row, column: value} for row, value in zip(rows, values, strict=True)]
     files = make_dataset(rows)
     for copy, original in (twins or {}).items():
         (files.images / f"g_{copy}.png").write_bytes((files.images / f"g_{original}.png").read_bytes())
@@ -558,25 +708,33 @@ FOLDS_OF_EIGHT = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
 
 
 def test_a_clean_split_leaks_nothing_and_is_not_spoken_of(make_dataset):
-    examples = set_with_folds(make_dataset, list("aabbccdd"), FOLDS_OF_EIGHT)
-    assert data.leakage(examples) == {"prompt": {"val": 0, "test": 0}, "content": {"val": 0, "test": 0}}
+    examples = set_with_folds(make_dataset, list("aabbccdd"), FOLDS_OF_EIGHT, reference=list("eeffgghh"))
+    assert data.leakage(examples) == NO_LEAK
     assert data.leakage_notes(examples) == []
 
 
 def test_planted_leaks_are_counted_by_fold_and_kind(make_dataset):
     prompts = ["a cat", "b", "c", "d", "e", "A  Cat", "e", "d"]  # case and spacing hide nothing; 6 leaks from val
-    examples = set_with_folds(make_dataset, prompts, FOLDS_OF_EIGHT, twins={7: 0, 1: 0})  # a pair within a fold is fine
-    assert data.leakage(examples) == {"prompt": {"val": 1, "test": 2}, "content": {"val": 0, "test": 1}}
+    references = ["r", "s", "", "", "r", "s", "r", "R"]  # a file name, for which case matters; none is none
+    twins = {7: 0, 1: 0}  # a pair within a fold is fine
+    examples = set_with_folds(make_dataset, prompts, FOLDS_OF_EIGHT, twins, reference=references)
+    assert data.leakage(examples) == {
+        "prompt": {"val": 1, "test": 2},
+        "reference": {"val": 2, "test": 1},
+        "content": {"val": 0, "test": 1},
+    }
     assert data.leakage_notes(examples) == [
         "leakage: 1 of 2 val images share their prompt with an earlier fold",
         "leakage: 2 of 2 test images share their prompt with an earlier fold",
+        "leakage: 2 of 2 val images share their reference with an earlier fold",
+        "leakage: 1 of 2 test images share their reference with an earlier fold",
         "leakage: 1 of 2 test images share their content with an earlier fold",
     ]
 
 
-def test_images_without_prompts_leak_by_content_only(make_dataset):
+def test_images_without_prompts_and_references_leak_by_content_only(make_dataset):
     examples = set_with_folds(make_dataset, [""] * 8, FOLDS_OF_EIGHT, twins={4: 3})
-    assert data.leakage(examples) == {"prompt": {"val": 0, "test": 0}, "content": {"val": 1, "test": 0}}
+    assert data.leakage(examples) == {**NO_LEAK, "content": {"val": 1, "test": 0}}
 
 
 # -- reference images
@@ -595,3 +753,134 @@ def test_distorted_copies_of_a_reference_stay_in_one_fold(make_dataset):
         data.assign_folds(table, split_by="prompt", test_size=0.2, val_size=0.1, seed=1)
     with pytest.raises(ValueError, match=r"row 2 has no reference, .*use --split_by image"):
         data.assign_folds(table.assign(reference=""), split_by="group", test_size=0.2, val_size=0.1, seed=1)
+
+
+# -- spreads of the opinions
+
+
+def examples_of(table: pd.DataFrame, scales: dict[str, data.LabelScale]) -> data.Examples:
+    return data.Examples(table, np.array(["train"] * len(table)), scales, [], "")
+
+
+def test_spreads_are_in_label_units_and_gaps_get_the_median():
+    table = table_of(["a"] * 4, q_std=[0.4, np.nan, 1.2, 0.6], c_std=np.nan)
+    scales = {"q": data.LabelScale(1.0, 5.0), "c": data.LabelScale(0.0, 2.0)}
+    spreads = examples_of(table, scales).spreads
+    assert list(spreads) == ["q"]
+    np.testing.assert_allclose(spreads["q"], [0.1, 0.15, 0.3, 0.15])
+
+
+def test_a_table_without_spreads_has_none():
+    scale = data.LabelScale(0.0, 1.0)
+    assert examples_of(table_of(["a"] * 4), {"q": scale}).spreads == {}
+    table = table_of(["a"] * 4, q_std=1.0, authenticity=1.0)
+    assert list(examples_of(table, {"q": scale, "authenticity": scale}).spreads) == ["q"]
+
+
+# -- several data sets
+
+
+def labelled(table: pd.DataFrame, title: str, ranges=None, **columns: Any) -> data.Labelled:
+    """Rows of a table as a data set of their own."""
+    rows = table.reset_index(drop=True).assign(**columns)
+    return data.Labelled(title=title, table=rows, ranges=ranges or {}, labels=title.encode())
+
+
+@pytest.fixture
+def two_tables(make_dataset) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two tables of 24 images each, which share no prompt and no image."""
+    rows = [{**row, "std_quality": 0.5 + i / 100, "reference": f"r{i // 6}"} for i, row in enumerate(scored_rows(16))]
+    table = read(make_dataset(rows))
+    return table[:24], table[24:]
+
+
+def test_one_data_set_keeps_its_names_and_scores(two_tables):
+    examples = data.build_examples([labelled(two_tables[0], "one")], **SPLIT)
+    assert examples.sets == ["one"] and examples.only("one") is examples
+    columns = ["name", "prompt", "q", "c", "q_std"]
+    pd.testing.assert_frame_equal(examples.table[columns], two_tables[0][columns])
+
+
+def test_joined_data_sets_are_named_and_split_each_by_itself(two_tables):
+    sources = [labelled(two_tables[0], "one"), labelled(two_tables[1], "two")]
+    examples = data.build_examples(sources, **{**SPLIT, "split_by": ["prompt", "group"]})
+    alone = [
+        data.build_examples([source], **{**SPLIT, "split_by": unit})
+        for source, unit in zip(sources, ("prompt", "group"), strict=True)
+    ]
+    assert examples.sets == ["one", "two"] and len(examples.table) == 48
+    for title, own in zip(examples.sets, alone, strict=True):
+        part = examples.only(title)
+        assert part.table["name"].tolist() == [f"{title}/{name}" for name in own.table["name"]]
+        assert part.table["prompt"].tolist() == own.table["prompt"].tolist()
+        assert part.folds.tolist() == own.folds.tolist()
+        assert part.files == own.files and part.sets == [title]
+        assert part.rows("test").tolist() == own.rows("test").tolist()
+    by_reference = examples.only("two").table.groupby("reference").indices.values()
+    assert max(len(set(examples.only("two").folds[rows])) for rows in by_reference) == 1
+    digests = [file.digest for file in examples.files]
+    assert examples.fingerprint == data.fingerprint(b"onetwo", digests) != alone[0].fingerprint
+
+
+def test_scores_are_brought_to_the_scale_of_the_first_data_set_in_their_order(two_tables):
+    first, second = two_tables
+    shuffled = np.random.default_rng(0).uniform(10, 90, len(second))
+    ranges = [{"q": (1.0, 5.0)}, {"q": (0.0, 100.0)}]
+    sources = [labelled(first, "one", ranges[0]), labelled(second, "two", ranges[1], q=shuffled, q_std=25.0)]
+    examples = data.build_examples(sources, **SPLIT)
+    assert examples.scales["q"] == data.LabelScale(1.0, 5.0)
+    one, two = examples.only("one").table, examples.only("two").table
+    assert one["q"].tolist() == first["q"].tolist() and one["q_std"].tolist() == first["q_std"].tolist()
+    np.testing.assert_allclose(two["q"], 1 + shuffled / 25)
+    np.testing.assert_allclose(two["q_std"], 1.0)
+    assert np.argsort(two["q"]).tolist() == np.argsort(shuffled).tolist()
+    np.testing.assert_allclose(examples.unit_targets["q"][24:], shuffled / 100)
+    np.testing.assert_allclose(examples.spreads["q"][24:], 0.25)
+
+
+def test_without_ranges_the_training_folds_are_laid_over_each_other(two_tables):
+    examples = data.build_examples([labelled(two_tables[0], "one"), labelled(two_tables[1], "two")], **SPLIT)
+    for task in data.TASKS:
+        for title in examples.sets:
+            train, scale = examples.only(title).mos(task, "train"), examples.scales[task]
+            np.testing.assert_allclose([train.min(), train.max()], [scale.low, scale.high])
+
+
+def test_a_score_that_one_data_set_lacks_is_missing_there_and_has_the_scale_of_the_other(two_tables):
+    ranges = {"q": (1.0, 5.0), "c": (0.0, 6.0), "authenticity": (0.0, 100.0)}
+    extra = np.linspace(20, 60, 24)
+    sources = [
+        labelled(two_tables[0], "one", ranges, c=np.nan, authenticity=np.nan),
+        labelled(two_tables[1], "two", ranges, authenticity=extra),
+    ]
+    examples = data.build_examples(sources, extra=["authenticity"], **SPLIT)
+    assert list(examples.scales) == ["q", "c", "authenticity"]
+    assert {task: (scale.low, scale.high) for task, scale in examples.scales.items()} == ranges
+    assert list(examples.only("one").scales) == ["q"] and list(examples.only("two").scales) == list(examples.scales)
+    for task, known in (("q", [True] * 48), ("c", [False] * 24 + [True] * 24)):
+        assert examples.table[task].notna().tolist() == known
+    assert examples.table["authenticity"][24:].tolist() == extra.tolist()
+    assert examples.table["authenticity"][:24].isna().all()
+
+
+def test_every_fold_needs_two_of_each_further_score_too(two_tables):
+    table = two_tables[0].assign(authenticity=np.nan)
+    table.loc[:3, "authenticity"] = 1.0
+    message = refusal(data.build_examples, [labelled(table, "one")], extra=["authenticity"], **SPLIT)
+    assert "fold has" in message and "score of authenticity, needs at least 2" in message
+
+
+def test_leaks_from_one_data_set_into_another_are_counted(make_dataset):
+    folds = FOLDS_OF_EIGHT * 2
+    rows = [
+        {"name": f"g_{i}.png", "prompt": f"p{i}", "mos_quality": 1 + i % 8, "split": fold, "reference": f"r{i % 8}"}
+        for i, fold in enumerate(folds)
+    ]
+    rows[12]["prompt"] = " P0"  # validation of the second set, training of the first
+    rows[7]["prompt"] = "p13"  # test of the first, validation of the second
+    files = make_dataset(rows)
+    (files.images / "g_15.png").write_bytes((files.images / "g_1.png").read_bytes())
+    table = read(files)
+    examples = data.build_examples([labelled(table[:8], "one"), labelled(table[8:], "two")], **SPLIT)
+    # Two data sets may call different images r0: references are compared within a set.
+    assert data.leakage(examples) == {**NO_LEAK, "prompt": {"val": 1, "test": 1}, "content": {"val": 0, "test": 1}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ LENGTH = 8  # of the token rows that `letters` makes
 END = 999
 
 
-def letters(texts: Sequence[str]) -> Tensor:
+def letters(texts: Sequence[str], length: int = LENGTH) -> Tensor:
     """A tokenizer for tests: codes of letters, 0 for "!" as CLIP has it, then an end token, padded with 0."""
     rows = [[0 if letter == "!" else ord(letter) for letter in text] + [END] for text in texts]
-    return torch.tensor([(row + [0] * LENGTH)[:LENGTH] for row in rows]).reshape(len(rows), LENGTH)
+    return torch.tensor([(row + [0] * length)[:length] for row in rows]).reshape(len(rows), length)
 
 
 def table_of(texts: Sequence[str], **options: Any) -> inputs.TextTable:
@@ -33,12 +34,20 @@ def table_of(texts: Sequence[str], **options: Any) -> inputs.TextTable:
 
 
 class RowNumbers:
-    """A source for tests whose activations tell which row and view they are of; it notes what it was asked for."""
+    """A source for tests whose activations tell which row and view they are of; it notes what it was asked for.
+
+    Where a view consists of several, the third number tells which of them.
+    """
 
     stage = 2
 
-    def __init__(self) -> None:
+    def __init__(self, counts: tuple[int, int] = (1, 1)) -> None:
+        """`counts`: how many the evaluation view and a training view consist of."""
+        self.counts = counts
         self.asked: list[tuple[inputs.View, list[int]]] = []
+
+    def count(self, view: inputs.View) -> int:
+        return self.counts[view is not None]
 
     def prepare(self, rows: inputs.Rows, view: inputs.View) -> Tensor:
         self.asked.append((view, rows.tolist()))
@@ -46,7 +55,11 @@ class RowNumbers:
 
     def finish(self, prepared: Tensor, rows: inputs.Rows, view: inputs.View) -> Tensor:
         assert prepared.tolist() == rows.tolist()
-        return torch.stack([prepared, torch.full_like(prepared, -1 if view is None else view)], dim=1)
+        found = torch.stack([prepared, torch.full_like(prepared, -1 if view is None else view)], dim=1)
+        if self.count(view) == 1:
+            return found
+        several = torch.arange(self.count(view)).expand(len(rows), -1)[..., None]
+        return torch.cat([found[:, None].expand(-1, self.count(view), -1), several], dim=2)
 
 
 def feed_of(source: inputs.ImageSource, **options: Any) -> inputs.Feed:
@@ -161,6 +174,51 @@ def test_embeddings_of_texts_are_given_whole_and_tokens_again_from_stage_0_on(tr
     assert chosen["text_stage"] == 0 and torch.equal(chosen["text"], chosen["tokens_PN"])
 
 
+# -- prompts with levels
+
+
+QUALITY, CONSISTENCY = ("bad", "so so", "good"), ("{prompt}? no", "'{prompt}'", "yes, {prompt}!")
+LONG = 40  # tokens: more than any of these texts has
+odd_prompts = st.text("a{}0%\\!猫", max_size=8) | st.sampled_from(["{prompt}", "{0}", "{}", "{{a}}", "good", "'a'"])
+
+
+def levelled(prompts: Sequence[str], **options: Any) -> inputs.LevelledTexts:
+    tokenize = partial(letters, length=LONG)
+    return inputs.LevelledTexts(prompts, tokenize, CPU, quality=QUALITY, consistency=CONSISTENCY, **options)
+
+
+def with_levels(prompt: str) -> list[str]:
+    """What an image with this prompt is compared with, by hand."""
+    return [prompt, prompt + "? no", "'" + prompt + "'", "yes, " + prompt + "!"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(odd_prompts, min_size=1, max_size=6), st.booleans(), st.data())
+def test_a_prompt_is_followed_by_its_own_levels_whatever_letters_it_has(prompts, trim, drawn):
+    rows = np.array(drawn.draw(st.lists(st.integers(0, len(prompts) - 1), min_size=1, max_size=8)))
+    chosen = levelled(prompts, trim=trim).select(rows)
+    expected = [with_levels(prompts[row]) for row in rows]
+    distinct = {*QUALITY, *(text for texts in expected for text in texts)}
+    length = max(map(len, distinct)) + 1 if trim else LONG
+    assert chosen["tokens_PN"].shape == (len(distinct), length)
+    assert chosen["prompt_of_B"].shape == (len(rows), 4)
+    for places, texts in zip(chosen["prompt_of_B"], expected, strict=True):
+        assert torch.equal(chosen["tokens_PN"][places], letters(texts, LONG)[:, :length])
+    assert torch.equal(chosen["tokens_PN"][chosen["level_of_K"]], letters(QUALITY, LONG)[:, :length])
+
+
+def test_texts_with_levels_are_tokenised_once_and_may_be_embedded_ahead():
+    prompts = ["cat", "dog", "cat", ""]
+    table = levelled(prompts, trim=True)
+    assert len(table.tokens_UN) == 3 * 4 + len(QUALITY)
+    table.enter_at(5, table.host_tokens_UN.float()[:, :4] * 0.5)  # (U, E)
+    chosen = table.select(np.array([2, 3]))
+    assert chosen["text_stage"] == 5
+    expected = torch.stack([letters(with_levels(prompt), LONG)[:, :4] * 0.5 for prompt in ("cat", "")])
+    assert torch.equal(chosen["text"][chosen["prompt_of_B"]], expected)
+    assert torch.equal(chosen["text"][chosen["level_of_K"]], letters(QUALITY, LONG)[:, :4] * 0.5)
+
+
 # -- batches of pixels
 
 
@@ -179,15 +237,17 @@ def digests(store: images.ImageStore, rows: Sequence[int] | np.ndarray) -> list[
     return [store.files[row].digest for row in rows]
 
 
+@pytest.mark.parametrize("options", [{}, {"crops": 2, "test_crops": 4}], ids=["resized", "crops"])
 @pytest.mark.parametrize("view", [None, 0, 7])
-def test_pixels_are_the_views_of_the_decoded_images(store, view):
-    rows, source = np.array([7, 2, 5]), inputs.PixelSource(store, views_of())
+def test_pixels_are_the_views_of_the_decoded_images(store, view, options):
+    rows, source = np.array([7, 2, 5]), inputs.PixelSource(store, views_of(**options))
     (batch,) = feed_of(source).batches([(view, rows)])
-    expected = views_of()(
+    expected = views_of(**options)(
         [images.as_tensor(images.decode(store.files[row].path, 32)) for row in rows], digests(store, rows), view
     )
     assert torch.equal(batch.inputs["image"], expected)
     assert batch.inputs["image_stage"] == source.stage == 0
+    assert batch.inputs["num_views"] == source.count(view) == (expected.shape[1] if options else 1)
 
 
 def test_batches_are_the_same_however_many_threads_decode_and_batches_are_prepared_early(store):
@@ -233,7 +293,8 @@ def test_a_feed_turns_rows_into_normalised_images_labels_and_texts(store):
 
 def test_a_feed_without_texts_and_labels_has_none():
     (batch,) = feed_of(RowNumbers()).batches([(None, np.array([0, 1]))])
-    assert set(batch.inputs) == {"image", "image_stage"}
+    assert set(batch.inputs) == {"image", "image_stage", "num_views"}
+    assert batch.inputs["num_views"] == 1
     assert batch.targets == batch.labelled == {}
     assert batch.with_rationale is batch.rationales is None
 
@@ -291,12 +352,21 @@ def test_a_feed_takes_images_from_where_it_is_told_to():
     assert cached.asked == [(None, [1, 0]), (3, [2])] and feed.pixels.asked == []
 
 
+def test_a_batch_says_how_many_views_of_each_image_it_has():
+    feed = feed_of(RowNumbers((3, 2)))
+    evaluated, trained = feed.batches([(None, np.array([4, 1])), (5, np.array([1]))])
+    assert evaluated.inputs["num_views"] == 3 and trained.inputs["num_views"] == 2
+    assert evaluated.inputs["image"].tolist() == [[[row, -1, number] for number in range(3)] for row in (4, 1)]
+    assert trained.inputs["image"].tolist() == [[[1, 5, 0], [1, 5, 1]]]
+
+
 # -- parts of a batch
 
 
+@pytest.mark.parametrize("counts", [(1, 1), (4, 3)], ids=["one view", "several views"])
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
-def test_parts_of_a_batch_together_are_the_batch_with_texts_of_their_own(size):
-    source = RowNumbers()
+def test_parts_of_a_batch_together_are_the_batch_with_texts_of_their_own(size, counts):
+    source = RowNumbers(counts)
     feed = full_feed(source)
     rows = np.array([3, 1, 0, 5, 2, 4])
     (batch,) = feed.batches([(2, rows)])
@@ -318,6 +388,7 @@ def test_parts_of_a_batch_together_are_the_batch_with_texts_of_their_own(size):
             part.inputs[name].equal(alone.inputs[name]) for name in ("image", "text", "tokens_PN", "prompt_of_B")
         )
         assert part.inputs["image_stage"] == source.stage and part.inputs["text_stage"] == 0
+        assert part.inputs["num_views"] == alone.inputs["num_views"] == counts[1]
         assert (part.rationales is None) == (alone.rationales is None)
         if part.rationales:
             assert rationales_of(part).equal(rationales_of(alone))
@@ -403,18 +474,24 @@ TRAIN = np.array([4, 1, 3])  # only these have training views
 SHAPE = (2, 3)
 
 
-def activations(row: int, view: inputs.View) -> Tensor:
-    """What the frozen layers would give for a row's view, in tests."""
-    return torch.arange(6.0).reshape(SHAPE) + 10 * row + 100 * (-1 if view is None else view)
+def activations(row: int, view: inputs.View, count: int = 1) -> Tensor:
+    """What the frozen layers would give for a row's view, in tests; of several views a row for each."""
+    one = torch.arange(6.0).reshape(SHAPE) + 10 * row + 100 * (-1 if view is None else view)
+    return one if count == 1 else torch.stack([one + number / 8 for number in range(count)])
 
 
 @pytest.fixture(params=["memory-mapped", "resident"])
 def cached(request, tmp_path):
     """A function that caches the evaluation view of all rows and some training views of the training rows."""
 
-    def make(num_views: int, dtype: torch.dtype = torch.float32) -> inputs.CachedSource:
+    def make(
+        num_views: int, dtype: torch.dtype = torch.float32, counts: tuple[int, int] = (1, 1)
+    ) -> inputs.CachedSource:
         cache = features.FeatureCache(tmp_path / "cache", max_bytes=1e9)
-        evaluation, training = (cache.open({"view": name}, SHAPE, dtype) for name in ("evaluation", "training"))
+        evaluation, training = (
+            cache.open({"view": name}, activations(0, 0, count).shape, dtype)
+            for name, count in zip(("evaluation", "training"), counts, strict=True)
+        )
         source = inputs.CachedSource(
             (evaluation, training),
             [features.key_of("image", row) for row in range(ROWS)],
@@ -422,10 +499,11 @@ def cached(request, tmp_path):
             stage=4,
             device=CPU,
             dtype=torch.float32,
+            counts=counts,
         )
         for view, rows in source.rows_of.items():
             found, keys = source.keys(rows, view)
-            found.add(keys, torch.stack([activations(row, view) for row in rows]))
+            found.add(keys, torch.stack([activations(row, view, counts[view is not None]) for row in rows]))
         for found in (evaluation, training):
             found.flush()
         if request.param == "resident":
@@ -467,6 +545,25 @@ def test_evaluation_sees_the_evaluation_view_of_any_rows(cached, num_views):
     assert torch.equal(found, torch.stack([activations(row, None) for row in rows]))
 
 
+@pytest.mark.parametrize("counts", [(4, 2), (1, 3), (3, 1)])
+def test_cached_views_may_be_several_and_not_as_many_in_training_as_in_evaluation(cached, counts):
+    feed = feed_of(RowNumbers())
+    feed.source = cached(2, counts=counts)
+    for view, seen, count in ((None, None, counts[0]), (0, 0, counts[1]), (3, 1, counts[1])):
+        (batch,) = feed.batches([(view, TRAIN)])
+        assert batch.inputs["num_views"] == count
+        assert torch.equal(batch.inputs["image"], torch.stack([activations(row, seen, count) for row in TRAIN]))
+    assert feed.source.size(feed.source.rows_of) == 6 * 4 * (ROWS * counts[0] + 2 * len(TRAIN) * counts[1])
+
+
+def test_without_training_views_there_are_as_many_in_training_as_in_evaluation(cached):
+    feed = feed_of(RowNumbers())
+    feed.source = cached(0, counts=(4, 2))
+    (batch,) = feed.batches([(1, TRAIN)])
+    assert batch.inputs["num_views"] == feed.source.count(None) == 4
+    assert torch.equal(batch.inputs["image"], torch.stack([activations(row, None, 4) for row in TRAIN]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_rounded_in_the_cache_and_given_as_the_type_that_they_were(cached, dtype):
     source = cached(1, dtype)
@@ -482,3 +579,17 @@ def test_a_cached_source_says_what_it_holds_and_how_much(tmp_path, shape, what):
     source = inputs.CachedSource((found, found), [], rows_of=rows_of, stage=4, device=CPU, dtype=torch.bfloat16)
     size = 190_000 * np.prod(shape) * 2 / 1e9
     assert source.describe() == f"{what}, 2 training view(s), {size:.2f} GB memory-mapped"
+
+
+@pytest.mark.parametrize(("shape", "what"), [((512,), "embeddings"), ((257, 1024), "activations after 4 blocks")])
+def test_a_cached_source_of_several_views_says_the_same_of_all_of_them(tmp_path, shape, what):
+    cache = features.FeatureCache(tmp_path / "cache", max_bytes=1e9)
+    evaluation = cache.open({"view": "evaluation"}, (5, *shape), torch.float16)
+    training = cache.open({"view": "training"}, (2, *shape), torch.float16)
+    rows_of = {None: np.arange(9000), 0: np.arange(7000)}
+    source = inputs.CachedSource(
+        (evaluation, training), [], rows_of=rows_of, stage=4, device=CPU, dtype=torch.float16, counts=(5, 2)
+    )
+    size = (9000 * 5 + 7000 * 2) * np.prod(shape) * 2
+    assert source.size(rows_of) == size and source.size({0: np.arange(10)}) == 10 * 2 * np.prod(shape) * 2
+    assert source.describe() == f"{what}, 1 training view(s), {size / 1e9:.2f} GB memory-mapped"

@@ -16,6 +16,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 from torch import nn
 
 import models
@@ -34,6 +35,9 @@ ARGUMENTS = {
 }
 PLAIN = {**ARGUMENTS, "residual": False}
 REFINED = {**PLAIN, "refinement": {"layers": 1, "heads": 2, "dim": 8}}
+FURTHER = {**ARGUMENTS, "extra": ["authenticity", "beauty"]}
+LEVELS = {**ARGUMENTS, "prompt_levels": True}
+ALL_NEW = {**FURTHER, "prompt_levels": True, "global_view": True, "task_gradients": "stop_q"}
 
 
 def build_clip(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None) -> open_clip.CustomTextCLIP:
@@ -74,6 +78,18 @@ def prompts(*lengths: int) -> torch.Tensor:
         tokens_PN[row, :length] = torch.randint(1, END - 1, (length,), generator=generator)
         tokens_PN[row, length] = END
     return tokens_PN
+
+
+def batch_of(arguments: dict[str, Any], number: int = 3, num_views: int = 1) -> dict[str, Any]:
+    """A batch of images, of several views if asked for, with the texts that a model of these arguments reads."""
+    pictures = images(number * num_views)
+    if num_views > 1:
+        pictures = pictures.unflatten(0, (number, num_views))
+    batch = {"image": pictures, "num_views": num_views, "text": prompts(2, 7, 4, 1, 5, 3, 6)}
+    if not arguments.get("prompt_levels"):
+        return {**batch, "prompt_of_B": torch.tensor([1, 0, 1, 2])[:number]}
+    places = torch.tensor([[0, 1, 2], [3, 4, 0], [0, 1, 2], [3, 4, 0]])[:number]
+    return {**batch, "prompt_of_B": places, "level_of_K": torch.tensor([6, 5])}
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -187,6 +203,105 @@ def test_set_base_changes_only_what_it_is_given(residual):
     assert residual.base_q.weight.requires_grad
 
 
+# ------------------------------------------------------------------------------------------------- levels
+
+
+def test_levels_are_five_texts_each_the_worst_first():
+    assert models.LEVEL_TEXTS["quality"][0] == "a photo of bad quality"
+    assert models.LEVEL_TEXTS["quality"][-1] == "a photo of perfect quality"
+    assert models.LEVEL_TEXTS["consistency"][0] == "a photo that badly matches '{prompt}'"
+    assert models.LEVEL_TEXTS["consistency"][-1] == "a photo that perfectly matches '{prompt}'"
+    assert [len(set(texts)) for texts in models.LEVEL_TEXTS.values()] == [5, 5]
+    assert all(text.count("{prompt}") == 1 for text in models.LEVEL_TEXTS["consistency"])
+
+
+def naive_level(image_BE: torch.Tensor, levels: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`expected_level`, image by image and level by level."""
+    found = []
+    for row, image in enumerate(image_BE.double().numpy()):
+        texts = (levels if levels.ndim == 2 else levels[row]).double().numpy()
+        chances = softmax([temperature * float(image @ text) for text in texts])
+        found.append([sum(chance * k / (len(texts) - 1) for k, chance in enumerate(chances))])
+    return torch.tensor(found, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("num_levels", [2, 5])
+@pytest.mark.parametrize("temperature", [0.0, 3.0, 100.0])
+def test_the_expected_level_is_that_of_a_softmax_over_cosines(temperature, num_levels):
+    image, levels = unit(num_levels, 0), unit(num_levels, 1)  # as many images as levels: their dimensions look alike
+    own = unit(num_levels * num_levels, 2).view(num_levels, num_levels, EMBED_DIM)
+    for texts in (levels, own):
+        found = models.expected_level(image, texts, torch.tensor(temperature))
+        assert found.shape == (num_levels, 1)
+        torch.testing.assert_close(found, naive_level(image, texts, temperature), atol=1e-5, rtol=0)
+        assert found.min() >= 0 and found.max() <= 1
+    shared = levels.expand(num_levels, -1, -1)
+    torch.testing.assert_close(
+        models.expected_level(image, shared, torch.tensor(temperature)),
+        models.expected_level(image, levels, torch.tensor(temperature)),
+    )
+
+
+def test_an_image_is_at_the_level_whose_text_it_equals():
+    levels = unit(5, 1)
+    found = models.expected_level(levels, levels, torch.tensor(500.0))
+    torch.testing.assert_close(found[:, 0], torch.linspace(0, 1, 5))
+
+
+@pytest.fixture
+def with_levels() -> models.ResidualHeads:
+    torch.manual_seed(0)
+    return models.ResidualHeads(EMBED_DIM, **HEADS, temperature=20.0)
+
+
+def test_heads_with_levels_start_as_the_expected_levels(with_levels):
+    image, text, shared, own = unit(6, 0), unit(6, 1), unit(5, 2), unit(30, 3).view(6, 5, EMBED_DIM)
+    expected_q, expected_c = (naive_level(image, levels, 20.0)[:, 0] for levels in (shared, own))
+    torch.testing.assert_close(with_levels.quality(image, shared), expected_q, atol=1e-5, rtol=0)
+    torch.testing.assert_close(with_levels.consistency(image, text, own), expected_c, atol=1e-5, rtol=0)
+    with_levels.set_base((0.5, 0.3), (-2.0, 1.5))
+    torch.testing.assert_close(with_levels.quality(image, shared), 0.5 * expected_q + 0.3, atol=1e-5, rtol=0)
+    torch.testing.assert_close(with_levels.consistency(image, text, own), 1.5 - 2 * expected_c, atol=1e-5, rtol=0)
+
+
+def test_heads_with_levels_follow_the_documented_formula_after_training(with_levels):
+    stir(with_levels)
+    image, text, shared, own = unit(6, 0), unit(6, 1), unit(5, 2), unit(30, 3).view(6, 5, EMBED_DIM)
+    temperature = with_levels.temperature.item()
+    assert temperature != 20
+    q = with_levels.base_q(naive_level(image, shared, temperature)) + SCALE_Q * torch.tanh(with_levels.delta_q(image))
+    joint = torch.cat([image, text, (image * text).sum(dim=1, keepdim=True)], dim=1)
+    c = with_levels.base_c(naive_level(image, own, temperature)) + SCALE_C * torch.tanh(with_levels.delta_c(joint))
+    torch.testing.assert_close(with_levels.quality(image, shared), q[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(with_levels.consistency(image, text, own), c[:, 0], atol=1e-5, rtol=0)
+
+
+def test_the_temperature_of_levels_starts_as_that_of_clip_and_is_trained_by_itself():
+    model = build_model(**LEVELS)
+    models.freeze_backbone(model.clip, everything=True)
+    before = model.clip.logit_scale.exp().item()
+    assert model.heads.temperature.item() == pytest.approx(before) and before > 10
+    model(**batch_of(LEVELS))["q"].sum().backward()
+    assert model.heads.temperature.grad != 0
+    model.heads.temperature.data.fill_(1.0)
+    assert model.clip.logit_scale.exp().item() == before
+    assert build_model().heads.temperature is None
+
+
+def test_a_model_with_levels_compares_each_image_with_its_own_and_with_those_of_quality():
+    model = build_model(**LEVELS).eval()
+    stir(model.heads)
+    batch = batch_of(LEVELS)
+    found = model(**batch)
+    text_PE = model.encode_text(batch["text"])
+    for row, (prompt, *levels) in enumerate(batch["prompt_of_B"].tolist()):
+        image = model.encode_image(batch["image"][row : row + 1])
+        q = model.heads.quality(image, text_PE[[6, 5]])
+        c = model.heads.consistency(image, text_PE[[prompt]], text_PE[levels][None])
+        torch.testing.assert_close(found["q"][row], q[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["c"][row], c[0], atol=1e-5, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------- plain heads
 
 
@@ -227,23 +342,28 @@ def test_refinement_reads_image_text_and_coarse_score():
 # ----------------------------------------------------------------------------------------- the whole model
 
 
-@pytest.mark.parametrize("arguments", [ARGUMENTS, PLAIN, REFINED, {**ARGUMENTS, "predict_rationale": True}])
+@pytest.mark.parametrize(
+    "arguments", [ARGUMENTS, PLAIN, REFINED, {**ARGUMENTS, "predict_rationale": True}, FURTHER, LEVELS, ALL_NEW]
+)
 def test_a_model_is_built_again_from_its_json_arguments(arguments):
     first = build_model(**arguments).eval()
     stir(first)
     again = models.build_model(build_clip(), **json.loads(json.dumps(arguments))).eval()
     again.load_state_dict(first.state_dict())
-    batch = (images(3), prompts(2, 7), torch.tensor([1, 0, 1]))
-    expected, found = first(*batch), again(*batch)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for num_views in (1, 2):
+        batch = batch_of(arguments, num_views=num_views)
+        expected, found = first(**batch), again(**batch)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (again.global_view, again.task_gradients) == (first.global_view, first.task_gradients)
 
 
-@pytest.mark.parametrize("arguments", [ARGUMENTS, PLAIN, REFINED])
+@pytest.mark.parametrize("arguments", [ARGUMENTS, PLAIN, REFINED, FURTHER, {**FURTHER, "residual": False}])
 def test_the_dropout_argument_reaches_every_head(arguments):
     model = build_model(**{**arguments, "dropout": 0.35})
-    rates = [module.p for module in model.heads.modules() if isinstance(module, nn.Dropout)]
-    assert len(rates) >= 2
+    modules = [*model.heads.modules(), *model.extra.modules()]
+    rates = [module.p for module in modules if isinstance(module, nn.Dropout)]
+    assert len(rates) >= 2 + len(arguments.get("extra", ()))
     assert set(rates) == {0.35}
 
 
@@ -305,13 +425,152 @@ def test_score_batch_gives_the_scores_and_embed_batch_what_clip_knows():
     text = {"text": prompts(2, 5), "prompt_of_B": torch.tensor([1, 1, 0])}
     batch = SimpleNamespace(inputs={"image": images(3), **text})
     scores, known = models.score_batch(model, batch), models.embed_batch(model, batch)
-    assert set(scores) == {"q", "c"}
+    assert set(scores) == {"q", "c"} and set(known) == {"image", "text", "cos"}
     text_BE = model.encode_text(text["text"])[text["prompt_of_B"]]
+    assert torch.equal(known["text"], text_BE)
+    assert torch.equal(known["image"], model.encode_image(batch.inputs["image"]))
     torch.testing.assert_close(known["cos"], F.cosine_similarity(known["image"], text_BE))
     torch.testing.assert_close(scores["c"], model.heads.consistency(known["image"], text_BE))
     batch.inputs = {"image": images(3)}
     assert set(models.score_batch(model, batch)) == {"q"}
     assert set(models.embed_batch(model, batch)) == {"image"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("global_view", [False, True])
+def test_embed_batch_averages_over_views_and_tells_levels(global_view):
+    model = build_model(**LEVELS, global_view=global_view).eval()
+    batch = batch_of(LEVELS, num_views=3)
+    known = models.embed_batch(model, SimpleNamespace(inputs=batch))
+    assert set(known) == {"image", "text", "cos", "level_q", "level_c"}
+    views_BVE = model.encode_image(batch["image"].flatten(0, 1)).unflatten(0, (3, 3))
+    text_PE = model.encode_text(batch["text"])
+    temperature = model.heads.temperature.item()
+    for row, (prompt, *levels) in enumerate(batch["prompt_of_B"].tolist()):
+        views_VE = views_BVE[row]
+        content_VE = views_VE[:1] if global_view else views_VE
+        expected = {
+            "image": views_VE.mean(dim=0),
+            "text": text_PE[prompt],
+            "cos": (content_VE @ text_PE[prompt]).mean(),
+            "level_q": naive_level(views_VE, text_PE[[6, 5]], temperature).mean(),
+            "level_c": naive_level(content_VE, text_PE[levels], temperature).mean(),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(known[name][row], value, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------ several views, further scores, tasks
+
+
+KINDS_OF_HEADS = {
+    "residual": ARGUMENTS,
+    "refined": REFINED,
+    "further": {**FURTHER, "predict_rationale": True},
+    "levels": LEVELS,
+}
+
+
+@pytest.mark.parametrize("arguments", KINDS_OF_HEADS.values(), ids=KINDS_OF_HEADS)
+def test_scores_of_several_views_are_the_mean_of_those_of_each(arguments):
+    model = build_model(**arguments).eval()
+    stir(model.heads)
+    stir(model.extra)
+    batch = batch_of(arguments, num_views=4)
+    found = model(**batch)
+    alone = [model(**{**batch, "image": batch["image"][:, view], "num_views": 1}) for view in range(4)]
+    assert found.keys() == alone[0].keys()
+    for name, values in found.items():
+        of_views = torch.stack([scores[name] for scores in alone])
+        torch.testing.assert_close(values, of_views.mean(dim=0), atol=1e-5, rtol=0)
+        assert of_views.std(dim=0).min() > 1e-5, "views that say the same would show nothing"
+
+
+@pytest.mark.parametrize("arguments", KINDS_OF_HEADS.values(), ids=KINDS_OF_HEADS)
+def test_with_a_global_view_the_prompt_is_compared_with_the_first_alone(arguments):
+    model, plain = (build_model(**arguments, global_view=value).eval() for value in (True, False))
+    for each in (model, plain):
+        stir(each.heads)
+        stir(each.extra)
+    batch = batch_of(arguments, num_views=3)
+    first = {**batch, "image": batch["image"][:, 0], "num_views": 1}
+    found, of_first, of_all = model(**batch), plain(**first), plain(**batch)
+    for name, values in found.items():
+        expected = of_first if name in ("c", "rationale") else of_all
+        torch.testing.assert_close(values, expected[name], atol=1e-5, rtol=0)
+        assert not torch.allclose(of_first[name], of_all[name], atol=1e-5)
+    for name, values in model(**first).items():  # the only view that there is
+        torch.testing.assert_close(values, of_first[name], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", range(IMAGE_LAYERS + 2))
+def test_several_views_enter_at_any_stage(stage):
+    model = build_model().eval()
+    batch = batch_of(ARGUMENTS, num_views=2)
+    entering = models.run_image(model.clip.visual, batch["image"].flatten(0, 1), 0, stage).unflatten(0, (3, 2))
+    found, expected = model(**{**batch, "image": entering, "image_stage": stage}), model(**batch)
+    for name in ("q", "c"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
+
+
+def test_further_scores_have_heads_of_their_own_of_the_kind_of_quality():
+    image = unit(7, 0)
+    for arguments in (FURTHER, {**FURTHER, "residual": False}):
+        model = build_model(**arguments)
+        stir(model.extra)
+        scores = model.score(image)
+        assert set(scores) == {"q", "authenticity", "beauty"}
+        assert scores["authenticity"].shape == (7,)
+        assert not torch.allclose(scores["authenticity"], scores["beauty"], atol=1e-3)
+    head = model.extra_heads["beauty"].head
+    torch.testing.assert_close(scores["beauty"], torch.sigmoid(head(image))[:, 0])
+    head = build_model(**FURTHER).extra_heads["beauty"]
+    head.set_base((np.linspace(-2, 2, EMBED_DIM), 0.3))
+    base = torch.sigmoid(image @ torch.linspace(-2, 2, EMBED_DIM) + 0.3)
+    torch.testing.assert_close(head(image), base)
+    stir(head.delta)
+    torch.testing.assert_close(head(image), base + SCALE_Q * torch.tanh(head.delta(image)[:, 0]))
+
+
+def test_score_batch_gives_further_scores_and_no_rationale():
+    model = build_model(**{**FURTHER, "predict_rationale": True}).eval()
+    batch = SimpleNamespace(inputs=batch_of(FURTHER))
+    assert set(models.score_batch(model, batch)) == {"q", "c", "authenticity", "beauty"}
+
+
+def task_gradients_of(model: models.ScoreModel, batch: dict[str, Any], *tasks: str) -> dict[str, torch.Tensor]:
+    """Gradients of the sum of some tasks' squared errors; parameters that get none are left out."""
+    model.zero_grad(set_to_none=True)
+    scores = model(**batch)
+    sum(((scores[task] - 1) ** 2).sum() for task in tasks).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("arguments", [ARGUMENTS, PLAIN, LEVELS, FURTHER], ids=["residual", "plain", "levels", "extra"])
+@pytest.mark.parametrize(("stopped", "other"), [("q", "c"), ("c", "q")])
+def test_a_stopped_task_trains_its_head_but_not_clip(stopped, other, arguments, num_views):
+    shared, model = (build_model(**arguments, task_gradients=how) for how in ("shared", f"stop_{stopped}"))
+    for each in (shared, model):
+        models.freeze_backbone(each.clip)
+        stir(each.heads)
+        stir(each.extra)
+    batch, extra = batch_of(arguments, 4, num_views), arguments.get("extra", ())
+    found, both = (task_gradients_of(each, batch, "q", "c", *extra) for each in (model, shared))
+    alone = task_gradients_of(shared, batch, other, *extra)
+    for name, value in both.items():
+        if not name.startswith("clip."):
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
+            assert value.abs().sum() > 0
+    of_clip = [{n: v for n, v in grads.items() if n.startswith("clip.")} for grads in (found, alone, both)]
+    assert of_clip[0].keys() == of_clip[1].keys()
+    for name, value in of_clip[1].items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
+    assert any(not torch.allclose(of_clip[2][name], value, atol=1e-4) for name, value in of_clip[1].items())
+    with torch.no_grad():
+        for name, value in shared(**batch).items():
+            torch.testing.assert_close(model(**batch)[name], value, atol=1e-6, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------ encoding text
@@ -827,7 +1086,12 @@ def scores_of(model: models.ScoreModel) -> torch.Tensor:
 
 
 def test_lora_starts_as_the_base_model_bit_for_bit():
-    assert torch.equal(scores_of(lora_model()), scores_of(build_model()))
+    """Its weights do; scores differ in the last bit where memory lies otherwise, because BLAS then adds otherwise."""
+    lora, base = lora_model(), build_model()
+    weights, expected = models.merged_state(lora), base.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    torch.testing.assert_close(scores_of(lora), scores_of(base), atol=1e-6, rtol=0)
 
 
 def test_lora_adds_twice_the_product_of_its_factors():
@@ -949,7 +1213,7 @@ def test_layer_decay_knows_the_order_of_timm_towers():
     assert scales["clip.visual.trunk.fc_norm.weight"] == 1.0
 
 
-@pytest.mark.parametrize("arguments", [ARGUMENTS, REFINED, {**ARGUMENTS, "predict_rationale": True}])
+@pytest.mark.parametrize("arguments", [ARGUMENTS, REFINED, {**ARGUMENTS, "predict_rationale": True}, ALL_NEW])
 @pytest.mark.parametrize("freezing", [{}, {"everything": True}, {"num_layers": 2}])
 def test_parameter_counts_add_up_to_the_whole_model_but_the_temperature(arguments, freezing):
     model = build_model(**arguments)

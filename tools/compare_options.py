@@ -3,7 +3,8 @@
     python tools/compare_options.py --with_flags="--no_calibration" --seeds 1 2 3 -- --demo
 
 Given several times, each --with_flags is compared with the plain command. Everything behind `--` goes to baseline.py.
-Split and weights change with the seed, alike on both sides; each seed's difference is one observation.
+Split and weights change with the seed, alike on both sides; each seed's difference is one observation, and the
+interval allows for training folds that overlap (`metrics.resampled_interval`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import baseline  # noqa: E402  (the repository root has to be on the path first)
+import metrics  # noqa: E402
 
 MEASURES = ("srocc_q", "plcc_q", "srocc_c", "plcc_c", "main")
 
@@ -42,16 +43,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table(without: list[dict], with_: list[dict], flags: str) -> str:
-    """Markdown: mean test score of both sides, mean difference and its 95 % interval (t, paired by seed)."""
+    """Markdown: mean test score of both sides, mean difference and its 95 % interval (paired by seed)."""
+    share = without[0]["images"]["test"] / without[0]["images"]["train"]
     lines = [f"| test fold | without | with `{flags}` | difference | 95 % interval |", "|---|---|---|---|---|"]
-    for name in MEASURES:
-        left, right = (np.array([run["test"].get(name, np.nan) for run in side]) for side in (without, with_))
-        difference = right - left
-        half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference) if len(difference) > 1 else np.nan
-        mean = difference.mean()
+    for name in (name for name in MEASURES if name in without[0]["test"]):
+        left, right = (np.array([run["test"][name] for run in side]) for side in (without, with_))
+        low, high = metrics.resampled_interval(right - left, share) or (np.nan, np.nan)
         lines.append(
-            f"| {name} | {left.mean():.3f} | {right.mean():.3f} | {mean:+.3f} | "
-            f"{mean - half:+.3f} .. {mean + half:+.3f} |"
+            f"| {name} | {left.mean():.3f} | {right.mean():.3f} | {(right - left).mean():+.3f} | "
+            f"{low:+.3f} .. {high:+.3f} |"
         )
     return "\n".join(lines)
 

@@ -1,0 +1,205 @@
+"""Tell whether runs differ: paired, on the test images that they share, by bootstrap over prompts.
+
+    python compare.py runs/a runs/b [runs/c ...]
+
+Every run is compared with the first. Folders of repeated runs (--repeats, --kfold) are compared split by split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import metrics
+from configs import OneLineParser, one_line_errors
+
+PREDICTIONS_FILE = "predictions.csv"
+PROTOCOL_FILE = "protocol.json"  # tells a folder of repeated runs
+SUMMARY_FILE = "summary.json"
+COLUMNS = [
+    "score",
+    "run",
+    "images",
+    "srocc",
+    "plcc",
+    "d_srocc",
+    "srocc_low",
+    "srocc_high",
+    "d_plcc",
+    "plcc_low",
+    "plcc_high",
+]
+
+
+def read_predictions(folder: Path) -> pd.DataFrame:
+    """The test fold's predictions of a run, by image name. Raises ValueError."""
+    path = folder / PREDICTIONS_FILE
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"name": str})
+    except FileNotFoundError:
+        unfinished = "an unfinished run" if (folder / "config.json").exists() else "no run folder"
+        raise ValueError(f"{folder}: {unfinished}, {PREDICTIONS_FILE} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    missing = [column for column in ("name", "split", "cluster") if column not in table.columns]
+    if missing:
+        raise ValueError(f"{path}: no column {missing[0]!r}; run it again with this version")
+    return table[table["split"] == "test"].set_index("name")
+
+
+def score_names(table: pd.DataFrame) -> list[str]:
+    """The scores that a table has human and predicted values of."""
+    names = [column.removeprefix("pred_") for column in table.columns if column.startswith("pred_")]
+    names = [name for name in names if f"mos_{name}" in table.columns]
+    return [name for name in names if table[[f"mos_{name}", f"pred_{name}"]].notna().any().all()]
+
+
+def compare_runs(folders: Sequence[Path]) -> pd.DataFrame:
+    """A row for each score and run, in MOS units, compared on the test images of all runs.
+
+    Returns:
+        COLUMNS; differences are to the first run, with their 95 % intervals (paired bootstrap over prompts).
+
+    Raises:
+        ValueError: a folder is no finished run, the runs share too few test images, or their human scores differ.
+    """
+    tables = [read_predictions(folder) for folder in folders]
+    common = tables[0].index
+    for table in tables[1:]:
+        common = common.intersection(table.index, sort=False)
+    scores = [name for name in score_names(tables[0]) if all(name in score_names(table) for table in tables)]
+    if len(common) < 2 or not scores:
+        raise ValueError(
+            f"{folders[0]} and the others share {len(common)} test image(s) and {len(scores)} score(s): there is "
+            "nothing to compare"
+        )
+    tables = [table.loc[common] for table in tables]
+    rows = []
+    for name in scores:
+        known = np.logical_and.reduce([table[[f"mos_{name}", f"pred_{name}"]].notna().all(axis=1) for table in tables])
+        mos = tables[0][f"mos_{name}"].to_numpy()[known]
+        clusters = tables[0]["cluster"].tolist()
+        clusters = [cluster for cluster, keep in zip(clusters, known, strict=True) if keep]
+        first = tables[0][f"pred_{name}"].to_numpy()[known]
+        for folder, table in zip(folders, tables, strict=True):
+            if not np.allclose(table[f"mos_{name}"].to_numpy()[known], mos, rtol=1e-6):
+                raise ValueError(f"{folder}: its human scores of {name} are not those of {folders[0]}")
+            pred = table[f"pred_{name}"].to_numpy()[known]
+            row: dict[str, Any] = {"score": name, "run": str(folder), "images": int(known.sum())}
+            row |= {"srocc": metrics.srocc(pred, mos), "plcc": metrics.plcc(pred, mos)}
+            if table is not tables[0]:
+                row |= differences(metrics.paired_bootstrap(first, pred, mos, clusters))
+            rows.append(row)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def differences(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """(difference, low, high) of each measure, as columns."""
+    return {
+        column: value
+        for name, values in found.items()
+        for column, value in zip((f"d_{name}", f"{name}_low", f"{name}_high"), values, strict=True)
+    }
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary that repeated runs have left. Raises ValueError."""
+    try:
+        return json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no finished repeated runs, {SUMMARY_FILE} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / SUMMARY_FILE}: cannot be read ({error})") from None
+
+
+def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
+    """As `compare_runs` for folders of repeated runs: means over splits, intervals over paired splits.
+
+    Raises:
+        ValueError: a folder has no summary, the runs in them do not go by the same names (seeds and folds), or they
+            share no score.
+    """
+    summaries = [read_summary(folder) for folder in folders]
+    first = summaries[0]
+    for folder, summary in zip(folders, summaries, strict=True):
+        if summary["runs"] != first["runs"] or summary["images"] != first["images"]:
+            raise ValueError(f"{folder}: has other seeds, folds or images than {folders[0]}; repeat it as there")
+    share = first["images"]["test"] / first["images"]["train"]
+    common = [key for key in first["test"] if all(key in summary["test"] for summary in summaries)]
+    tasks = [key.removeprefix("srocc_") for key in common if key.startswith("srocc_")]
+    if not tasks:
+        raise ValueError(f"{folders[0]} and the others share no score: there is nothing to compare")
+    rows = []
+    for task in tasks:
+        for folder, summary in zip(folders, summaries, strict=True):
+            row: dict[str, Any] = {"score": {"q": "quality", "c": "align"}.get(task, task), "run": str(folder)}
+            row |= {"images": summary["images"]["test"]}
+            found = {}
+            for name in ("srocc", "plcc"):
+                values, others = (np.array(side["test"][f"{name}_{task}"]["values"]) for side in (summary, first))
+                row[name] = values.mean()
+                interval = metrics.resampled_interval(values - others, share) or (np.nan, np.nan)
+                found[name] = ((values - others).mean(), *interval)
+            rows.append(row | (differences(found) if summary is not first else {}))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a difference says."""
+    return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+
+
+def table_lines(found: pd.DataFrame) -> list[str]:
+    """The comparison as text."""
+    width = max(len(run) for run in found["run"]) + 2
+    wide = max(len(score) for score in found["score"]) + 2
+    lines = [f"{'':<{wide}}{'':<{width}}{'images':>7}{'SROCC':>8}{'PLCC':>8}   difference in SROCC, 95 % interval"]
+    for score, rows in found.groupby("score", sort=False):
+        title = str(score)
+        for row in rows.to_dict("records"):
+            said = ""
+            if np.isfinite(row["srocc_low"]):
+                low, high = row["srocc_low"], row["srocc_high"]
+                said = f"   {row['d_srocc']:+.3f} ({low:+.3f} .. {high:+.3f})  {verdict(low, high)}"
+            numbers = f"{row['images']:>7}{row['srocc']:>8.3f}{row['plcc']:>8.3f}"
+            lines.append(f"{title:<{wide}}{row['run']:<{width}}{numbers}{said}")
+            title = ""
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
+    """Compare what the command line names; print the table and return it."""
+    with one_line_errors():
+        parser = OneLineParser(
+            prog="compare.py",
+            description="Tell whether runs differ, on the test images that they share: paired bootstrap over prompts. "
+            "Folders of repeated runs (--repeats, --kfold) are compared split by split.",
+            allow_abbrev=False,
+        )
+        parser.add_argument(
+            "runs", nargs="+", metavar="RUN", help="run folders; the first is what others are compared with"
+        )
+        parser.add_argument("--out", metavar="FILE", help="also write the table there, as CSV")
+        args: argparse.Namespace = parser.parse_args(argv)
+        folders = [Path(run) for run in args.runs]
+        if len(folders) < 2:
+            raise ValueError("name at least two run folders; see --help")
+        repeated = [(folder / PROTOCOL_FILE).exists() for folder in folders]
+        if any(repeated) and not all(repeated):
+            raise ValueError("single runs and folders of repeated runs cannot be compared with each other")
+        found = compare_protocols(folders) if all(repeated) else compare_runs(folders)
+        print("\n".join(table_lines(found)))
+        if args.out:
+            found.to_csv(args.out, index=False, float_format="%.6g")
+        return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,134 @@
+"""How well runs score labelled sets, their own or others: the table across data sets.
+
+Images that a run was trained or selected on, known by their content, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import checkpoint
+import data
+import labels
+import metrics
+import reporting
+from images import check_images
+
+COLUMNS = ["run", "set", "score", "images", *reporting.MEASURES, "srocc_low", "srocc_high", "generator_mean_srocc"]
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """A labelled set to evaluate on."""
+
+    title: str
+    table: pd.DataFrame  # as `data.read_table` returns it
+    digests: list[str]  # SHA-256 of each image's content
+
+
+def read_sets(
+    csv: str | None, image_dir: Path, columns: data.Columns, named: Sequence[tuple[str, str]], extra: Sequence[str]
+) -> list[LabelledSet]:
+    """The sets that a command line names: a CSV, or (name, folder) pairs of known data sets. Raises ValueError."""
+    tables = {name: data.named_table(labels.read_dataset(name, Path(root)), Path(root)) for name, root in named}
+    if csv:
+        header = data.read_csv(csv).columns
+        wanted = [column for column in extra if column in header]
+        tables[Path(csv).stem] = data.read_table(csv, image_dir, columns, extra=wanted)
+    return [
+        LabelledSet(title, table, [file.digest for file in check_images(table["path"].tolist())])
+        for title, table in tables.items()
+    ]
+
+
+def seen_by(run: Path) -> set[str] | None:
+    """Digests of the images that a run was trained or selected on; None if its folder does not tell."""
+    path = checkpoint.weights_folder(run).parent / "splits.csv"
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if "digest" not in table.columns:
+        return None
+    return set(table["digest"][table["split"] != "test"])
+
+
+def evaluate(
+    run: str,
+    scales: Sequence[str],
+    labelled: LabelledSet,
+    score: Callable[[pd.DataFrame], pd.DataFrame],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Score a labelled set with a run and measure the agreement.
+
+    Args:
+        run: the run's folder.
+        scales: the scores that the run predicts.
+        score: rows of a table -> columns pred_quality, ..., as `predict.Scorer.score` gives them.
+
+    Returns:
+        A row of COLUMNS for each score that both have, and lines of text: what was left out, and the generators.
+
+    Raises:
+        ValueError: nothing is left to score, or the set has none of the run's scores.
+    """
+    seen = seen_by(Path(run))
+    fresh = np.array([seen is None or digest not in seen for digest in labelled.digests])
+    table = labelled.table[fresh].reset_index(drop=True)
+    tasks = [task for task in scales if task in table and table[task].notna().sum() > 1]
+    lines = []
+    if seen is None:
+        lines.append(f"note: {run} does not tell which images it was trained on (no splits.csv with digests beside it)")
+    elif not fresh.all():
+        lines.append(f"note: {(~fresh).sum()} of {len(fresh)} images of {labelled.title} left out: {run} has seen them")
+    if not tasks:
+        had = ", ".join(data.title_of(task) for task in scales)
+        raise ValueError(f"{labelled.title}: no unseen images with scores that {run} predicts ({had})")
+    predicted = score(table)
+    clusters = data.clusters(table)
+    makers = table["group"].to_numpy()
+    rows, found = [], {}
+    for task in tasks:
+        pred = predicted[reporting.columns_of(task)[1]].to_numpy()
+        known = table[task].notna().to_numpy() & np.isfinite(pred)
+        mos = table[task].to_numpy()[known]
+        pred = pred[known]
+        ends = metrics.cluster_bootstrap(pred, mos, clusters[known].tolist()).get("srocc", (np.nan, np.nan))
+        rows.append(
+            {
+                "run": run,
+                "set": labelled.title,
+                "score": data.title_of(task),
+                "images": len(mos),
+                **metrics.agreement(pred, mos),
+                "srocc_low": ends[0],
+                "srocc_high": ends[1],
+                "generator_mean_srocc": metrics.srocc(
+                    metrics.group_mean_predictor(makers[known], mos, makers[known]), mos
+                ),
+            }
+        )
+        by_maker = reporting.generator_table(pred, mos, makers[known])
+        if len(by_maker) > 1:
+            ranking = metrics.srocc(by_maker["pred"], by_maker["mos"])
+            found[task] = {"by_generator": by_maker.to_dict("records"), "ranking": ranking}
+    return rows, lines + reporting.generator_lines(found)
+
+
+def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table across runs and sets as text."""
+    wide = {key: max(len(str(row[key])) for row in rows) + 2 for key in ("run", "set", "score")}
+    titles = "".join(f"{title:>12}" for title in reporting.MEASURES.values())
+    head = "".join(f"{key:<{width}}" for key, width in wide.items())
+    lines = [f"{head}{'images':>7}{titles}{'95 % of SROCC':>18}{'generator':>11}"]
+    for row in rows:
+        cells = "".join(f"{row[key]:<{width}}" for key, width in wide.items())
+        numbers = "".join(f"{row[name]:>12.3f}" for name in reporting.MEASURES)
+        ends = f"{row['srocc_low']:.3f} .. {row['srocc_high']:.3f}" if np.isfinite(row["srocc_low"]) else ""
+        lines.append(f"{cells}{row['images']:>7}{numbers}{ends:>18}{row['generator_mean_srocc']:>11.3f}")
+    return [*lines, "generator: SROCC of the mean score of each generator in this very set, which looks at no pixel"]

@@ -1,0 +1,237 @@
+"""Several runs over several splits, as the field reports them: one command, resumable, one table at the end.
+
+The folder of such a protocol holds a run folder for each split, `protocol.json` (what is asked for) and, in the end,
+`summary.json` and `summary.csv`; `python protocol.py FOLDER` prints its table again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import checkpoint
+import compare
+import data
+import metrics
+from configs import NOT_SAVED, OPTIONS, TrainingConfig, one_line_errors
+from engine import Runtime
+from reporting import MEASURES
+
+SUMMARY_TABLE = "summary.csv"
+TRAINED = "trained_model"
+DRAWN = ("data_csv_path", "image_base_dir")  # what --demo fills in by itself
+
+
+def parts(config: TrainingConfig) -> dict[str, TrainingConfig]:
+    """The runs of a protocol: name of its folder -> its options."""
+    folds = [config.fold] if config.fold or not config.kfold else list(range(1, config.kfold + 1))
+    found = {}
+    for seed in range(config.seed, config.seed + config.repeats):
+        for fold in folds:
+            name = f"seed{seed}" + (f"-fold{fold}" if fold else "")
+            found[name] = replace(config, repeats=1, seed=seed, fold=fold)
+    return found
+
+
+def run_all(
+    config: TrainingConfig, run: Callable[[TrainingConfig], dict[str, Any]], folder: Path, runtime: Runtime
+) -> dict[str, Any]:
+    """Run every part that is not finished yet and summarise all.
+
+    Args:
+        run: makes one run and returns its results.
+        folder: where the run folders go.
+
+    Returns:
+        What `summarise` returns; empty under `dry_run`.
+
+    Raises:
+        ValueError: the folder holds something else, or runs with other options.
+    """
+    runs = parts(config)
+    folder = runtime.agree(folder)
+    if runtime.is_main:
+        refuse_occupied(folder)
+    finished = {} if config.overwrite else finished_parts(folder, runs)
+    if finished:
+        runtime.say(f"{len(finished)} of {len(runs)} runs in {folder} are finished")
+    if config.dry_run:
+        name, part = next(iter(runs.items()))
+        run(replace(part, output_dir=str(folder / name), overwrite=True))
+        runtime.say(f"this {len(runs)} times: {', '.join(runs)}")
+        return {}
+    if runtime.is_main:
+        begin(folder, config)
+    results = {}
+    for number, (name, part) in enumerate(runs.items(), start=1):
+        if name not in finished:
+            runtime.say(f"-- run {number} of {len(runs)}: {name} (if stopped: --output_dir {folder} goes on from here)")
+            finished[name] = run(replace(part, output_dir=str(folder / name), overwrite=True))
+        results[name] = finished[name]
+    summary = summarise(results)
+    if runtime.is_main:
+        checkpoint.write_json(folder / compare.SUMMARY_FILE, summary)
+        checkpoint.write_csv(folder / SUMMARY_TABLE, summary_table(summary))
+    runtime.say("\n".join(summary_lines(summary)))
+    runtime.say(f"folder: {folder}")
+    return summary
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise ValueError if the folder holds something else than repeated runs."""
+    if folder.exists() and (
+        not folder.is_dir() or (any(folder.iterdir()) and not (folder / compare.PROTOCOL_FILE).exists())
+    ):
+        raise ValueError(f"--output_dir {folder}: holds other things than repeated runs; choose a new or empty folder")
+
+
+def begin(folder: Path, config: TrainingConfig) -> None:
+    """Make the folder, say in it what it is for, and forget an older summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (compare.SUMMARY_FILE, SUMMARY_TABLE):
+        (folder / name).unlink(missing_ok=True)
+    checkpoint.write_json(folder / compare.PROTOCOL_FILE, options(config))
+
+
+def options(config: TrainingConfig) -> dict[str, Any]:
+    """The options that decide the results, as JSON values."""
+    unread = (*NOT_SAVED, *(DRAWN if config.demo else ()))
+    return {key: value for key, value in config.to_json().items() if key not in unread}
+
+
+def finished_parts(folder: Path, runs: Mapping[str, TrainingConfig]) -> dict[str, dict[str, Any]]:
+    """Results of the runs that are finished: name -> results. Raises ValueError if one has other options."""
+    found = {}
+    for name, config in runs.items():
+        try:
+            saved = json.loads((folder / name / checkpoint.CONFIG_FILE).read_text(encoding="utf-8"))
+            results = json.loads((folder / name / checkpoint.RESULTS_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        other = [OPTIONS[key].flag for key, value in options(config).items() if saved.get(key) != value]
+        if other:
+            raise ValueError(
+                f"--output_dir {folder}: {name} was run with other options ({', '.join(other[:5])}); choose another "
+                "folder, or pass --overwrite to run all again"
+            )
+        found[name] = results
+    return found
+
+
+def summarise(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Statistics over runs: name -> results as `baseline.run` returns them.
+
+    Returns:
+        "runs": the names; "images": of the first run's folds; "test": measure -> statistics of the trained model;
+        "floors": the same for each floor that all runs have; "over": the same for trained model minus floor, paired
+        by run.
+    """
+    first = next(iter(runs.values()))
+    share = first["images"]["test"] / first["images"]["train"]
+    floors = [name for name in first["floors"] if all(name in run["floors"] for run in runs.values())]
+    rows = {TRAINED: [run["test"] for run in runs.values()]}
+    rows |= {name: [run["floors"][name] for run in runs.values()] for name in floors}
+    keys = [key for key in first["test"] if key == "main" or key.startswith(tuple(f"{name}_" for name in MEASURES))]
+    values = {
+        name: {key: [row[key] for row in of_runs] for key in keys if all(key in row for row in of_runs)}
+        for name, of_runs in rows.items()
+    }
+    return {
+        "runs": list(runs),
+        "images": dict(first["images"]),
+        "test": {key: statistics(found, share) for key, found in values[TRAINED].items()},
+        "floors": {name: {key: statistics(found, share) for key, found in values[name].items()} for name in floors},
+        "over": {
+            name: {
+                key: statistics(np.subtract(values[TRAINED][key], found).tolist(), share)
+                for key, found in values[name].items()
+            }
+            for name in floors
+        },
+    }
+
+
+def statistics(values: list[float], share: float) -> dict[str, Any]:
+    """mean, sd, median, "interval" (95 %, None for a single run) and the values of one measure over runs."""
+    return {
+        "mean": float(np.mean(values)),
+        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        "median": float(np.median(values)),
+        "interval": metrics.resampled_interval(values, share),
+        "values": [float(value) for value in values],
+    }
+
+
+def tasks_of(summary: Mapping[str, Any]) -> list[str]:
+    """The scores that a summary is about."""
+    return [key.removeprefix("srocc_") for key in summary["test"] if key.startswith("srocc_")]
+
+
+def summary_table(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """A row for each predictor and measure: predictor, measure, mean, sd, median, low, high."""
+    rows = []
+    for name, found in {TRAINED: summary["test"], **summary["floors"]}.items():
+        for key, values in found.items():
+            low, high = values["interval"] or (np.nan, np.nan)
+            numbers = {part: values[part] for part in ("mean", "sd", "median")}
+            rows.append({"predictor": name, "measure": key, **numbers, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The summary as a table of text."""
+    rows = {TRAINED: summary["test"], **summary["floors"]}
+    width = max(map(len, rows)) + 1
+    sizes = ", ".join(f"{fold} {count}" for fold, count in summary["images"].items())
+    lines = [
+        f"{len(summary['runs'])} runs, {sizes} images in the first; intervals allow for shared training images",
+        f"{'':<{width + 13}}{'SROCC':>7}{'sd':>7}{'median':>8}{'95 % interval':>18}{'PLCC':>8}{'sd':>7}{'fitted':>8}"
+        f"{'KROCC':>7}{'RMSE':>7}",
+    ]
+    for task in tasks_of(summary):
+        title = data.title_of(task)
+        for name, found in rows.items():
+            if f"srocc_{task}" not in found:
+                continue
+            srocc, plcc, fitted, krocc, rmse = (found[f"{key}_{task}"] for key in MEASURES)
+            lines.append(
+                f"{title:<12} {name.replace('_', ' '):<{width}}{srocc['mean']:>7.3f}{srocc['sd']:>7.3f}"
+                f"{srocc['median']:>8.3f}{between(srocc['interval']):>18}{plcc['mean']:>8.3f}{plcc['sd']:>7.3f}"
+                f"{fitted['mean']:>8.3f}{krocc['mean']:>7.3f}{rmse['mean']:>7.3f}"
+            )
+            title = ""
+    for task in tasks_of(summary):
+        for floor, found in summary["over"].items():
+            if f"srocc_{task}" in found:
+                over = found[f"srocc_{task}"]
+                lines.append(
+                    f"SROCC of {data.title_of(task)}, trained model minus {floor.replace('_', ' ')}: "
+                    f"{over['mean']:+.3f} ({between(over['interval'], '+')})"
+                )
+    return lines
+
+
+def between(interval: list[float] | None, sign: str = "") -> str:
+    """An interval in words; "" if there is none."""
+    return f"{interval[0]:{sign}.3f} .. {interval[1]:{sign}.3f}" if interval else ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables of finished protocols."""
+    with one_line_errors():
+        folders = sys.argv[1:] if argv is None else argv
+        if not folders or folders[0].startswith("-"):
+            raise ValueError("usage: python protocol.py FOLDER... (made by baseline.py with --repeats or --kfold)")
+        for folder in folders:
+            print("\n".join(summary_lines(compare.read_summary(Path(folder)))))
+
+
+if __name__ == "__main__":
+    main()

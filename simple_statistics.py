@@ -1,0 +1,73 @@
+"""A dozen simple statistics of an image: what a quality predictor has to beat that knows nothing of content."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMES = (
+    "brightness",  # mean luma
+    "contrast",  # standard deviation of luma
+    "entropy",  # of luma in 64 bins, in bits
+    "dark",  # share of pixels below 5 % luma
+    "bright",  # share above 95 %
+    "saturation",  # mean of largest minus smallest channel
+    "colourfulness",  # Hasler and Süsstrunk, Measuring colourfulness in natural images, 2003
+    "gradient",  # mean magnitude of the difference to the right and lower neighbour
+    "sharpness",  # logarithm of the variance of the Laplacian
+    "noise",  # mean magnitude of the diagonal Haar detail
+    "blockiness",  # logarithm of steps across borders of 8 x 8 blocks over all steps
+    "size",  # logarithm of the shorter side in pixels
+)
+LUMA = (0.299, 0.587, 0.114)
+CENTRE = 256  # pixels per side that are looked at: not resized, which would hide sharpness and noise
+BLOCK = 8
+
+
+def simple_statistics(image: Tensor) -> Tensor:
+    """(3, H, W) uint8 -> (12,) float32, in the order of NAMES."""
+    height, width = image.shape[1:]
+    # Whole blocks are left out on each side, so that the grid of a JPEG stays where it is.
+    top, left = ((max(0, side - CENTRE) // 2) // BLOCK * BLOCK for side in (height, width))
+    rgb = image[:, top : top + CENTRE, left : left + CENTRE].float() / 255
+    red, green, blue = rgb
+    luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    share = torch.histc(luma, bins=64, min=0, max=1) / luma.numel()
+    entropy = -(share * torch.log2(share.clamp(min=1e-12))).sum()
+    red_green, yellow_blue = red - green, (red + green) / 2 - blue
+    spread = torch.hypot(red_green.std(correction=0), yellow_blue.std(correction=0))
+    colourfulness = spread + 0.3 * torch.hypot(red_green.mean(), yellow_blue.mean())
+    across, down = luma.diff(dim=1).abs(), luma.diff(dim=0).abs()
+    inner = F.pad(luma[None, None], (1, 1, 1, 1), mode="replicate")
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
+    laplacian = F.conv2d(inner, kernel)
+    detail = luma[:-1, :-1] - luma[:-1, 1:] - luma[1:, :-1] + luma[1:, 1:]
+    values = (
+        luma.mean(),
+        luma.std(correction=0),
+        entropy,
+        (luma < 0.05).float().mean(),
+        (luma > 0.95).float().mean(),
+        (rgb.amax(dim=0) - rgb.amin(dim=0)).mean(),
+        colourfulness,
+        (mean_or_zero(across) + mean_or_zero(down)) / 2,
+        torch.log(laplacian.var(correction=0) + 1e-6),
+        mean_or_zero(detail.abs()) / 2,
+        torch.log((border_step(across) + border_step(down.T)) / 2),
+        torch.log(torch.tensor(float(min(height, width)))),
+    )
+    return torch.stack(values).float()
+
+
+def mean_or_zero(values: Tensor) -> Tensor:
+    """The mean; 0 of nothing, where an image is a single row or column."""
+    return values.mean() if values.numel() else torch.tensor(0.0)
+
+
+def border_step(steps_HW: Tensor) -> Tensor:
+    """Mean step across borders of blocks over the mean of all along the second dimension; 1 if flat or no border."""
+    at_border = steps_HW[:, BLOCK - 1 :: BLOCK]
+    if not at_border.numel():
+        return torch.tensor(1.0)
+    return (at_border.mean() + 1e-3) / (steps_HW.mean() + 1e-3)

@@ -1,0 +1,118 @@
+"""Which data the options name: a CSV, data sets as downloaded, or several together, read and split."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+import data
+import demo
+import labels
+from configs import TrainingConfig
+
+MIN_FOLD_COLUMNS = ("name", "split")
+
+
+def draw_demo(config: TrainingConfig) -> TrainingConfig:
+    """Draw the demo set, unless that was done before; the config with the paths to it."""
+    # Named after the code that draws it, so that an older program's set is never taken for this one's.
+    version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:8]
+    csv_path, image_dir = demo.write_demo_set(Path(config.cache_dir) / f"demo-{version}")
+    return replace(config, data_csv_path=str(csv_path), image_base_dir=str(image_dir))
+
+
+def read_examples(config: TrainingConfig) -> data.Examples:
+    """The data set, or sets, that the options name. Raises ValueError."""
+    extra = config.extra_score_names
+    roots = iter(config.data_roots)
+    given = {"q": config.mos_range_q, "c": config.mos_range_c}
+    sources = []
+    for name in config.dataset_names:
+        if name == "csv":
+            sources.append(read_csv_source(config, given))
+        else:
+            sources.append(read_named_source(name, Path(next(roots)), given if len(config.dataset_names) == 1 else {}))
+    sources = [with_columns(source, extra) for source in sources]
+    for name in extra:
+        if all(source.table[name].isna().all() for source in sources):
+            raise ValueError(f"--extra_scores {name}: {config.dataset} has no such scores")
+    if config.split_file and Path(config.split_file).exists():
+        sources = fixed_splits(sources, Path(config.split_file))
+    return data.build_examples(
+        sources,
+        split_by=[suitable_unit(source.title, source.table, config.split_by) for source in sources],
+        extra=extra,
+        test_size=config.test_size,
+        val_size=config.val_size,
+        seed=config.seed,
+        part=(config.fold, config.kfold) if config.fold else None,
+    )
+
+
+def read_csv_source(config: TrainingConfig, ranges: dict[str, tuple[float, float] | None]) -> data.Labelled:
+    """The CSV. Raises ValueError."""
+    columns = data.Columns(
+        name=config.name_column,
+        prompt=config.prompt_column,
+        quality=config.quality_column,
+        consistency=config.consistency_column,
+        explanation=config.explanation_column,
+        group=config.group_column,
+        quality_std=config.quality_std_column,
+        consistency_std=config.consistency_std_column,
+    )
+    # Beside other data sets it may lack an extra score, alone it may not.
+    extra = config.extra_score_names
+    if len(config.dataset_names) > 1:
+        header = data.read_csv(config.data_csv_path).columns
+        extra = [name for name in extra if name in header]
+    table = data.read_table(config.data_csv_path, config.image_base_dir, columns, extra=extra)
+    return data.Labelled(title="csv", table=table, ranges=ranges, labels=Path(config.data_csv_path).read_bytes())
+
+
+def read_named_source(name: str, root: Path, given: dict[str, tuple[float, float] | None]) -> data.Labelled:
+    """A data set as downloaded. Raises ValueError."""
+    table = data.named_table(labels.read_dataset(name, root), root)
+    known = labels.DATASETS[name].ranges
+    ranges = {task: given.get(task) or known.get(task) for task in {*known, *given}}
+    return data.Labelled(title=name, table=table, ranges=ranges, labels=table.drop(columns="path").to_csv().encode())
+
+
+def with_columns(source: data.Labelled, extra: list[str]) -> data.Labelled:
+    """The same with a column for each extra score, empty where the data set has none."""
+    table = source.table.assign(**{name: float("nan") for name in extra if name not in source.table})
+    return data.Labelled(title=source.title, table=table, ranges=source.ranges, labels=source.labels)
+
+
+def suitable_unit(title: str, table: pd.DataFrame, split_by: str) -> str:
+    """What a data set is split by: as asked for, but a known one without prompts by its references or images."""
+    if title == "csv" or split_by != "prompt" or (table["prompt"] != "").all():
+        return split_by
+    return "group" if (table["reference"] != "").all() else "image"
+
+
+def fixed_splits(sources: list[data.Labelled], path: Path) -> list[data.Labelled]:
+    """The same with the folds that a file gives by name. Raises ValueError."""
+    raw = data.read_csv(path)
+    missing = [column for column in MIN_FOLD_COLUMNS if column not in raw.columns]
+    if missing:
+        raise ValueError(f"--split_file {path}: no column {missing[0]!r}; it must have name and split")
+    names = raw["name"].str.strip()
+    if names.duplicated().any():
+        raise ValueError(f"--split_file {path}: {names[names.duplicated()].iloc[0]!r} occurs more than once")
+    folds = dict(zip(names, raw["split"].str.strip(), strict=True))
+    found = []
+    for source in sources:
+        prefix = f"{source.title}/" if len(sources) > 1 else ""
+        split = pd.Series([folds.get(prefix + name, "") for name in source.table["name"]], source.table.index)
+        if (split == "").any():
+            count, first = (split == "").sum(), source.table["name"][split == ""].iloc[0]
+            raise ValueError(f"--split_file {path}: {count} image(s) have no fold there, such as {prefix}{first}")
+        if wrong := sorted(set(split) - set(data.FOLDS)):
+            raise ValueError(f"--split_file {path}: split is {wrong[0]!r}, must be train, val or test")
+        table = source.table.assign(split=split)
+        found.append(data.Labelled(title=source.title, table=table, ranges=source.ranges, labels=source.labels))
+    return found

@@ -1,0 +1,364 @@
+"""`sources.py`: which data the options name, from small data sets in the forms they are downloaded in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import DataFiles, scored_rows
+from PIL import Image
+
+import data
+import labels
+import sources
+from configs import parse_args
+
+NUM_IMAGES = 24
+
+
+def put_images(root: Path, *names: str) -> None:
+    """A tiny picture under each name, none like another."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        colour = (number, len(str(root)) % 256, sum(name.encode()) % 256)
+        Image.new("RGB", (8, 8), colour).save(root / name, "PNG")
+
+
+def agiqa_3k(root: Path, num_images: int = NUM_IMAGES) -> Path:
+    """Two images of each prompt by two generators."""
+    names = [f"gen{i % 2}_{i // 2}.jpg" for i in range(num_images)]
+    put_images(root, *(f"images/{name}" for name in names))
+    table = pd.DataFrame({"name": names, "prompt": [f"thing {i // 2}" for i in range(num_images)]})
+    table[["mos_quality", "std_quality", "mos_align", "std_align"]] = [
+        (0.5 + i / 10, 0.25, 4.5 - i / 10, 0.5) for i in range(num_images)
+    ]
+    table.to_csv(root / "data.csv", index=False)
+    return root
+
+
+def koniq_10k(root: Path, num_images: int = NUM_IMAGES) -> Path:
+    """Photographs without prompts or references, on 1 to 5."""
+    names = [f"{i}.jpg" for i in range(num_images)]
+    put_images(root, *(f"512x384/{name}" for name in names))
+    table = pd.DataFrame({"image_name": names, "MOS": 1.5 + np.arange(num_images) / 10, "SD": 0.4})
+    table.to_csv(root / "koniq10k_scores_and_distributions.csv", index=False)
+    return root
+
+
+def kadid_10k(root: Path, num_images: int = NUM_IMAGES) -> Path:
+    """Three distorted copies of each reference."""
+    names = [f"I{i // 3}_{i % 3}.png" for i in range(num_images)]
+    put_images(root, *(f"images/{name}" for name in names))
+    references = [f"I{i // 3}.png" for i in range(num_images)]
+    table = pd.DataFrame({"dist_img": names, "ref_img": references, "dmos": 1 + np.arange(num_images) / 10, "var": 0.1})
+    table.to_csv(root / "dmos.csv", index=False)
+    return root
+
+
+def aigciqa2023(root: Path, num_images: int = NUM_IMAGES) -> Path:
+    """With a score of authenticity."""
+    numbers = np.arange(num_images)
+    table = pd.DataFrame({"name": [f"{i}.png" for i in numbers], "prompt": [f"subject {i // 2}" for i in numbers]})
+    for place, name in enumerate(("quality", "authenticity", "correspondence")):
+        table[f"{name}_mos"] = 30.0 + 10 * place + numbers
+        table[f"{name}_std"] = 1.0 + place
+    put_images(root, *(f"allimg/{name}" for name in table["name"]))
+    table.to_csv(root / "AIGCIQA2023.csv", index=False)
+    return root
+
+
+def aigiqa_20k(root: Path, *, withheld: bool) -> Path:
+    """With official folds; the scores of the test fold may be withheld."""
+    for fold, first, last in (("train", 0, 12), ("val", 12, 18), ("test", 18, 24)):
+        names = [f"SDXL_{i:04}.png" for i in range(first, last)]
+        hidden = withheld and fold == "test"
+        rows = [f"{name},scene {name}" + ("" if hidden else f",{i / 10}") for i, name in enumerate(names, start=first)]
+        put_images(root / fold, *names)
+        (root / f"info_{fold}.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+WRITERS = {"agiqa-3k": agiqa_3k, "koniq-10k": koniq_10k, "kadid-10k": kadid_10k, "aigciqa2023": aigciqa2023}
+
+
+@pytest.fixture
+def read(tmp_path, make_dataset):
+    """A function that writes the data sets that --dataset names and reads them; `csv` stands for the rows given."""
+
+    def call(dataset: str, *flags: str, rows=None) -> data.Examples:
+        given = ["--dataset", dataset]
+        names = dataset.split(",")
+        roots = [tmp_path / name for name in names if name != "csv"]
+        for root in roots:
+            if not root.exists():
+                WRITERS[root.name](root)
+        if roots:
+            given += ["--data_root", ",".join(map(str, roots))]
+        if "csv" in names:
+            files = DataFiles(tmp_path / "set" / "data.csv", tmp_path / "set" / "images")
+            given += (files if files.csv.exists() else make_dataset(rows or scored_rows())).flags
+        return sources.read_examples(parse_args([*given, *flags]))
+
+    return call
+
+
+def refusal(function, *args: str, **options) -> str:
+    """The one line that a call is refused with."""
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        function(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def folds_of(examples: data.Examples, column: str) -> dict[str, set[str]]:
+    """What the folds hold of a column."""
+    return {fold: set(examples.table[column][examples.folds == fold]) for fold in data.FOLDS}
+
+
+def shares_nothing(folds: dict[str, set[str]]) -> bool:
+    return sum(map(len, folds.values())) == len(set.union(*folds.values()))
+
+
+# -- one data set
+
+
+def test_a_csv_is_read_with_the_columns_ranges_and_folds_asked_for(read):
+    rows = [{**row, "sd": 0.5, "model": "m"} for row in scored_rows()]
+    flags = ["--mos_range_q", "1", "9", "--quality_std_column", "sd", "--group_column", "model", "--seed", "3"]
+    examples = read("csv", *flags, "--test_size", "0.25", "--val_size", "0.25", rows=rows)
+    assert examples.table["q"].tolist() == [row["mos_quality"] for row in rows]
+    assert examples.table["name"].tolist() == [row["name"] for row in rows]
+    assert set(examples.table["group"]) == {"m"} and set(examples.table["q_std"]) == {0.5}
+    assert examples.scales["q"] == data.LabelScale(1.0, 9.0)
+    train = examples.mos("c", "train")
+    assert examples.scales["c"] == data.LabelScale(train.min(), train.max())
+    split = {"split_by": "prompt", "test_size": 0.25, "val_size": 0.25, "seed": 3}
+    assert examples.folds.tolist() == data.assign_folds(examples.table, **split).tolist()
+
+
+def test_a_data_set_as_downloaded_is_read_by_name_with_the_scale_of_its_raters(read, tmp_path):
+    examples = read("agiqa-3k")
+    found = labels.read_dataset("agiqa-3k", tmp_path / "agiqa-3k")
+    assert len(found) == NUM_IMAGES and examples.sets == ["agiqa-3k"]
+    for column in ("name", "prompt", "q", "c", "q_std", "c_std", "group"):
+        assert examples.table[column].tolist() == found[column].tolist(), column
+    assert examples.scales == {"q": data.LabelScale(0.0, 5.0), "c": data.LabelScale(0.0, 5.0)}
+    assert [file.path for file in examples.files] == [tmp_path / "agiqa-3k" / name for name in found["name"]]
+    assert shares_nothing(folds_of(examples, "prompt"))
+    assert read("agiqa-3k", "--mos_range_q", "0", "10").scales["q"] == data.LabelScale(0.0, 10.0)
+
+
+def test_the_fingerprint_of_a_named_data_set_changes_with_a_score(read, tmp_path):
+    before = read("agiqa-3k").fingerprint
+    assert read("agiqa-3k").fingerprint == before
+    path = tmp_path / "agiqa-3k" / "data.csv"
+    path.write_text(path.read_text().replace(",4.5,", ",4.25,"))
+    assert read("agiqa-3k").fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "unit"),
+    [
+        ("agiqa-3k", "prompt", "prompt"),
+        ("agiqa-3k", "image", "image"),
+        ("kadid-10k", "prompt", "group"),
+        ("kadid-10k", "image", "image"),
+        ("koniq-10k", "prompt", "image"),
+    ],
+)
+def test_a_known_set_without_prompts_is_split_by_its_references_or_images(read, name, asked, unit):
+    examples = read(name, "--split_by", asked)
+    split = {"split_by": unit, "test_size": 0.2, "val_size": 0.1, "seed": 42}
+    assert examples.folds.tolist() == data.assign_folds(examples.table, **split).tolist()
+    if unit == "group":
+        assert shares_nothing(folds_of(examples, "reference"))
+
+
+def test_a_csv_without_prompts_is_not_split_by_something_else_in_silence(read):
+    rows = [{"name": f"{i}.png", "mos_quality": i} for i in range(12)]
+    message = refusal(read, "csv", rows=rows)
+    assert "row 2 has no prompt, so --split_by prompt cannot place it" in message
+
+
+def test_official_folds_win_where_all_have_scores(tmp_path):
+    root = aigiqa_20k(tmp_path / "set", withheld=False)
+    config = parse_args(["--dataset", "aigiqa-20k", "--data_root", str(root)])
+    examples = sources.read_examples(config)
+    assert examples.folds.tolist() == [name.partition("/")[0] for name in examples.table["name"]]
+    assert {fold: len(examples.rows(fold)) for fold in data.FOLDS} == {"train": 12, "val": 6, "test": 6}
+
+
+def test_folds_are_drawn_where_the_official_test_scores_are_withheld(tmp_path):
+    root = aigiqa_20k(tmp_path / "set", withheld=True)
+    config = parse_args(["--dataset", "aigiqa-20k", "--data_root", str(root), "--test_size", "0.5"])
+    examples = sources.read_examples(config)
+    assert len(examples.table) == 18 and len(examples.rows("test")) == 9
+    split = {"split_by": "prompt", "test_size": 0.5, "val_size": 0.1, "seed": 42}
+    assert examples.folds.tolist() == data.assign_folds(examples.table.assign(split=""), **split).tolist()
+
+
+def test_a_known_set_whose_consistency_scores_lack_prompts_is_refused(tmp_path):
+    root = agiqa_3k(tmp_path / "set")
+    path = root / "data.csv"
+    path.write_text(path.read_text().replace("thing 3,", ","))
+    config = parse_args(["--dataset", "agiqa-3k", "--data_root", str(root)])
+    assert refusal(sources.read_examples, config) == f"{root}: 2 image(s) have a consistency score but no prompt"
+
+
+@pytest.mark.parametrize("name", ["csv", "koniq-10k"])
+def test_the_parts_of_a_data_set_are_tested_on_in_turn(read, name):
+    tested = []
+    for fold in ("1", "2", "3"):
+        examples = read(name, "--kfold", "3", "--fold", fold)
+        tested += examples.table["name"][examples.rows("test")].tolist()
+    assert sorted(tested) == sorted(examples.table["name"])
+
+
+# -- several
+
+
+def test_data_sets_are_joined_in_the_units_of_the_first(read, tmp_path):
+    examples = read("agiqa-3k,koniq-10k")
+    assert examples.sets == ["agiqa-3k", "koniq-10k"]
+    assert examples.scales == {"q": data.LabelScale(0.0, 5.0), "c": data.LabelScale(0.0, 5.0)}
+    photographs = labels.read_dataset("koniq-10k", tmp_path / "koniq-10k")
+    joined = examples.only("koniq-10k").table
+    assert joined["name"].tolist() == [f"koniq-10k/{name}" for name in photographs["name"]]
+    np.testing.assert_allclose(joined["q"], (photographs["q"] - 1) / 4 * 5)
+    np.testing.assert_allclose(joined["q_std"], photographs["q_std"] / 4 * 5)
+    assert joined["c"].isna().all()
+    assert list(examples.only("koniq-10k").scales) == ["q"]
+
+
+def test_each_of_several_is_split_as_it_is_alone(read):
+    joined = read("kadid-10k,agiqa-3k,koniq-10k")
+    for name in joined.sets:
+        assert joined.only(name).folds.tolist() == read(name).folds.tolist()
+
+
+@pytest.mark.parametrize("order", ["csv,koniq-10k", "koniq-10k,csv"])
+def test_a_csv_joins_data_sets_as_downloaded_and_alone_heeds_the_range(read, order):
+    examples = read(order, "--mos_range_q", "1", "3")
+    assert examples.sets == order.split(",")
+    first = data.LabelScale(1.0, 3.0) if order.startswith("csv") else data.LabelScale(1.0, 5.0)
+    assert examples.scales["q"] == first
+    known = {"csv": (1.0, 3.0), "koniq-10k": (1.0, 5.0)}
+    own_units = {"csv": [row["mos_quality"] for row in scored_rows()], "koniq-10k": 1.5 + np.arange(NUM_IMAGES) / 10}
+    for name, (low, high) in known.items():
+        expected = first.to_mos(data.LabelScale(low, high).to_unit(np.array(own_units[name])))
+        np.testing.assert_allclose(examples.only(name).table["q"], expected)
+    assert examples.only("csv").table["c"].notna().all()
+
+
+# -- further scores
+
+
+def test_a_further_score_of_one_of_two_data_sets_is_missing_in_the_other(read):
+    examples = read("agiqa-3k,aigciqa2023", "--extra_scores", "authenticity")
+    assert list(examples.scales) == ["q", "c", "authenticity"]
+    assert list(examples.only("agiqa-3k").scales) == ["q", "c"]
+    assert examples.scales["authenticity"] == data.LabelScale(0.0, 100.0)
+    assert examples.table["authenticity"].isna().tolist() == [True] * NUM_IMAGES + [False] * NUM_IMAGES
+    assert examples.table["authenticity"][NUM_IMAGES:].tolist() == (40.0 + np.arange(NUM_IMAGES)).tolist()
+
+
+@pytest.mark.parametrize("order", ["csv,aigciqa2023", "aigciqa2023,csv"])
+def test_a_csv_may_lack_a_further_score_beside_a_data_set_that_has_it(read, order):
+    examples = read(order, "--extra_scores", "authenticity")
+    assert list(examples.only("csv").scales) == ["q", "c"]
+    assert list(examples.only("aigciqa2023").scales) == ["q", "c", "authenticity"]
+
+
+def test_a_csv_may_have_a_further_score_with_gaps_that_a_data_set_lacks(read):
+    rows = [{**row, "beauty": i if i else ""} for i, row in enumerate(scored_rows())]
+    examples = read("csv,koniq-10k", "--extra_scores", "beauty", rows=rows)
+    assert list(examples.only("csv").scales) == ["q", "c", "beauty"] and list(examples.only("koniq-10k").scales) == [
+        "q"
+    ]
+    np.testing.assert_array_equal(examples.only("csv").table["beauty"], [np.nan, *range(1, len(rows))])
+
+
+@pytest.mark.parametrize("dataset", ["koniq-10k", "agiqa-3k,koniq-10k", "csv,koniq-10k"])
+@pytest.mark.parametrize("extra", ["authenticity", "beauty"])
+def test_a_further_score_that_no_data_set_has_is_refused(read, dataset, extra):
+    message = refusal(read, dataset, "--extra_scores", extra)
+    assert message == f"--extra_scores {extra}: {dataset} has no such scores"
+
+
+def test_a_csv_alone_must_have_each_further_score_and_values_in_it(read):
+    rows = [{**row, "authenticity": ""} for row in scored_rows()]
+    assert refusal(read, "csv", "--extra_scores", "beauty", rows=rows).endswith("name yours with --extra_scores")
+    message = refusal(read, "csv", "--extra_scores", "authenticity")
+    assert message == "--extra_scores authenticity: csv has no such scores"
+
+
+# -- folds from a file
+
+
+def put_splits(path: Path, examples: data.Examples, folds: list[str]) -> Path:
+    pd.DataFrame({"name": examples.table["name"], "split": folds}).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("dataset", ["csv", "agiqa-3k", "agiqa-3k,koniq-10k"])
+def test_folds_are_read_from_a_file_by_name_in_any_order(read, tmp_path, dataset):
+    first = read(dataset)
+    folds = (["test", "train", "train", "val"] * len(first.table))[: len(first.table)]
+    path = put_splits(tmp_path / "splits.csv", first, folds)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *sorted(lines[1:]), "of another set.png,nowhere"]))
+    assert read(dataset, "--split_file", str(path)).folds.tolist() == folds != first.folds.tolist()
+
+
+def test_folds_as_they_were_drawn_can_be_read_again(read, tmp_path):
+    first = read("agiqa-3k,koniq-10k", "--seed", "5")
+    path = put_splits(tmp_path / "splits.csv", first, first.folds.tolist())
+    again = read("agiqa-3k,koniq-10k", "--seed", "6", "--split_file", str(path))
+    assert again.folds.tolist() == first.folds.tolist()
+    assert again.fingerprint == first.fingerprint
+
+
+def test_a_file_of_folds_that_is_not_there_yet_changes_nothing(read, tmp_path):
+    assert read("csv", "--split_file", str(tmp_path / "none.csv")).folds.tolist() == read("csv").folds.tolist()
+
+
+def test_folds_from_a_file_win_over_official_ones(tmp_path):
+    flags = ["--dataset", "aigiqa-20k", "--data_root", str(aigiqa_20k(tmp_path / "set", withheld=False))]
+    official = sources.read_examples(parse_args(flags))
+    path = put_splits(tmp_path / "splits.csv", official, ["train", "val", "test"] * 8)
+    assert sources.read_examples(parse_args([*flags, "--split_file", str(path)])).folds.tolist() == [*data.FOLDS] * 8
+
+
+@pytest.mark.parametrize("dataset", ["csv", "agiqa-3k,koniq-10k"])
+def test_images_without_a_fold_in_the_file_are_counted_and_one_is_named(read, tmp_path, dataset):
+    examples = read(dataset)
+    path = put_splits(tmp_path / "splits.csv", examples, examples.folds.tolist())
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:4], *lines[6:]]))
+    message = refusal(read, dataset, "--split_file", str(path))
+    name = examples.table["name"][3]
+    assert message == f"--split_file {path}: 2 image(s) have no fold there, such as {name}"
+
+
+def test_a_file_of_folds_that_names_an_image_twice_is_refused(read, tmp_path):
+    examples = read("csv")
+    path = put_splits(tmp_path / "splits.csv", examples, examples.folds.tolist())
+    path.write_text(path.read_text() + "gen0_1.png,train\n")
+    message = refusal(read, "csv", "--split_file", str(path))
+    assert message == f"--split_file {path}: 'gen0_1.png' occurs more than once"
+
+
+@pytest.mark.parametrize(("header", "missing"), [("name,fold", "split"), ("image,split", "name"), ("a,b", "name")])
+def test_a_file_of_folds_without_its_columns_is_refused(read, tmp_path, header, missing):
+    path = tmp_path / "splits.csv"
+    path.write_text(f"{header}\ngen0_1.png,train\n")
+    message = refusal(read, "csv", "--split_file", str(path))
+    assert message == f"--split_file {path}: no column {missing!r}; it must have name and split"
+
+
+def test_an_unknown_fold_in_the_file_is_refused(read, tmp_path):
+    examples = read("csv")
+    path = put_splits(tmp_path / "splits.csv", examples, ["training", *examples.folds.tolist()[1:]])
+    assert "split is 'training', must be train, val or test" in refusal(read, "csv", "--split_file", str(path))
