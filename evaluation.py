@@ -122,7 +122,9 @@ def evaluate(
 
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table across runs and sets as text."""
-    wide = {key: max(len(str(row[key])) for row in rows) + 2 for key in ("run", "set", "score")}
+    wide = {
+        key: max(len(text) for text in (key, *(str(row[key]) for row in rows))) + 2 for key in ("run", "set", "score")
+    }
     titles = "".join(f"{title:>12}" for title in reporting.MEASURES.values())
     head = "".join(f"{key:<{width}}" for key, width in wide.items())
     lines = [f"{head}{'images':>7}{titles}{'95 % of SROCC':>18}{'generator':>11}"]

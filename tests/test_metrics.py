@@ -334,6 +334,27 @@ def test_nominal_intervals_cover_the_population_unless_the_clusters_are_ignored(
         assert covered[name, False] / runs < 0.86
 
 
+def test_nominal_intervals_of_a_difference_cover_it_unless_the_clusters_are_ignored():
+    """Both models correlate with the scores as planted, and share a cluster's luck, of scores and of errors."""
+    planted = np.array([0.5, 0.7])
+    truth = {"plcc": 0.2, "srocc": np.diff(6 / np.pi * np.arcsin(planted / 2))[0]}
+    runs, k, per = 120, 40, 5
+    covered: dict[tuple[str, bool], int] = dict.fromkeys(itertools.product(truth, [True, False]), 0)
+    clusters = np.repeat(np.arange(k), per).tolist()
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        shared = np.repeat(rng.normal(size=(3, k)), per, axis=1)
+        mos, *errors = np.sqrt(0.6) * shared + np.sqrt(0.4) * rng.normal(size=(3, k * per))
+        a, b = (rho * mos + np.sqrt(1 - rho**2) * error for rho, error in zip(planted, errors, strict=True))
+        for by_cluster, units in (True, clusters), (False, list(range(k * per))):
+            found = metrics.paired_bootstrap(a, b, mos, units, num_samples=200, seed=seed)
+            for name, (_, low, high) in found.items():
+                covered[name, by_cluster] += low <= truth[name] <= high
+    for name in truth:
+        assert 0.88 <= covered[name, True] / runs <= 0.99
+        assert covered[name, False] / runs < 0.86
+
+
 def test_strongly_clustered_data_have_wider_intervals_than_single_rows_suggest():
     pred, mos, _ = draw_clustered(1, k=30, per=1)
     clusters = np.repeat(np.arange(30), 9).tolist()  # nine copies of each row hold no more than one does
@@ -560,3 +581,76 @@ def test_bootstraps_refuse_options_that_mean_nothing(options):
         metrics.cluster_bootstrap(rising, rising, list("abc"), **options)
     with pytest.raises(ValueError, match="need num_samples of 1 or more and 0 < level < 1"):
         metrics.paired_bootstrap(rising, rising, rising, list("abc"), **options)
+
+
+several = st.lists(score, min_size=2, max_size=12)
+shares = st.sampled_from([0.0, 0.1, 0.25, 1.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(several, shares, st.sampled_from([0.5, 0.9, 0.95]))
+def test_the_interval_over_splits_is_that_of_the_written_formula(values, share, level):
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    half = stats.t.isf((1 - level) / 2, len(values) - 1) * (variance * (1 / len(values) + share)) ** 0.5
+    found = metrics.resampled_interval(values, share, level=level)
+    assert found == pytest.approx([mean - half, mean + half], abs=1e-9)
+    assert all(type(end) is float for end in found)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_where_splits_share_nothing_the_interval_is_scipys_of_the_mean(level):
+    values = [0.81, 0.84, 0.79, 0.9, 0.83]
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(level)
+    assert metrics.resampled_interval(values, 0.0, level=level) == pytest.approx(list(expected), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(several, shares, st.floats(0.1, 10), st.floats(-10, 10), st.randoms(use_true_random=False))
+def test_the_interval_over_splits_moves_with_its_values_and_ignores_their_order(values, share, scale, shift, random):
+    low, high = metrics.resampled_interval(values, share)
+    moved = [scale * value + shift for value in random.sample(values, len(values))]
+    assert metrics.resampled_interval(moved, share) == pytest.approx([scale * low + shift, scale * high + shift])
+    assert metrics.resampled_interval([-value for value in values], share) == pytest.approx([-high, -low])
+
+
+def test_equal_values_have_an_interval_without_extent_and_fewer_than_two_have_none():
+    assert metrics.resampled_interval([0.1, 0.1, 0.1], 0.25) == pytest.approx([0.1, 0.1], abs=1e-12)
+    assert metrics.resampled_interval([0.7], 0.25) is None
+    assert metrics.resampled_interval([], 0.25) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "level", "message"),
+    [
+        ([0.1, 0.2], -0.01, 0.95, "need share of 0 or more"),
+        ([0.1, 0.2], 0.25, 0.0, "0 < level < 1"),
+        ([0.1, 0.2], 0.25, 1.0, "0 < level < 1"),
+        ([0.1, 0.2], 0.25, float("nan"), "0 < level < 1"),
+        ([0.1, float("nan")], 0.25, 0.95, "values has 1 non-finite"),
+        ([[0.1, 0.2]], 0.25, 0.95, "one-dimensional"),
+    ],
+)
+def test_the_interval_over_splits_refuses_faulty_input(values, share, level, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.resampled_interval(values, share, level=level)
+
+
+def test_the_interval_over_overlapping_splits_covers_where_the_usual_one_does_not():
+    """The statistic is the mean of the test fold, for which the variance of the mean over splits is known."""
+    runs, size, num_test, num_splits = 400, 50, 10, 10
+    share, overlap = num_test / (size - num_test), num_test / size
+    covered = {"corrected": 0, "usual": 0}
+    widths = []
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        sample = rng.normal(size=size)
+        means = [rng.permutation(sample)[:num_test].mean() for _ in range(num_splits)]
+        for name, allowance in ("corrected", share), ("usual", 0.0):
+            low, high = metrics.resampled_interval(means, allowance)
+            covered[name] += low <= 0 <= high
+        widths.append(np.diff(metrics.resampled_interval(means, share))[0] / 2)
+    assert 0.92 <= covered["corrected"] / runs <= 0.98
+    assert covered["usual"] / runs < 0.85
+    variance = (overlap + (1 - overlap) / num_splits) / num_test
+    assert np.mean(np.square(widths)) == pytest.approx(stats.t.ppf(0.975, num_splits - 1) ** 2 * variance, rel=0.1)
