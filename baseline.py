@@ -158,6 +158,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     predictions |= {fold: predict(best, fold) for fold in ("train_eval", "test")}
     results = {
         "images": {fold: len(examples.rows(fold)) for fold in data.FOLDS},
+        "split_digest": examples.split_digest,
         "best_epoch": engine.best_epoch(selection),
         "epochs": len(history),
         **{fold: evaluate(predictions[fold], fold, examples, config) for fold in ("val", "test")},

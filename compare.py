@@ -23,6 +23,8 @@ from configs import OneLineParser, one_line_errors
 PREDICTIONS_FILE = "predictions.csv"
 PROTOCOL_FILE = "protocol.json"  # tells a folder of repeated runs
 SUMMARY_FILE = "summary.json"
+MIN_CLUSTERS = 20  # prompts, below which a bootstrap over them promises more than it holds
+TITLES = {"align": "consistency"}  # as every other table calls it
 COLUMNS = [
     "score",
     "run",
@@ -82,6 +84,8 @@ def compare_runs(folders: Sequence[Path]) -> pd.DataFrame:
         )
     tables = [table.loc[common] for table in tables]
     rows = []
+    if (num_clusters := tables[0]["cluster"].nunique()) < MIN_CLUSTERS:
+        print(f"note: only {num_clusters} prompts: the intervals are too narrow", file=sys.stderr)
     for name in scores:
         known = np.logical_and.reduce([table[[f"mos_{name}", f"pred_{name}"]].notna().all(axis=1) for table in tables])
         mos = tables[0][f"mos_{name}"].to_numpy()[known]
@@ -129,9 +133,8 @@ def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
     summaries = [read_summary(folder) for folder in folders]
     first = summaries[0]
     for folder, summary in zip(folders, summaries, strict=True):
-        if summary["runs"] != first["runs"] or summary["images"] != first["images"]:
+        if summary["runs"] != first["runs"] or summary["splits"] != first["splits"]:
             raise ValueError(f"{folder}: has other seeds, folds or images than {folders[0]}; repeat it as there")
-    share = first["images"]["test"] / first["images"]["train"]
     common = [key for key in first["test"] if all(key in summary["test"] for summary in summaries)]
     tasks = [key.removeprefix("srocc_") for key in common if key.startswith("srocc_")]
     if not tasks:
@@ -145,7 +148,7 @@ def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
             for name in ("srocc", "plcc"):
                 values, others = (np.array(side["test"][f"{name}_{task}"]["values"]) for side in (summary, first))
                 row[name] = values.mean()
-                interval = metrics.resampled_interval(values - others, share) or (np.nan, np.nan)
+                interval = metrics.resampled_interval(values - others, first["share"]) or (np.nan, np.nan)
                 found[name] = ((values - others).mean(), *interval)
             rows.append(row | (differences(found) if summary is not first else {}))
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -159,10 +162,10 @@ def verdict(low: float, high: float) -> str:
 def table_lines(found: pd.DataFrame) -> list[str]:
     """The comparison as text."""
     width = max(len(run) for run in found["run"]) + 2
-    wide = max(len(score) for score in found["score"]) + 2
+    wide = max(len(TITLES.get(score, score)) for score in found["score"]) + 2
     lines = [f"{'':<{wide}}{'':<{width}}{'images':>7}{'SROCC':>8}{'PLCC':>8}   difference in SROCC, 95 % interval"]
     for score, rows in found.groupby("score", sort=False):
-        title = str(score)
+        title = TITLES.get(str(score), str(score))
         for row in rows.to_dict("records"):
             said = ""
             if np.isfinite(row["srocc_low"]):

@@ -878,7 +878,9 @@ def check_evaluation(args: argparse.Namespace) -> None:
         if name not in DATASET_NAMES:
             raise ValueError(f"--dataset {name}: must be of {', '.join(DATASET_NAMES)}")
     if len(names) != len(roots):
-        raise ValueError(f"--dataset {args.dataset}: needs --data_root with {len(names)} folder(s)")
+        raise ValueError(f"--data_root: has {len(roots)} folder(s) for {len(names)} --dataset; give one for each")
+    if args.prompt is not None:
+        raise ValueError("--prompt: the prompts come with the human scores, drop it")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--evaluate: runs in one process; leave torchrun out")
 

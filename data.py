@@ -403,6 +403,14 @@ class Examples:
     files: list[ImageFile]  # the checked images
     fingerprint: str
 
+    @cached_property
+    def split_digest(self) -> str:
+        """SHA-256 over which image content is in which fold: equal splits, equal digest."""
+        digest = hashlib.sha256()
+        for item, fold in sorted(zip((file.digest for file in self.files), self.folds.tolist(), strict=True)):
+            digest.update(f"{item} {fold}".encode())
+        return digest.hexdigest()
+
     def rows(self, fold: str) -> np.ndarray:
         """Row numbers of a fold."""
         return np.flatnonzero(self.folds == fold)

@@ -5,6 +5,7 @@ Images that a run was trained or selected on, known by their content, are left o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ def read_sets(
     csv: str | None, image_dir: Path, columns: data.Columns, named: Sequence[tuple[str, str]], extra: Sequence[str]
 ) -> list[LabelledSet]:
     """The sets that a command line names: a CSV, or (name, folder) pairs of known data sets. Raises ValueError."""
+    if csv and not image_dir.is_dir():
+        raise ValueError(f"--image_dir {image_dir}: no such folder")
     tables = {name: data.named_table(labels.read_dataset(name, Path(root)), Path(root)) for name, root in named}
     if csv:
         header = data.read_csv(csv).columns
@@ -48,14 +51,23 @@ def read_sets(
 
 
 def seen_by(run: Path) -> set[str] | None:
-    """Digests of the images that a run was trained or selected on; None if its folder does not tell."""
-    path = checkpoint.weights_folder(run).parent / "splits.csv"
-    if not path.is_file():
+    """Digests of the images that a run and those it started from were trained or selected on.
+
+    None if a folder does not tell.
+    """
+    folder = checkpoint.weights_folder(run).parent
+    try:
+        table = pd.read_csv(folder / "splits.csv", dtype=str, keep_default_na=False)
+        config = json.loads((folder / checkpoint.CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return None
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if "digest" not in table.columns:
         return None
-    return set(table["digest"][table["split"] != "test"])
+    own = set(table["digest"][table["split"] != "test"])
+    if not config.get("init_from"):
+        return own
+    before = seen_by(Path(config["init_from"]))
+    return None if before is None else own | before
 
 
 def evaluate(
@@ -73,9 +85,6 @@ def evaluate(
 
     Returns:
         A row of COLUMNS for each score that both have, and lines of text: what was left out, and the generators.
-
-    Raises:
-        ValueError: nothing is left to score, or the set has none of the run's scores.
     """
     seen = seen_by(Path(run))
     fresh = np.array([seen is None or digest not in seen for digest in labelled.digests])
@@ -88,7 +97,7 @@ def evaluate(
         lines.append(f"note: {(~fresh).sum()} of {len(fresh)} images of {labelled.title} left out: {run} has seen them")
     if not tasks:
         had = ", ".join(data.title_of(task) for task in scales)
-        raise ValueError(f"{labelled.title}: no unseen images with scores that {run} predicts ({had})")
+        return [], [*lines, f"note: no unseen images of {labelled.title} with scores that {run} predicts ({had})"]
     predicted = score(table)
     clusters = data.clusters(table)
     makers = table["group"].to_numpy()

@@ -254,7 +254,7 @@ def resampled_interval(values: ArrayLike, share: float, *, level: float = 0.95) 
     resampled t test); Bouckaert and Frank, PAKDD 2004, for repeated k-fold cross-validation.
     """
     x = _vector(values, "values")
-    if share < 0 or not 0 < level < 1:
+    if not share >= 0 or not 0 < level < 1:
         raise ValueError(f"need share of 0 or more and 0 < level < 1, got {share} and {level}")
     if x.size < 2:
         return None

@@ -429,7 +429,10 @@ def evaluate(args: argparse.Namespace) -> pd.DataFrame:
 
                 found, lines = evaluation.evaluate(run, list(scorer.scales), labelled, score)
             print(f"{run} on {labelled.title}:", *lines, "", sep="\n")
+            note_cut_prompts(scorer.num_truncated)
             rows += found
+    if not rows:
+        raise ValueError("--evaluate: there is nothing to score")
     print("\n".join(evaluation.table_lines(rows)))
     table = pd.DataFrame(rows, columns=evaluation.COLUMNS)
     if args.out:

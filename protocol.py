@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from reporting import MEASURES
 
 SUMMARY_TABLE = "summary.csv"
 TRAINED = "trained_model"
+# Options that only decide where and how fast something is computed.
+FREE = {name for name, spec in OPTIONS.items() if spec.metadata["group"] == "speed"} - {"cache_views", "cache_dtype"}
+FREE |= {"cache_dir", "device"}
 DRAWN = ("data_csv_path", "image_base_dir")  # what --demo fills in by itself
 
 
@@ -57,8 +60,12 @@ def run_all(
     """
     runs = parts(config)
     folder = runtime.agree(folder)
+    if config.split_file and not Path(config.split_file).exists():
+        raise ValueError(
+            f"--split_file {config.split_file}: no such file; several runs only read one, to share its folds"
+        )
     if runtime.is_main:
-        refuse_occupied(folder)
+        refuse_occupied(folder, config)
     finished = {} if config.overwrite else finished_parts(folder, runs)
     if finished:
         runtime.say(f"{len(finished)} of {len(runs)} runs in {folder} are finished")
@@ -68,7 +75,7 @@ def run_all(
         runtime.say(f"this {len(runs)} times: {', '.join(runs)}")
         return {}
     if runtime.is_main:
-        begin(folder, config)
+        begin(folder, config, runs)
     results = {}
     for number, (name, part) in enumerate(runs.items(), start=1):
         if name not in finished:
@@ -84,17 +91,32 @@ def run_all(
     return summary
 
 
-def refuse_occupied(folder: Path) -> None:
-    """Raise ValueError if the folder holds something else than repeated runs."""
+def refuse_occupied(folder: Path, config: TrainingConfig) -> None:
+    """Raise ValueError if the folder holds something else than these repeated runs, of which there may be more now."""
     if folder.exists() and (
         not folder.is_dir() or (any(folder.iterdir()) and not (folder / compare.PROTOCOL_FILE).exists())
     ):
         raise ValueError(f"--output_dir {folder}: holds other things than repeated runs; choose a new or empty folder")
+    if (folder / compare.PROTOCOL_FILE).exists() and not config.overwrite:
+        saved = json.loads((folder / compare.PROTOCOL_FILE).read_text(encoding="utf-8"))
+        refuse_other_options(folder, "its runs were made", saved, replace(config, repeats=saved.get("repeats", 1)))
 
 
-def begin(folder: Path, config: TrainingConfig) -> None:
-    """Make the folder, say in it what it is for, and forget an older summary."""
+def refuse_other_options(folder: Path, what: str, saved: Mapping[str, Any], config: TrainingConfig) -> None:
+    """Raise ValueError if saved options are not those of `config`."""
+    other = [OPTIONS[key].flag for key, value in options(config).items() if saved.get(key) != value]
+    if other:
+        raise ValueError(
+            f"--output_dir {folder}: {what} with other options ({', '.join(other[:5])}); choose another "
+            "folder, or pass --overwrite to run all again"
+        )
+
+
+def begin(folder: Path, config: TrainingConfig, runs: Iterable[str]) -> None:
+    """Make the folder, say in it what it is for, and forget an older summary and, to overwrite, older results."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in runs if config.overwrite else ():
+        (folder / name / checkpoint.RESULTS_FILE).unlink(missing_ok=True)
     for name in (compare.SUMMARY_FILE, SUMMARY_TABLE):
         (folder / name).unlink(missing_ok=True)
     checkpoint.write_json(folder / compare.PROTOCOL_FILE, options(config))
@@ -102,7 +124,7 @@ def begin(folder: Path, config: TrainingConfig) -> None:
 
 def options(config: TrainingConfig) -> dict[str, Any]:
     """The options that decide the results, as JSON values."""
-    unread = (*NOT_SAVED, *(DRAWN if config.demo else ()))
+    unread = {*NOT_SAVED, *FREE, *(DRAWN if config.demo else ())}
     return {key: value for key, value in config.to_json().items() if key not in unread}
 
 
@@ -115,12 +137,7 @@ def finished_parts(folder: Path, runs: Mapping[str, TrainingConfig]) -> dict[str
             results = json.loads((folder / name / checkpoint.RESULTS_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        other = [OPTIONS[key].flag for key, value in options(config).items() if saved.get(key) != value]
-        if other:
-            raise ValueError(
-                f"--output_dir {folder}: {name} was run with other options ({', '.join(other[:5])}); choose another "
-                "folder, or pass --overwrite to run all again"
-            )
+        refuse_other_options(folder, f"{name} was made", saved, config)
         found[name] = results
     return found
 
@@ -129,12 +146,14 @@ def summarise(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Statistics over runs: name -> results as `baseline.run` returns them.
 
     Returns:
-        "runs": the names; "images": of the first run's folds; "test": measure -> statistics of the trained model;
-        "floors": the same for each floor that all runs have; "over": the same for trained model minus floor, paired
-        by run.
+        "runs": the names; "images": of the first run's folds; "splits": a digest of each run's folds; "share": what
+        overlapping training folds add to the variance of a mean (0 if all runs have the same folds); "test": measure ->
+        statistics of the trained model; "floors": the same for each floor that all runs have; "over": the same for
+        trained model minus floor, paired by run.
     """
     first = next(iter(runs.values()))
-    share = first["images"]["test"] / first["images"]["train"]
+    splits = [run["split_digest"] for run in runs.values()]
+    share = first["images"]["test"] / first["images"]["train"] if len(set(splits)) > 1 else 0.0
     floors = [name for name in first["floors"] if all(name in run["floors"] for run in runs.values())]
     rows = {TRAINED: [run["test"] for run in runs.values()]}
     rows |= {name: [run["floors"][name] for run in runs.values()] for name in floors}
@@ -146,6 +165,8 @@ def summarise(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "runs": list(runs),
         "images": dict(first["images"]),
+        "splits": splits,
+        "share": share,
         "test": {key: statistics(found, share) for key, found in values[TRAINED].items()},
         "floors": {name: {key: statistics(found, share) for key, found in values[name].items()} for name in floors},
         "over": {
@@ -189,9 +210,12 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary as a table of text."""
     rows = {TRAINED: summary["test"], **summary["floors"]}
     width = max(map(len, rows)) + 1
+    what = "all on the same folds: intervals are those of chance in training"
+    if summary["share"]:
+        what = "intervals allow for shared training images"
     sizes = ", ".join(f"{fold} {count}" for fold, count in summary["images"].items())
     lines = [
-        f"{len(summary['runs'])} runs, {sizes} images in the first; intervals allow for shared training images",
+        f"{len(summary['runs'])} runs, {sizes} images in the first; {what}",
         f"{'':<{width + 13}}{'SROCC':>7}{'sd':>7}{'median':>8}{'95 % interval':>18}{'PLCC':>8}{'sd':>7}{'fitted':>8}"
         f"{'KROCC':>7}{'RMSE':>7}",
     ]

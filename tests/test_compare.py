@@ -293,7 +293,13 @@ def repeated(tmp_path) -> Callable[..., str]:
             test[f"plcc_{task}"] = {"values": [value - 0.1 for value in values]}
         (tmp_path / name).mkdir()
         (tmp_path / name / "protocol.json").write_text("{}")
-        summary = {"runs": list(runs), "images": images, "test": {**test, "main": {"values": [0.0] * len(runs)}}}
+        summary = {
+            "runs": list(runs),
+            "images": images,
+            "splits": [f"{run} {images}" for run in runs],
+            "share": images["test"] / images["train"],
+            "test": {**test, "main": {"values": [0.0] * len(runs)}},
+        }
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
         return str(tmp_path / name)
 

@@ -66,6 +66,7 @@ def run_that_saw(tmp_path) -> Callable[..., str]:
         (tmp_path / "run" / "best").mkdir(parents=True)
         rows = [(f"old{digest}", fold, digest) for fold, digests in folds.items() for digest in digests.split()]
         pd.DataFrame(rows, columns=["name", "split", "digest"]).to_csv(tmp_path / "run" / "splits.csv", index=False)
+        (tmp_path / "run" / "config.json").write_text("{}")
         return str(tmp_path / "run")
 
     return make
@@ -160,11 +161,22 @@ def test_further_scores_go_by_their_column(run_that_saw):
 @pytest.mark.parametrize(
     ("columns", "seen"), [({"q": np.nan}, ""), ({"q": [1.0] + [np.nan] * 23}, ""), ({}, " ".join(map(str, range(24))))]
 )
-def test_a_set_without_unseen_scores_of_the_run_is_refused_in_one_line(run_that_saw, columns, seen):
+def test_a_set_without_unseen_scores_of_the_run_has_no_row_and_a_line_that_says_so(run_that_saw, columns, seen):
     run = run_that_saw(train=seen)
-    with pytest.raises(ValueError, match="things") as caught:
-        evaluation.evaluate(run, ["q", "authenticity"], labelled_set(**columns), Model())
-    assert str(caught.value) == f"things: no unseen images with scores that {run} predicts (quality, authenticity)"
+    rows, lines = evaluation.evaluate(run, ["q", "authenticity"], labelled_set(**columns), Model())
+    assert rows == []
+    assert lines[-1] == f"note: no unseen images of things with scores that {run} predicts (quality, authenticity)"
+
+
+def test_what_an_earlier_stage_has_seen_is_seen_too(run_that_saw, tmp_path):
+    first = Path(run_that_saw(train="1 2", val="3"))
+    second = tmp_path / "second"
+    second.mkdir()
+    pd.DataFrame({"name": ["4"], "split": ["train"], "digest": ["4"]}).to_csv(second / "splits.csv", index=False)
+    (second / "config.json").write_text(json.dumps({"init_from": str(first / "best")}))
+    assert evaluation.seen_by(second / "best") == {"1", "2", "3", "4"}
+    (first / "splits.csv").unlink()
+    assert evaluation.seen_by(second / "best") is None
 
 
 def test_the_table_has_a_line_for_each_row_with_its_numbers(run_that_saw):
@@ -327,7 +339,7 @@ def test_a_set_of_nothing_but_seen_images_is_refused(runs, demo_set, tmp_path, r
     table.to_csv(tmp_path / "seen.csv", index=False)
     flags = ["--evaluate", "--csv", str(tmp_path / "seen.csv"), "--image_dir", str(demo_set[1])]
     message = refused("--checkpoint", str(runs[0]), *flags)
-    assert message == f"error: seen: no unseen images with scores that {runs[0]} predicts (quality, consistency)\n"
+    assert message == "error: --evaluate: there is nothing to score\n"
 
 
 def test_a_table_without_scores_is_refused(runs, demo_set, tmp_path, refused):
@@ -348,8 +360,8 @@ def test_a_table_without_scores_is_refused(runs, demo_set, tmp_path, refused):
         ("--checkpoint another a.png", "several --checkpoint: works with --evaluate only"),
         ("--evaluate --dataset spak --data_root .", "--dataset spak: must be of agiqa-3k, "),
         ("--evaluate --dataset csv --data_root .", "--dataset csv: must be of agiqa-3k, "),
-        ("--evaluate --dataset spaq", "--dataset spaq: needs --data_root with 1 folder(s)"),
-        ("--evaluate --dataset spaq,tid2013 --data_root .", "needs --data_root with 2 folder(s)"),
+        ("--evaluate --dataset spaq", "--data_root: has 0 folder(s) for 1 --dataset"),
+        ("--evaluate --dataset spaq,tid2013 --data_root .", "--data_root: has 1 folder(s) for 2 --dataset"),
         ("--evaluate --csv a.csv --out no/such/folder.csv", "--out no/such/folder.csv: must be a file in a folder"),
         ("--evaluate --csv a.csv", "none: not a checkpoint"),
     ],

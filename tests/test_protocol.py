@@ -41,7 +41,8 @@ def results_of(seed: int) -> dict[str, Any]:
         }
 
     floors = {"mean": drawn(), "zero_shot_cosine": drawn("c")}
-    return {"images": IMAGES, "test": {"loss": 0.5, **drawn()}, "floors": floors, "seconds": 1.0}
+    test = {"loss": 0.5, **drawn()}
+    return {"images": IMAGES, "split_digest": str(seed), "test": test, "floors": floors, "seconds": 1.0}
 
 
 class Trainer:
@@ -176,14 +177,52 @@ def test_runs_with_other_options_are_refused_with_their_flags(tmp_path):
     protocol_of(tmp_path, Trainer(), "--repeats 2")
     message = refusal(tmp_path, "--repeats 2 --lr 0.01 --no_horizontal_flip --no_residual_learning")
     assert message == (
-        f"--output_dir {tmp_path}: seed42 was run with other options (--no_horizontal_flip, --no_residual_learning, "
-        "--lr); choose another folder, or pass --overwrite to run all again"
+        f"--output_dir {tmp_path}: its runs were made with other options (--no_horizontal_flip, "
+        "--no_residual_learning, --lr); choose another folder, or pass --overwrite to run all again"
     )
 
 
 def test_folds_of_another_number_are_refused(tmp_path):
     protocol_of(tmp_path, Trainer(), "--kfold 2")
-    assert "seed42-fold1 was run with other options (--kfold)" in refusal(tmp_path, "--kfold 3")
+    assert "its runs were made with other options (--kfold)" in refusal(tmp_path, "--kfold 3")
+
+
+def test_a_run_that_was_made_otherwise_is_not_taken_for_one_of_these(tmp_path):
+    protocol_of(tmp_path, Trainer(), "--repeats 2")
+    config = json.loads((tmp_path / "seed43" / "config.json").read_text())
+    (tmp_path / "seed43" / "config.json").write_text(json.dumps({**config, "lr": 0.5}))
+    assert "seed43 was made with other options (--lr)" in refusal(tmp_path, "--repeats 2")
+
+
+def test_where_and_how_fast_is_no_other_option(tmp_path):
+    protocol_of(tmp_path, Trainer(), "--repeats 2")
+    more = Trainer()
+    protocol_of(tmp_path, more, "--repeats 3 --num_workers 3 --cache_dir elsewhere --image_memory_gb 1")
+    assert more.names == ["seed44"]
+
+
+def test_a_protocol_that_was_stopped_while_it_overwrote_goes_on_with_the_new_options(tmp_path):
+    protocol_of(tmp_path, Trainer(), "--repeats 3")
+    with pytest.raises(KeyboardInterrupt):
+        protocol_of(tmp_path, Trainer(stop_at=1), "--repeats 3 --lr 0.01 --overwrite")
+    rest = Trainer()
+    protocol_of(tmp_path, rest, "--repeats 3 --lr 0.01")
+    assert rest.names == ["seed43", "seed44"]
+
+
+def test_runs_on_the_same_folds_have_the_interval_of_independent_results(tmp_path):
+    runs = {f"seed{seed}": {**results_of(seed), "split_digest": "same"} for seed in range(4)}
+    found = protocol.summarise(runs)
+    values = [run["test"]["srocc_q"] for run in runs.values()]
+    assert found["share"] == 0
+    half = stats.t.ppf(0.975, 3) * stats.sem(values)
+    assert found["test"]["srocc_q"]["interval"] == pytest.approx([np.mean(values) - half, np.mean(values) + half])
+    assert "all on the same folds" in protocol.summary_lines(found)[0]
+
+
+def test_several_runs_read_a_split_file_but_write_none(tmp_path):
+    with pytest.raises(ValueError, match=r"--split_file .*no\.csv: no such file"):
+        protocol_of(tmp_path / "out", Trainer(), f"--repeats 2 --split_file {tmp_path / 'no.csv'}")
 
 
 @pytest.mark.parametrize("flags", ["--output_dir elsewhere", "--config {config}"])
