@@ -233,7 +233,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
             title = ""
     for task in tasks_of(summary):
         for floor, found in summary["over"].items():
-            if f"srocc_{task}" in found:
+            if f"srocc_{task}" in found and floor != "mean":  # which orders nothing
                 over = found[f"srocc_{task}"]
                 lines.append(
                     f"SROCC of {data.title_of(task)}, trained model minus {floor.replace('_', ' ')}: "

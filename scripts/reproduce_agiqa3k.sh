@@ -20,7 +20,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 folders=()
 for model in $models; do
     IFS='=' read -r name pretrained layers <<<"$model"
-    folder=$out/$(basename "$name")
+    folder=$out/$(basename "$name")-$(basename "$pretrained")
     folders+=("$folder")
     "$python" "$here/baseline.py" --dataset agiqa-3k --data_root "$data" \
         --clip_model "$name" --clip_pretrained "$pretrained" --partial_freeze --freeze_layers "$layers" \

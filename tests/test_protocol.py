@@ -368,7 +368,10 @@ def numbers_in(line: str) -> list[float]:
 
 def test_the_lines_hold_the_numbers_under_their_titles():
     runs = runs_with(trained=[0.1, 0.2, 0.6], floor=[0.0, 0.3, 0.3])
+    for run in runs.values():
+        run["floors"]["generator_mean"] = run["floors"]["mean"]
     lines = protocol.summary_lines(protocol.summarise(runs))
+    assert not any("minus mean" in line for line in lines)  # which orders nothing
     assert lines[0].startswith("3 runs, train 40, val 8, test 10 images in the first")
     assert re.split(r"  +", lines[1].strip()) == (
         ["SROCC", "sd", "median", "95 % interval", "PLCC", "sd", "fitted", "KROCC", "RMSE"]
@@ -381,12 +384,12 @@ def test_the_lines_hold_the_numbers_under_their_titles():
     expected = [np.mean(srocc), np.std(srocc, ddof=1), np.median(srocc), *ends, np.mean(plcc), np.std(plcc, ddof=1)]
     (line,) = (line for line in lines if line.startswith("consistency  trained model"))
     assert numbers_in(line) == pytest.approx([*expected, np.mean(fitted), np.mean(krocc), np.mean(rmse)], abs=6e-4)
-    (line,) = (line for line in lines if line.startswith("SROCC of quality, trained model minus mean: "))
+    (line,) = (line for line in lines if line.startswith("SROCC of quality, trained model minus generator mean: "))
     assert numbers_in(line)[0] == 0.1
     titles = [line[:13].strip() for line in lines[2:]]
-    assert titles[:5] == ["quality", "", "consistency", "", ""]
-    assert [line[13:].split("  ")[0] for line in lines[2:7]] == (
-        ["trained model", "mean", "trained model", "mean", "zero shot cosine"]
+    assert titles[:7] == ["quality", "", "", "consistency", "", "", ""]
+    assert [line[13:].split("  ")[0] for line in lines[2:9]] == (
+        [*["trained model", "mean", "generator mean"], *["trained model", "mean", "zero shot cosine", "generator mean"]]
     )
 
 
