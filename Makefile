@@ -45,7 +45,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # a process per core, each with one thread
 
 bench: $(STAMP)
-	$(BIN)/python bench/compare.py $(ARGS)
+	$(BIN)/python bench/speed.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -38,6 +38,7 @@ import caching
 import checkpoint
 import data
 import engine
+import evaluation
 import features
 import images
 import inputs
@@ -157,15 +158,12 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     runtime.copy_weights(best)
     predictions |= {fold: predict(best, fold) for fold in ("train_eval", "test")}
     results = {
-        "images": {fold: len(examples.rows(fold)) for fold in data.FOLDS},
-        "split_digest": examples.split_digest,
         "best_epoch": engine.best_epoch(selection),
         "epochs": len(history),
         **{fold: evaluate(predictions[fold], fold, examples, config) for fold in ("val", "test")},
         "base": {fold: reporting.agreements(base.scores(known[fold]), fold, examples) for fold in ("val", "test")},
         "floors": reporting.floors(examples, base, known, runtime.of_main(statistics.of_all)),
         **reporting.findings(predictions["test"], examples),
-        "leakage": data.leakage(examples),
         "seconds": round(time.perf_counter() - started, 3),
         "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
     }
@@ -241,7 +239,7 @@ def load_first_stage(
     folder, state, description = checkpoint.load_weights(Path(str(config.init_from)))
     backbone = backbones.rebuild(description["clip"], folder, image_size=config.image_size)
     arguments = model_arguments(config, backbone.embed_dim)
-    free = {"dropout", "predict_rationale", "task_gradients"}  # none changes what the other weights mean
+    free = {"dropout", "predict_rationale", "task_gradients", "global_view"}  # none changes what the other weights mean
     for name, value in description["model"].items():
         if name not in free and value != arguments[name]:
             raise ValueError(f"--init_from {folder}: has {name} {value}, not {arguments[name]}; use the same flags")
@@ -249,16 +247,16 @@ def load_first_stage(
     if scales != examples.scales:
         note = f"scores of --init_from lie on {scales}, those of this data on {examples.scales}"
         backbone = replace(backbone, notes=(*backbone.notes, note))
-    splits = folder.parent / "splits.csv"
-    if splits.is_file():
-        before = pd.read_csv(splits, dtype=str, keep_default_na=False).set_index("name")["split"]
-        tested = examples.table["name"][examples.rows("test")]
-        leaked = [name for name in tested if before.get(name, "test") != "test"]
-        if leaked:
-            raise ValueError(
-                f"--init_from {folder}: {len(leaked)} images of the test fold were trained or selected on there; "
-                "use the same --seed, --test_size, --val_size and --split_by"
-            )
+    seen = evaluation.seen_by(folder)
+    if seen is None:
+        note = f"--init_from {folder} does not tell which images it has seen: they may be among those tested on"
+        backbone = replace(backbone, notes=(*backbone.notes, note))
+    leaked = [row for row in examples.rows("test") if seen and examples.files[row].digest in seen]
+    if leaked:
+        raise ValueError(
+            f"--init_from {folder}: {len(leaked)} images of the test fold were trained or selected on there; "
+            "use the same --seed, --test_size, --val_size and --split_by, or its splits.csv as --split_file"
+        )
     model = models.build_model(backbone.clip, **arguments)
     clip_state = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
     backbones.load_state(backbone.clip, clip_state, str(folder))
@@ -270,13 +268,15 @@ def load_first_stage(
 def how_split(config: TrainingConfig, examples: data.Examples) -> str:
     """Where the folds come from, in words."""
     if config.split_file:
-        drawn = (examples.table["split"] == "").any()
-        return f"by {config.split_by}, kept in {config.split_file}" if drawn else f"as in {config.split_file}"
-    if (examples.table["split"] != "").any():
-        return "as the data set says"
-    units = [sources.suitable_unit(title, examples.only(title).table, config.split_by) for title in examples.sets]
+        is_drawn = (examples.table["split"] == "").any()
+        return f"by {config.split_by}, kept in {config.split_file}" if is_drawn else f"as in {config.split_file}"
+    ways = []
+    for title in examples.sets:
+        table = examples.only(title).table
+        drawn = "by " + sources.suitable_unit(title, table, config.split_by)
+        ways.append("as the data set says" if (table["split"] != "").any() else drawn)
     part = f", part {config.fold} of {config.kfold}" if config.kfold else ""
-    return f"by {', '.join(units)}{part}"
+    return ", ".join(ways if len(set(ways)) > 1 else ways[:1]) + part
 
 
 def origin(config: TrainingConfig) -> str:
@@ -434,10 +434,10 @@ def check_examples(config: TrainingConfig, examples: data.Examples) -> None:
         raise ValueError(f"--task_gradients {config.task_gradients}: the data has no other scores to train CLIP by")
     if config.uses_spreads and set(examples.spreads) & set(examples.scales) != set(examples.scales):
         lacking = next(task for task in examples.scales if task not in examples.spreads)
-        raise ValueError(
-            f"--loss {config.loss}: needs the standard deviation of the opinions on {data.title_of(lacking)}; name its "
-            "column with --quality_std_column, --consistency_std_column"
-        )
+        way = "which --extra_scores do not have"
+        if lacking in data.TASKS:
+            way = "name its column with --quality_std_column, --consistency_std_column"
+        raise ValueError(f"--loss {config.loss}: needs the opinions' std on {data.title_of(lacking)}; {way}")
     if config.strict_splits and (leaks := data.leakage_notes(examples)):
         raise ValueError(f"--strict_splits: {'; '.join(leaks)}")
     if config.use_explanations and (examples.table["prompt"] == "").all():
@@ -545,7 +545,7 @@ def count_steps(config: TrainingConfig, examples: data.Examples) -> int:
 
 def evaluation_batch(config: TrainingConfig) -> int:
     """Images at once where no activations are kept: more than in training, but not too many for the memory."""
-    return max(1, min(2 * config.batch_size, 128) // config.num_images_encoded)
+    return max(1, min(2 * config.batch_size, 128) // config.num_views_encoded)
 
 
 def num_threads(config: TrainingConfig, runtime: engine.Runtime) -> int:
@@ -701,8 +701,9 @@ def plan(
         f"{name} {trained / 1e6:.2f}M of {(trained + frozen) / 1e6:.2f}M" for name, (trained, frozen) in counts.items()
     )
     sizes = ", ".join(f"{fold} {len(examples.rows(fold))}" for fold in data.FOLDS)
+    num_prompts = table["prompt"][table["prompt"] != ""].nunique()
     lines = [
-        ("data", f"{', '.join(examples.sets)}: {len(table)} images, {table['prompt'].nunique()} prompts; {scores}"),
+        ("data", f"{', '.join(examples.sets)}: {len(table)} images, {num_prompts} prompts; {scores}"),
         ("split", f"{sizes} ({how_split(config, examples)})"),
         ("backbone", f"{origin(config)}, {config.image_size} px, {backbone.activation}, {config.freezing}"),
         ("trained", parts),
@@ -719,6 +720,11 @@ def plan(
         notes.append("--freeze_layers does nothing without --partial_freeze")
     if config.cache_views is not None and caches_nothing(config, model):
         notes.append("--cache_views does nothing here: no layers in front are frozen and cached")
+    if config.crops and config.num_views == 0 and not caches_nothing(config, model):
+        notes.append("heads train on the --test_crops here: --crops counts with --cache_views 1 and more")
+    small = sum(min(file.size) < config.image_size for file in examples.files)
+    if config.crops and small:
+        notes.append(f"--crops: {small} images are smaller than --image_size and will be enlarged")
     if config.stages[-1][1] >= config.epochs:
         notes.append(f"--unfreeze_schedule: epoch {config.stages[-1][1]} is never reached in {config.epochs} epochs")
     lines += [("note", note) for note in notes]

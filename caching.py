@@ -21,12 +21,13 @@ from tqdm import tqdm
 import models
 from engine import Runtime
 from features import FeatureCache, FeatureSet, key_of
-from images import ImageStore
+from images import ImageStore, as_tensor, decode, reduction
 from inputs import CachedSource, PixelSource, Rows, TextTable, View, run_ahead
 from simple_statistics import NAMES, simple_statistics
 
 # What the cached values depend on besides weights and inputs: this code, and the libraries it calls.
 CODE = ("images.py", "models.py", "backbones.py", "caching.py", "features.py", "inputs.py")
+STATISTICS_CODE = ("images.py", "simple_statistics.py")
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESIDENT_SHARE = 0.5  # of the free GPU memory beside the reserve; the activations of training need the rest
@@ -199,8 +200,8 @@ class Statistics:
 
     def __init__(self, store: ImageStore, cache: FeatureCache | None) -> None:
         """`cache` keeps them for other runs; None keeps nothing."""
-        code = hashlib.sha256((Path(__file__).parent / "simple_statistics.py").read_bytes()).hexdigest()
-        recipe = {"input": "image", "what": "simple statistics", "image_size": store.image_size, "code": code}
+        code = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in STATISTICS_CODE))
+        recipe = {"what": "simple statistics", "code": code.hexdigest(), "pillow": version("pillow")}
         self.store = store
         self.cache = cache
         self.features = cache.open(recipe, (len(NAMES),), torch.float32) if cache else None
@@ -217,8 +218,14 @@ class Statistics:
         """Compute those that are missing."""
         images = dict(zip(rows.tolist(), decoded, strict=True))
         wanted = self.missing(rows).tolist()
-        values = self.store.pool.map(lambda row: simple_statistics(images[row]), wanted)
+        values = self.store.pool.map(lambda row: simple_statistics(self.whole(row, images[row])), wanted)
         self.computed |= {self.store.files[row].digest: value for row, value in zip(wanted, values, strict=True)}
+
+    def whole(self, row: int, decoded: Tensor) -> Tensor:
+        """An image in all its pixels: very large ones were decoded at a fraction."""
+        file = self.store.files[row]
+        reduced = reduction(file.size, self.store.image_size) > 1
+        return as_tensor(decode(file.path, None)) if reduced else decoded
 
     def of_all(self) -> np.ndarray:
         """(n, 12) of all images."""

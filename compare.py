@@ -27,6 +27,7 @@ MIN_CLUSTERS = 20  # prompts, below which a bootstrap over them promises more th
 TITLES = {"align": "consistency"}  # as every other table calls it
 COLUMNS = [
     "score",
+    "set",
     "run",
     "images",
     "srocc",
@@ -50,7 +51,7 @@ def read_predictions(folder: Path) -> pd.DataFrame:
         raise ValueError(f"{folder}: {unfinished}, {PREDICTIONS_FILE} is missing") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
-    missing = [column for column in ("name", "split", "cluster") if column not in table.columns]
+    missing = [column for column in ("name", "set", "split", "cluster") if column not in table.columns]
     if missing:
         raise ValueError(f"{path}: no column {missing[0]!r}; run it again with this version")
     return table[table["split"] == "test"].set_index("name")
@@ -86,22 +87,34 @@ def compare_runs(folders: Sequence[Path]) -> pd.DataFrame:
     rows = []
     if (num_clusters := tables[0]["cluster"].nunique()) < MIN_CLUSTERS:
         print(f"note: only {num_clusters} prompts: the intervals are too narrow", file=sys.stderr)
-    for name in scores:
-        known = np.logical_and.reduce([table[[f"mos_{name}", f"pred_{name}"]].notna().all(axis=1) for table in tables])
-        mos = tables[0][f"mos_{name}"].to_numpy()[known]
-        clusters = tables[0]["cluster"].tolist()
-        clusters = [cluster for cluster, keep in zip(clusters, known, strict=True) if keep]
-        first = tables[0][f"pred_{name}"].to_numpy()[known]
-        for folder, table in zip(folders, tables, strict=True):
-            if not np.allclose(table[f"mos_{name}"].to_numpy()[known], mos, rtol=1e-6):
-                raise ValueError(f"{folder}: its human scores of {name} are not those of {folders[0]}")
-            pred = table[f"pred_{name}"].to_numpy()[known]
-            row: dict[str, Any] = {"score": name, "run": str(folder), "images": int(known.sum())}
-            row |= {"srocc": metrics.srocc(pred, mos), "plcc": metrics.plcc(pred, mos)}
-            if table is not tables[0]:
-                row |= differences(metrics.paired_bootstrap(first, pred, mos, clusters))
-            rows.append(row)
+    for title in tables[0]["set"].unique():
+        here = (tables[0]["set"] == title).to_numpy()
+        for name in scores:
+            rows += compare_score(folders, [table[here] for table in tables], str(title), name)
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def compare_score(
+    folders: Sequence[Path], tables: Sequence[pd.DataFrame], title: str, name: str
+) -> list[dict[str, Any]]:
+    """Rows of `compare_runs` for one score of one data set; none if it has no two such scores. Raises ValueError."""
+    columns = [f"mos_{name}", f"pred_{name}"]
+    known = np.logical_and.reduce([table[columns].notna().all(axis=1) for table in tables])
+    if known.sum() < 2:
+        return []
+    mos, first = tables[0][columns][known].to_numpy().T
+    clusters = tables[0]["cluster"][known].tolist()
+    rows = []
+    for folder, table in zip(folders, tables, strict=True):
+        own, pred = table[columns][known].to_numpy().T
+        if not np.allclose(own, mos, rtol=1e-6):
+            raise ValueError(f"{folder}: its human scores of {name} are not those of {folders[0]}")
+        row: dict[str, Any] = {"score": name, "set": title, "run": str(folder), "images": int(known.sum())}
+        row |= {"srocc": metrics.srocc(pred, mos), "plcc": metrics.plcc(pred, mos)}
+        if table is not tables[0]:
+            row |= differences(metrics.paired_bootstrap(first, pred, mos, clusters))
+        rows.append(row)
+    return rows
 
 
 def differences(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -116,11 +129,14 @@ def differences(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary that repeated runs have left. Raises ValueError."""
     try:
-        return json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder}: no finished repeated runs, {SUMMARY_FILE} is missing") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / SUMMARY_FILE}: cannot be read ({error})") from None
+    if not {"runs", "tests", "share", "test"} <= set(found):
+        raise ValueError(f"{folder / SUMMARY_FILE}: was made by another version; run the same command again")
+    return found
 
 
 def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
@@ -133,8 +149,10 @@ def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
     summaries = [read_summary(folder) for folder in folders]
     first = summaries[0]
     for folder, summary in zip(folders, summaries, strict=True):
-        if summary["runs"] != first["runs"] or summary["splits"] != first["splits"]:
-            raise ValueError(f"{folder}: has other seeds, folds or images than {folders[0]}; repeat it as there")
+        if summary["runs"] != first["runs"] or summary["tests"] != first["tests"]:
+            raise ValueError(
+                f"{folder}: has other seeds, folds, images or scores than {folders[0]}; repeat it as there"
+            )
     common = [key for key in first["test"] if all(key in summary["test"] for summary in summaries)]
     tasks = [key.removeprefix("srocc_") for key in common if key.startswith("srocc_")]
     if not tasks:
@@ -142,7 +160,11 @@ def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
     rows = []
     for task in tasks:
         for folder, summary in zip(folders, summaries, strict=True):
-            row: dict[str, Any] = {"score": {"q": "quality", "c": "align"}.get(task, task), "run": str(folder)}
+            row: dict[str, Any] = {
+                "score": {"q": "quality", "c": "align"}.get(task, task),
+                "set": "",
+                "run": str(folder),
+            }
             row |= {"images": summary["images"]["test"]}
             found = {}
             for name in ("srocc", "plcc"):
@@ -162,10 +184,12 @@ def verdict(low: float, high: float) -> str:
 def table_lines(found: pd.DataFrame) -> list[str]:
     """The comparison as text."""
     width = max(len(run) for run in found["run"]) + 2
-    wide = max(len(TITLES.get(score, score)) for score in found["score"]) + 2
+    titles = found["score"].replace(TITLES)
+    if found["set"].nunique() > 1:
+        titles = found["set"] + " " + titles
+    wide = titles.str.len().max() + 2
     lines = [f"{'':<{wide}}{'':<{width}}{'images':>7}{'SROCC':>8}{'PLCC':>8}   difference in SROCC, 95 % interval"]
-    for score, rows in found.groupby("score", sort=False):
-        title = TITLES.get(str(score), str(score))
+    for title, rows in found.groupby(titles, sort=False):
         for row in rows.to_dict("records"):
             said = ""
             if np.isfinite(row["srocc_low"]):

@@ -50,7 +50,21 @@ GROUPS = {
 # Columns of the data that mean something else already.
 NOT_EXTRA = (
     *("name", "path", "prompt", "explanation", "q", "c", "q_std", "c_std", "split", "reference", "row", "group", "set"),
-    *("quality", "align", "mos_quality", "mos_align", "rationale", "image", "cos", "exp"),
+    *(
+        "quality",
+        "align",
+        "images",
+        "generator",
+        "cluster",
+        "fit_q",
+        "fit_c",
+        "mos_quality",
+        "mos_align",
+        "rationale",
+        "image",
+        "cos",
+        "exp",
+    ),
 )
 
 # Facts about a place, not about an experiment: a saved config does not carry them into the next run.
@@ -114,7 +128,7 @@ class TrainingConfig:
         "data",
         "random crops of native size per image and step, in place of the resized view; 0 = off",
         within="[0, 64]",
-        recommended="3-8",
+        recommended="4, 6 or 8",
     )
     test_crops: int | None = option(
         None,
@@ -128,7 +142,11 @@ class TrainingConfig:
     )
     horizontal_flip: bool = option(True, "data", "never mirror training images: for prompts that say left or right")
     test_size: float = option(
-        0.2, "data", "share of prompts (or images) for the test fold", within="(0, 1)", recommended="0.1-0.3"
+        0.2,
+        "data",
+        "share of prompts (or images) for the test fold, where there is no --kfold",
+        within="(0, 1)",
+        recommended="0.1-0.3",
     )
     val_size: float = option(
         0.1, "data", "share of prompts (or images) for validation", within="(0, 1)", recommended="0.1-0.2"
@@ -145,7 +163,10 @@ class TrainingConfig:
     kfold: int = option(0, "data", "test on each of so many parts in turn, a run for each; 0 = off", within="[0, 1000]")
     fold: int | None = option(None, "data", "run only this part of --kfold, from 1", within="[1, 1000]")
     repeats: int = option(
-        1, "data", "run so often, with seeds --seed, --seed + 1, ... and their splits", within="[1, 1000]"
+        1,
+        "data",
+        "run so often, with seeds --seed, --seed + 1, ..., each with its split unless folds are fixed",
+        within="[1, 1000]",
     )
     strict_splits: bool = option(
         False, "data", "refuse to run if folds share a prompt, a reference image or the content of an image"
@@ -435,9 +456,9 @@ class TrainingConfig:
         return self.test_crops or self.crops
 
     @property
-    def num_images_encoded(self) -> int:
-        """Views of each image that go through the image tower in a step."""
-        return max(1, self.crops + self.global_view)
+    def num_views_encoded(self) -> int:
+        """Views of each image that go through the image tower at once, at most."""
+        return max(1, self.crops + self.global_view, self.num_test_crops + self.global_view)
 
     @property
     def uses_spreads(self) -> bool:
@@ -670,6 +691,16 @@ def check_together(config: TrainingConfig) -> None:
 def check_data(config: TrainingConfig) -> None:
     """Rules between the options that name data and splits. Raises ValueError."""
     named = [name for name in config.dataset_names if name != "csv"]
+    if not config.dataset_names:
+        raise ValueError("--dataset: names no data set; leave it out for a CSV")
+    if (
+        len(config.dataset_names) > 1
+        and "csv" not in config.dataset_names
+        and (config.mos_range_q or config.mos_range_c)
+    ):
+        raise ValueError("--mos_range_q, --mos_range_c: are the CSV's; known data sets bring their own, drop it")
+    if config.split_file and not Path(config.split_file).absolute().parent.is_dir():
+        raise ValueError(f"--split_file {config.split_file}: its folder does not exist")
     for name in named:
         if name not in DATASET_NAMES:
             near = difflib.get_close_matches(name.lower(), DATASET_NAMES, n=3)
@@ -683,7 +714,11 @@ def check_data(config: TrainingConfig) -> None:
     # A table of predictions names a score without the "mos_" in front.
     plain = [name.removeprefix("mos_") for name in config.extra_score_names]
     for name in config.extra_score_names:
-        if not re.fullmatch(r"[A-Za-z]\w*", name) or name in NOT_EXTRA or plain.count(name.removeprefix("mos_")) > 1:
+        if (
+            not re.fullmatch(r"[A-Za-z]\w*(?<!_std)", name)
+            or name in NOT_EXTRA
+            or plain.count(name.removeprefix("mos_")) > 1
+        ):
             raise ValueError(f"--extra_scores {config.extra_scores}: {name!r} cannot be the name of a further score")
     if config.kfold == 1:
         raise ValueError("--kfold 1: must be 0 (off) or at least 2")
@@ -823,6 +858,7 @@ def build_predict_parser() -> argparse.ArgumentParser:
         help=f"with --evaluate: data sets as downloaded ({', '.join(DATASET_NAMES)})",
     )
     parser.add_argument("--data_root", metavar="DIR[,DIR]", help="folder of each --dataset")
+    parser.add_argument("--group_column", metavar="COLUMN", help="with --evaluate: CSV column naming the generator")
     for name in ("quality_column", "consistency_column"):
         default = OPTIONS[name].default
         parser.add_argument(

@@ -252,7 +252,7 @@ def assign_folds(
                 f"{len(wrong)} such row(s)"
             )
         if part:
-            raise ValueError("--kfold: the data set has folds of its own (split); drop one of the two")
+            raise ValueError("--kfold: the data set has folds of its own; drop --kfold, or the column 'split' of a CSV")
         folds = table["split"].to_numpy(dtype=str).astype("<U5")
         if "val" not in folds and "test" in folds:
             train = np.flatnonzero(folds == "train")
@@ -281,8 +281,13 @@ def split_units(table: pd.DataFrame, split_by: str) -> np.ndarray:
 
 def prompt_groups(table: pd.DataFrame) -> np.ndarray:
     """A number for each row, equal for prompts that differ in case and spacing only; no prompt, a number of its own."""
-    key = table["prompt"].str.casefold().str.split().str.join(" ")
-    return groups_of(key, key == "")
+    keys = prompt_keys(table)
+    return groups_of(keys, keys == "")
+
+
+def prompt_keys(table: pd.DataFrame) -> pd.Series:
+    """Each row's prompt without regard to case and spacing."""
+    return table["prompt"].str.casefold().str.split().str.join(" ")
 
 
 def clusters(table: pd.DataFrame) -> np.ndarray:
@@ -404,12 +409,12 @@ class Examples:
     fingerprint: str
 
     @cached_property
-    def split_digest(self) -> str:
-        """SHA-256 over which image content is in which fold: equal splits, equal digest."""
-        digest = hashlib.sha256()
-        for item, fold in sorted(zip((file.digest for file in self.files), self.folds.tolist(), strict=True)):
-            digest.update(f"{item} {fold}".encode())
-        return digest.hexdigest()
+    def test_digest(self) -> str:
+        """SHA-256 over the test fold's images and scores, in whatever order: equal tests, equal digest."""
+        rows = self.rows("test")
+        scores = zip(*(self.mos(task, "test").tolist() for task in self.scales), strict=True)
+        lines = sorted(f"{self.files[row].digest} {own}" for row, own in zip(rows, scores, strict=True))
+        return hashlib.sha256("\n".join([*self.scales, *lines]).encode()).hexdigest()
 
     def rows(self, fold: str) -> np.ndarray:
         """Row numbers of a fold."""
@@ -440,7 +445,7 @@ class Examples:
         A label without one gets the median.
         """
         found = {}
-        for task, scale in self.scales.items():
+        for task, scale in ((task, scale) for task, scale in self.scales.items() if task in TASKS):
             std = self.table[f"{task}_std"] if f"{task}_std" in self.table else pd.Series(np.nan, self.table.index)
             typical = std[self.table[task].notna()].median()
             if np.isfinite(typical):
@@ -545,11 +550,15 @@ def build_examples(
     """
     tasks = (*TASKS, *extra)
     scales: dict[str, LabelScale] = {}
+    placed: dict[str, str] = {}
     tables, folds = [], []
     for number, source in enumerate(sources):
         table = source.table.assign(set=source.title)
         unit = split_by if isinstance(split_by, str) else split_by[number]
         own = assign_folds(table, split_by=unit, tasks=tasks, **options)
+        if unit == "prompt":
+            own = follow_prompts(table, own, placed)
+            check_folds(table, own, tasks)
         for task in tasks:
             if table[task].isna().all():
                 continue
@@ -569,6 +578,19 @@ def build_examples(
     labels = b"".join(source.labels for source in sources)
     ordered = {task: scales[task] for task in tasks if task in scales}
     return Examples(whole, np.concatenate(folds), ordered, files, fingerprint(labels, digests))
+
+
+def follow_prompts(table: pd.DataFrame, folds: np.ndarray, placed: dict[str, str]) -> np.ndarray:
+    """The same folds, but of prompts that an earlier data set has `placed`, which also learns of these.
+
+    Folds that the data set brings itself stay.
+    """
+    keys = prompt_keys(table)
+    drawn = (table["split"] == "").all()
+    found = [placed.get(key, fold) if key and drawn else fold for key, fold in zip(keys, folds, strict=True)]
+    for key, fold in zip(keys, found, strict=True):
+        placed.setdefault(key, fold)
+    return np.array(found)
 
 
 if __name__ == "__main__":  # the one command that is called by this file's name

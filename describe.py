@@ -11,7 +11,7 @@ import pandas as pd
 
 import data
 import sources
-from configs import one_line_errors, parse_args
+from configs import TrainingConfig, one_line_errors, parse_args
 
 NUM_BINS = 10
 BAR_LENGTH = 40
@@ -19,18 +19,23 @@ MAX_LISTED = 5
 USAGE = "python data.py describe [--data_csv_path CSV --image_base_dir DIR | --dataset NAME --data_root DIR] [flags]"
 
 
-def describe(examples: data.Examples) -> str:
-    """Rows, folds, scores with histograms, prompts, references, generators, duplicates and leakage, as text."""
+def describe(config: TrainingConfig) -> str:
+    """Rows, folds, scores with histograms, prompts, references, generators, duplicates and leakage, as text.
+
+    Several data sets are described each by itself, in its own units. Raises ValueError.
+    """
+    found = sources.read_sources(config)
+    whole = sources.build(config, found)
     lines = []
-    for title in examples.sets:
-        own = examples.only(title)
-        if len(examples.sets) > 1:
-            lines.append(f"== {title}")
+    for source in found:
+        own = sources.build(config, [source]) if len(found) > 1 else whole
+        if len(found) > 1:
+            lines.append(f"== {source.title}")
         lines += [f"{name:<12}{text}" for name, text in facts(own)]
         for task in own.scales:
             lines += ["", *histogram(own, task)]
         lines += ["", *generators(own), ""]
-    notes = data.leakage_notes(examples)
+    notes = data.leakage_notes(whole)
     return "\n".join([*lines, *(notes or ["leakage: none; folds share no prompt, reference image or file content"])])
 
 
@@ -44,13 +49,13 @@ def facts(examples: data.Examples) -> list[tuple[str, str]]:
     found = [
         ("images", f"{len(table)}; " + ", ".join(f"{fold} {len(examples.rows(fold))}" for fold in data.FOLDS)),
         ("pixels", f"shorter side {min(short)} to {max(short)}, {most} of {width} x {height}; {len(sizes)} size(s)"),
-        ("prompts", counted(table["prompt"].str.casefold().str.split().str.join(" "))),
+        ("prompts", counted(data.prompt_keys(table))),
         ("references", counted(table["reference"])),
         ("generators", counted(table["group"])),
         ("rationales", f"{(table['explanation'] != '').sum()} images"),
         ("duplicates", duplicates(examples)),
     ]
-    return [(name, text) for name, text in found if text not in ("none", "0 images")]
+    return [(name, text) for name, text in found if text not in ("none", "0 images") or name == "duplicates"]
 
 
 def counted(texts: pd.Series) -> str:
@@ -112,4 +117,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command != "describe":
             raise ValueError(f"usage: {USAGE}")
         config = parse_args(flags)
-        print(describe(sources.read_examples(sources.draw_demo(config) if config.demo else config)))
+        print(describe(sources.draw_demo(config) if config.demo else config))

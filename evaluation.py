@@ -43,7 +43,9 @@ def read_sets(
     if csv:
         header = data.read_csv(csv).columns
         wanted = [column for column in extra if column in header]
-        tables[Path(csv).stem] = data.read_table(csv, image_dir, columns, extra=wanted)
+        tables[csv if Path(csv).stem in tables else Path(csv).stem] = data.read_table(
+            csv, image_dir, columns, extra=wanted
+        )
     return [
         LabelledSet(title, table, [file.digest for file in check_images(table["path"].tolist())])
         for title, table in tables.items()
@@ -95,13 +97,16 @@ def evaluate(
         lines.append(f"note: {run} does not tell which images it was trained on (no splits.csv with digests beside it)")
     elif not fresh.all():
         lines.append(f"note: {(~fresh).sum()} of {len(fresh)} images of {labelled.title} left out: {run} has seen them")
+    if leaked := int(data.prompt_keys(table).isin(prompts_seen_by(Path(run))).sum()):
+        lines.append(f"note: {leaked} of the {len(table)} others share their prompt with an image that {run} has seen")
     if not tasks:
         had = ", ".join(data.title_of(task) for task in scales)
         return [], [*lines, f"note: no unseen images of {labelled.title} with scores that {run} predicts ({had})"]
     predicted = score(table)
     clusters = data.clusters(table)
     makers = table["group"].to_numpy()
-    rows, found = [], {}
+    rows: list[dict[str, Any]] = []
+    found: dict[str, dict[str, Any]] = {}
     for task in tasks:
         pred = predicted[reporting.columns_of(task)[1]].to_numpy()
         known = table[task].notna().to_numpy() & np.isfinite(pred)
@@ -117,16 +122,28 @@ def evaluate(
                 **metrics.agreement(pred, mos),
                 "srocc_low": ends[0],
                 "srocc_high": ends[1],
-                "generator_mean_srocc": metrics.srocc(
-                    metrics.group_mean_predictor(makers[known], mos, makers[known]), mos
-                ),
+                "generator_mean_srocc": generator_floor(mos, makers[known]),
             }
         )
-        by_maker = reporting.generator_table(pred, mos, makers[known])
-        if len(by_maker) > 1:
-            ranking = metrics.srocc(by_maker["pred"], by_maker["mos"])
-            found[task] = {"by_generator": by_maker.to_dict("records"), "ranking": ranking}
+        found |= reporting.by_generator(task, pred, mos, makers[known])
     return rows, lines + reporting.generator_lines(found)
+
+
+def prompts_seen_by(run: Path) -> set[str]:
+    """Prompts of the images that a run was trained or selected on, as `data.prompt_keys` writes them."""
+    path = checkpoint.weights_folder(run).parent / "predictions.csv"
+    if not path.is_file():
+        return set()
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return set(data.prompt_keys(table[table["split"] != "test"])) - {""} if "prompt" in table else set()
+
+
+def generator_floor(mos: np.ndarray, makers: np.ndarray) -> float:
+    """SROCC of each generator's mean score; NaN where generators have so few images that this is the score itself."""
+    if len(mos) < reporting.MIN_PER_GENERATOR * len(set(makers)):
+        return np.nan
+    names: list[str] = makers.tolist()
+    return metrics.srocc(metrics.group_mean_predictor(names, mos, names), mos)
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -140,6 +157,7 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         cells = "".join(f"{row[key]:<{width}}" for key, width in wide.items())
         numbers = "".join(f"{row[name]:>12.3f}" for name in reporting.MEASURES)
+        floor = f"{row['generator_mean_srocc']:.3f}" if np.isfinite(row["generator_mean_srocc"]) else ""
         ends = f"{row['srocc_low']:.3f} .. {row['srocc_high']:.3f}" if np.isfinite(row["srocc_low"]) else ""
-        lines.append(f"{cells}{row['images']:>7}{numbers}{ends:>18}{row['generator_mean_srocc']:>11.3f}")
+        lines.append(f"{cells}{row['images']:>7}{numbers}{ends:>18}{floor:>11}")
     return [*lines, "generator: SROCC of the mean score of each generator in this very set, which looks at no pixel"]

@@ -407,6 +407,7 @@ def evaluate(args: argparse.Namespace) -> pd.DataFrame:
         prompt=args.prompt_column,
         quality=args.quality_column,
         consistency=args.consistency_column,
+        group=args.group_column,
     )
     scorers = {run: Scorer.load(run, device=args.device) for run in args.checkpoints}
     extra = sorted({task for scorer in scorers.values() for task in scorer.scales} - set(data.TASKS))

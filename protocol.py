@@ -7,6 +7,7 @@ The folder of such a protocol holds a run folder for each split, `protocol.json`
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +28,7 @@ from reporting import MEASURES
 SUMMARY_TABLE = "summary.csv"
 TRAINED = "trained_model"
 # Options that only decide where and how fast something is computed.
-FREE = {name for name, spec in OPTIONS.items() if spec.metadata["group"] == "speed"} - {"cache_views", "cache_dtype"}
-FREE |= {"cache_dir", "device"}
+FREE = ("num_workers", "image_memory_gb", "compile", "gradient_checkpointing", "cache_dir", "device")
 DRAWN = ("data_csv_path", "image_base_dir")  # what --demo fills in by itself
 
 
@@ -66,7 +66,7 @@ def run_all(
         )
     if runtime.is_main:
         refuse_occupied(folder, config)
-    finished = {} if config.overwrite else finished_parts(folder, runs)
+    finished = {} if config.overwrite else runtime.of_main(lambda: finished_parts(folder, runs))
     if finished:
         runtime.say(f"{len(finished)} of {len(runs)} runs in {folder} are finished")
     if config.dry_run:
@@ -79,6 +79,8 @@ def run_all(
     results = {}
     for number, (name, part) in enumerate(runs.items(), start=1):
         if name not in finished:
+            if runtime.is_main:  # what a run that was stopped has left
+                shutil.rmtree(folder / name, ignore_errors=True)
             runtime.say(f"-- run {number} of {len(runs)}: {name} (if stopped: --output_dir {folder} goes on from here)")
             finished[name] = run(replace(part, output_dir=str(folder / name), overwrite=True))
         results[name] = finished[name]
@@ -97,7 +99,7 @@ def refuse_occupied(folder: Path, config: TrainingConfig) -> None:
         not folder.is_dir() or (any(folder.iterdir()) and not (folder / compare.PROTOCOL_FILE).exists())
     ):
         raise ValueError(f"--output_dir {folder}: holds other things than repeated runs; choose a new or empty folder")
-    if (folder / compare.PROTOCOL_FILE).exists() and not config.overwrite:
+    if any(folder.glob(f"*/{checkpoint.RESULTS_FILE}")) and not config.overwrite:
         saved = json.loads((folder / compare.PROTOCOL_FILE).read_text(encoding="utf-8"))
         refuse_other_options(folder, "its runs were made", saved, replace(config, repeats=saved.get("repeats", 1)))
 
@@ -146,14 +148,19 @@ def summarise(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Statistics over runs: name -> results as `baseline.run` returns them.
 
     Returns:
-        "runs": the names; "images": of the first run's folds; "splits": a digest of each run's folds; "share": what
-        overlapping training folds add to the variance of a mean (0 if all runs have the same folds); "test": measure ->
+        "runs": the names; "images": of the first run's folds; "tests": a digest of each run's test fold; "share": what
+        overlapping training folds add to the variance of a mean (0 if all have the same test fold); "test": measure ->
         statistics of the trained model; "floors": the same for each floor that all runs have; "over": the same for
         trained model minus floor, paired by run.
+
+    Raises:
+        ValueError: the runs are not of the same data.
     """
     first = next(iter(runs.values()))
-    splits = [run["split_digest"] for run in runs.values()]
-    share = first["images"]["test"] / first["images"]["train"] if len(set(splits)) > 1 else 0.0
+    if len({run["data_fingerprint"] for run in runs.values()}) > 1:
+        raise ValueError("the data has changed between the runs: choose another --output_dir, or pass --overwrite")
+    tests = [run["test_digest"] for run in runs.values()]
+    share = first["images"]["test"] / first["images"]["train"] if len(set(tests)) > 1 else 0.0
     floors = [name for name in first["floors"] if all(name in run["floors"] for run in runs.values())]
     rows = {TRAINED: [run["test"] for run in runs.values()]}
     rows |= {name: [run["floors"][name] for run in runs.values()] for name in floors}
@@ -165,7 +172,7 @@ def summarise(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "runs": list(runs),
         "images": dict(first["images"]),
-        "splits": splits,
+        "tests": tests,
         "share": share,
         "test": {key: statistics(found, share) for key, found in values[TRAINED].items()},
         "floors": {name: {key: statistics(found, share) for key, found in values[name].items()} for name in floors},
@@ -210,13 +217,14 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary as a table of text."""
     rows = {TRAINED: summary["test"], **summary["floors"]}
     width = max(map(len, rows)) + 1
-    what = "all on the same folds: intervals are those of chance in training"
+    first = max(12, *(len(data.title_of(task)) for task in tasks_of(summary))) + 1
+    what = "all on the same test fold: intervals are those of chance in training"
     if summary["share"]:
         what = "intervals allow for shared training images"
     sizes = ", ".join(f"{fold} {count}" for fold, count in summary["images"].items())
     lines = [
         f"{len(summary['runs'])} runs, {sizes} images in the first; {what}",
-        f"{'':<{width + 13}}{'SROCC':>7}{'sd':>7}{'median':>8}{'95 % interval':>18}{'PLCC':>8}{'sd':>7}{'fitted':>8}"
+        f"{'':<{width + first}}{'SROCC':>7}{'sd':>7}{'median':>8}{'95 % interval':>18}{'PLCC':>8}{'sd':>7}{'fitted':>8}"
         f"{'KROCC':>7}{'RMSE':>7}",
     ]
     for task in tasks_of(summary):
@@ -226,7 +234,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
                 continue
             srocc, plcc, fitted, krocc, rmse = (found[f"{key}_{task}"] for key in MEASURES)
             lines.append(
-                f"{title:<12} {name.replace('_', ' '):<{width}}{srocc['mean']:>7.3f}{srocc['sd']:>7.3f}"
+                f"{title:<{first}}{name.replace('_', ' '):<{width}}{srocc['mean']:>7.3f}{srocc['sd']:>7.3f}"
                 f"{srocc['median']:>8.3f}{between(srocc['interval']):>18}{plcc['mean']:>8.3f}{plcc['sd']:>7.3f}"
                 f"{fitted['mean']:>8.3f}{krocc['mean']:>7.3f}{rmse['mean']:>7.3f}"
             )

@@ -50,8 +50,9 @@ class Base:
         return self.levels.get("c") or self.cosine
 
     def scores(self, known: Scores) -> dict[str, np.ndarray]:
-        """Embeddings -> ridge probes (logits) and zero-shot cosine "c": orders, not MOS units."""
-        found = {task: known["image"] @ weights + bias for task, (weights, bias) in self.images.items()}
+        """Embeddings -> ridge probes (label units) and zero-shot cosine "c", which is in no units."""
+        logits = {task: known["image"] @ weights + bias for task, (weights, bias) in self.images.items()}
+        found = {task: 1 / (1 + np.exp(-values)) for task, values in logits.items()}
         return {**found, "c": known["cos"]} if self.cosine else found
 
 
@@ -106,15 +107,23 @@ def in_mos_units(scores: Scores, examples: data.Examples) -> dict[str, np.ndarra
 
 
 def findings(scores: Scores, examples: data.Examples) -> dict[str, Any]:
-    """What is to be known of the test fold's scores (label units) beside agreement.
+    """What is to be known of the data, and of the test fold's scores (label units) beside agreement.
 
     Returns:
-        "certainty" and "generators" of one data set, empty for several; "sets": title -> "test" (agreement),
-        "certainty" and "generators" of each of several.
+        "images" (in each fold), "data_fingerprint", "test_digest" and "leakage" of the data; "certainty" and
+        "generators" of one data set, empty for several; "sets": title -> "test" (agreement), "certainty" and
+        "generators" of each of several.
     """
     in_mos = in_mos_units(scores, examples)
+    of_data = {
+        "images": {fold: len(examples.rows(fold)) for fold in data.FOLDS},
+        "data_fingerprint": examples.fingerprint,
+        "test_digest": examples.test_digest,
+        "leakage": data.leakage(examples),
+    }
     if len(examples.sets) == 1:
-        return {"certainty": certainty(in_mos, examples), "generators": generators(in_mos, examples), "sets": {}}
+        of_scores = {"certainty": certainty(in_mos, examples), "generators": generators(in_mos, examples)}
+        return {**of_data, **of_scores, "sets": {}}
     sets = {}
     for title, own_scores, own in parts(in_mos, "test", examples):
         sets[title] = {
@@ -122,7 +131,7 @@ def findings(scores: Scores, examples: data.Examples) -> dict[str, Any]:
             "certainty": certainty(own_scores, own),
             "generators": generators(own_scores, own),
         }
-    return {"certainty": {}, "generators": {}, "sets": sets}
+    return {**of_data, "certainty": {}, "generators": {}, "sets": sets}
 
 
 def certainty(in_mos: Scores, examples: data.Examples) -> dict[str, dict[str, Any]]:
@@ -176,18 +185,22 @@ def generators(in_mos: Scores, examples: data.Examples) -> dict[str, dict[str, A
         of the generators' mean predicted and mean human scores.
     """
     names = examples.table["group"].to_numpy()[examples.rows("test")]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for task in examples.scales:
         mos = examples.mos(task, "test")
         known = ~np.isnan(mos)
-        table = generator_table(in_mos[task][known], mos[known], names[known])
-        if len(table) > 1:
-            found[task] = {
-                "by_generator": table.to_dict("records"),
-                "worst": table["generator"].iloc[0],
-                "ranking": metrics.srocc(table["pred"], table["mos"]),
-            }
+        found |= by_generator(task, in_mos[task][known], mos[known], names[known])
     return found
+
+
+def by_generator(task: str, pred: np.ndarray, mos: np.ndarray, names: np.ndarray) -> dict[str, dict[str, Any]]:
+    """`generators` of one task: predictions, labels and the generator's name of each image (n,)."""
+    table = generator_table(pred, mos, names)
+    if len(table) < 2:
+        return {}
+    ranking = metrics.srocc(table["pred"], table["mos"])
+    rows = table.to_dict("records")
+    return {task: {"by_generator": rows, "worst": rows[0]["generator"], "ranking": ranking}}
 
 
 def floors(
@@ -277,6 +290,7 @@ def prediction_table(scores: Mapping[str, Scores], examples: data.Examples) -> p
             {
                 "row": rows,
                 "name": table["name"].to_numpy(),
+                "set": table["set"].to_numpy(),
                 "split": fold,
                 "prompt": table["prompt"].to_numpy(),
                 "generator": table["group"].to_numpy(),

@@ -25,7 +25,12 @@ def draw_demo(config: TrainingConfig) -> TrainingConfig:
 
 
 def read_examples(config: TrainingConfig) -> data.Examples:
-    """The data set, or sets, that the options name. Raises ValueError."""
+    """The data set, or sets, that the options name, split. Raises ValueError."""
+    return build(config, read_sources(config))
+
+
+def read_sources(config: TrainingConfig) -> list[data.Labelled]:
+    """The data sets that the options name. Raises ValueError."""
     extra = config.extra_score_names
     roots = iter(config.data_roots)
     given = {"q": config.mos_range_q, "c": config.mos_range_c}
@@ -41,10 +46,15 @@ def read_examples(config: TrainingConfig) -> data.Examples:
             raise ValueError(f"--extra_scores {name}: {config.dataset} has no such scores")
     if config.split_file and Path(config.split_file).exists():
         sources = fixed_splits(sources, Path(config.split_file))
+    return sources
+
+
+def build(config: TrainingConfig, sources: list[data.Labelled]) -> data.Examples:
+    """The data sets as one, split as the options say. Raises ValueError."""
     return data.build_examples(
         sources,
         split_by=[suitable_unit(source.title, source.table, config.split_by) for source in sources],
-        extra=extra,
+        extra=config.extra_score_names,
         test_size=config.test_size,
         val_size=config.val_size,
         seed=config.seed,

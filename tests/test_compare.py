@@ -34,7 +34,15 @@ def noisy(spread: float, seed: int) -> np.ndarray:
 
 def table_of(pred: Sequence[float] | np.ndarray, **columns: Any) -> pd.DataFrame:
     """The test fold's part of a predictions.csv with quality only, as a run without prompts has it."""
-    usual = {"name": NAMES, "split": "test", "prompt": "", "generator": "", "cluster": PROMPTS, "mos_quality": MOS}
+    usual = {
+        "name": NAMES,
+        "set": "csv",
+        "split": "test",
+        "prompt": "",
+        "generator": "",
+        "cluster": PROMPTS,
+        "mos_quality": MOS,
+    }
     empty = {"mos_align": np.nan, "pred_align": np.nan}
     return pd.DataFrame({**usual, "pred_quality": pred, **empty, **columns})
 
@@ -255,7 +263,7 @@ def test_unfinished_runs_and_other_folders_are_refused_by_name(run, refused, tmp
     assert "no such: no run folder" in refused(one, str(tmp_path / "no such"))
 
 
-@pytest.mark.parametrize("column", ["name", "split", "cluster"])
+@pytest.mark.parametrize("column", ["name", "set", "split", "cluster"])
 def test_a_table_of_an_older_version_is_refused_with_what_it_lacks(run, refused, column):
     one = run("one", table_of(MOS))
     path = Path(run("old", table_of(MOS))) / "predictions.csv"
@@ -296,7 +304,7 @@ def repeated(tmp_path) -> Callable[..., str]:
         summary = {
             "runs": list(runs),
             "images": images,
-            "splits": [f"{run} {images}" for run in runs],
+            "tests": [f"{run} {images}" for run in runs],
             "share": images["test"] / images["train"],
             "test": {**test, "main": {"values": [0.0] * len(runs)}},
         }
@@ -340,7 +348,7 @@ def test_repeated_runs_are_compared_on_the_scores_that_all_have(repeated, refuse
 def test_repeated_runs_on_other_splits_are_refused(repeated, refused, change):
     one = repeated("one", q=[0.1, 0.2, 0.3])
     other = repeated("other", q=[0.1, 0.2, 0.3], **change)
-    assert f"{other}: has other seeds, folds or images than {one}" in refused(one, other)
+    assert f"{other}: has other seeds, folds, images or scores than {one}" in refused(one, other)
 
 
 def test_unfinished_repeated_runs_and_single_ones_are_refused(repeated, run, refused):

@@ -184,7 +184,7 @@ def test_two_processes_train_as_one_does(runs, name):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_predict_as_one_does(runs, name):
     one, two = (pd.read_csv(folder / "predictions.csv") for folder in runs.folders[name])
-    words = ["name", "split", "prompt", "generator"]
+    words = ["name", "set", "split", "prompt", "generator"]
     assert two[words].equals(one[words])
     np.testing.assert_allclose(two.drop(columns=words), one.drop(columns=words), rtol=1e-4)
     first, second = (json.loads((folder / "results.json").read_text()) for folder in runs.folders[name])

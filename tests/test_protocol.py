@@ -42,7 +42,14 @@ def results_of(seed: int) -> dict[str, Any]:
 
     floors = {"mean": drawn(), "zero_shot_cosine": drawn("c")}
     test = {"loss": 0.5, **drawn()}
-    return {"images": IMAGES, "split_digest": str(seed), "test": test, "floors": floors, "seconds": 1.0}
+    return {
+        "images": IMAGES,
+        "data_fingerprint": "same",
+        "test_digest": str(seed),
+        "test": test,
+        "floors": floors,
+        "seconds": 1.0,
+    }
 
 
 class Trainer:
@@ -211,13 +218,13 @@ def test_a_protocol_that_was_stopped_while_it_overwrote_goes_on_with_the_new_opt
 
 
 def test_runs_on_the_same_folds_have_the_interval_of_independent_results(tmp_path):
-    runs = {f"seed{seed}": {**results_of(seed), "split_digest": "same"} for seed in range(4)}
+    runs = {f"seed{seed}": {**results_of(seed), "test_digest": "same"} for seed in range(4)}
     found = protocol.summarise(runs)
     values = [run["test"]["srocc_q"] for run in runs.values()]
     assert found["share"] == 0
     half = stats.t.ppf(0.975, 3) * stats.sem(values)
     assert found["test"]["srocc_q"]["interval"] == pytest.approx([np.mean(values) - half, np.mean(values) + half])
-    assert "all on the same folds" in protocol.summary_lines(found)[0]
+    assert "all on the same test fold" in protocol.summary_lines(found)[0]
 
 
 def test_several_runs_read_a_split_file_but_write_none(tmp_path):

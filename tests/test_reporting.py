@@ -426,7 +426,8 @@ def test_without_levels_heads_start_from_probe_and_cosine():
     assert base.levels == {} and base.quality is base.images["q"] and base.consistency is base.cosine
     found = base.scores(known["test"])
     assert list(found) == ["q", "c"]
-    np.testing.assert_allclose(found["q"], known["test"]["image"] @ base.images["q"][0] + base.images["q"][1])
+    logit = known["test"]["image"] @ base.images["q"][0] + base.images["q"][1]
+    np.testing.assert_allclose(found["q"], 1 / (1 + np.exp(-logit)))
     np.testing.assert_array_equal(found["c"], known["test"]["cos"])
     of_quality = examples_of(FOLDS, c=np.nan)
     base = reporting.fit_base(known, of_quality)
@@ -518,7 +519,7 @@ def test_predictions_are_listed_in_mos_units_with_what_is_known_of_each_image():
         for name in ("val", "train_eval", "test")
     }
     table = reporting.prediction_table(scores, examples)
-    texts = ["name", "split", "prompt", "generator", "cluster"]
+    texts = ["name", "set", "split", "prompt", "generator", "cluster"]
     pairs = [f"{side}_{score}" for score in ("quality", "align", "beauty", "authenticity") for side in ("mos", "pred")]
     assert list(table.columns) == [*texts, *pairs]
     assert table["name"].tolist() == examples.table["name"].tolist()

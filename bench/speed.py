@@ -1,7 +1,7 @@
 """baseline.py against bench/plain_loop.py: the same images, backbone, weights and crops, in turn, as a table.
 
-    python bench/compare.py --data_csv_path data/data.csv --image_base_dir data/images
-    python bench/compare.py --model ViT-L-14 --freeze_layers 18 --num_images 2982 --epochs 20
+    python bench/speed.py --data_csv_path data/data.csv --image_base_dir data/images
+    python bench/speed.py --model ViT-L-14 --freeze_layers 18 --num_images 2982 --epochs 20
 
 Each run is a process of its own. Times go from the first batch to the last prediction: caching, calibration,
 validation after every epoch and the test fold are in them, loading the program and the weights is not. Without a
@@ -79,14 +79,14 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         if case != "warm" or before != "freeze_clip":
             shutil.rmtree(folder / "cache", ignore_errors=True)
         if case == "warm" and before != "freeze_clip":
-            call("compare.py", "--run", *flags)  # fills the cache
+            call("speed.py", "--run", *flags)  # fills the cache
         before = case
         if CASES[case] not in yardstick and not args.ours_only:
             yardstick[CASES[case]] = call("plain_loop.py", *flags)
-        found = call("compare.py", "--run", *flags)
+        found = call("speed.py", "--run", *flags)
         rows.append(row(case, yardstick.get(CASES[case]), found, args))
         if found["on_gpu"] and case != "warm":
-            rows[-1] |= flop_columns(call("compare.py", "--count", *flags), found, args.epochs)
+            rows[-1] |= flop_columns(call("speed.py", "--count", *flags), found, args.epochs)
         print(pd.DataFrame(rows[-1:]).to_string(index=False), file=sys.stderr)
     setting = f"{args.model}, random weights, {args.num_images} images, {args.epochs} epochs"
     print(f"\n{found['device']}, torch {torch.__version__}; {setting}\n")
