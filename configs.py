@@ -292,7 +292,7 @@ class TrainingConfig:
         recommended="0.0-0.1",
     )
     loss: str = option(
-        "mse",
+        "mse+plcc",
         "loss",
         f"of {', '.join(LOSS_NAMES)}; several as in mse+0.5*plcc (kl and thurstone use the opinions' std)",
         metavar="EXPR",

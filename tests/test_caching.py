@@ -25,11 +25,13 @@ from safetensors.torch import load_file
 
 import backbones
 import baseline
+import caching
 import features
 import images
 import inputs
 import models
 import reporting
+from simple_statistics import simple_statistics
 
 EPOCHS, VIEWS, LAYERS = 2, 1, 22
 TOLERANCE = 1e-5
@@ -526,3 +528,32 @@ def test_two_runs_at_once_may_share_a_cache(dataset, train, computed, tmp_path):
     assert not computed
     for run in runs:
         assert_same(run, third, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+def test_statistics_are_those_of_all_pixels_however_small_an_image_is_decoded(tmp_path):
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(800, 700), (60, 50)]):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    files = images.check_images(sorted(tmp_path.glob("*.png")))
+    store = images.ImageStore(files, image_size=56, num_threads=1)
+    assert store.num_reduced == 1
+    found = caching.Statistics(store, None).of_all()
+    for row, file in zip(found, files, strict=True):
+        whole = images.as_tensor(images.decode(file.path, None))
+        np.testing.assert_allclose(row, simple_statistics(whole), rtol=1e-5)
+
+
+def test_statistics_of_a_cache_are_those_computed_and_each_is_computed_once(tmp_path, dataset, monkeypatch):
+    files = images.check_images([dataset.folder / name for name in dataset.table["name"][:6]])
+    store = images.ImageStore(files, image_size=112, num_threads=1)
+    expected = caching.Statistics(store, None).of_all()
+    cache = features.FeatureCache(tmp_path / "cache", 1e9)
+    first = caching.Statistics(store, cache)
+    first.observe(np.array([0, 2]), store.load([0, 2]))
+    np.testing.assert_allclose(first.of_all(), expected, rtol=1e-6)
+    monkeypatch.setattr(store, "load", None)  # nothing is left to decode
+    again = caching.Statistics(store, features.FeatureCache(tmp_path / "cache", 1e9))
+    np.testing.assert_allclose(again.of_all(), expected, rtol=1e-6)

@@ -358,3 +358,16 @@ def test_unfinished_repeated_runs_and_single_ones_are_refused(repeated, run, ref
     assert f"{Path(other) / 'summary.json'}: cannot be read" in refused(one, other)
     (Path(other) / "summary.json").unlink()
     assert f"{other}: no finished repeated runs" in refused(one, other)
+
+
+def test_joined_sets_are_compared_each_by_itself(run, capsys):
+    """Together they would show a difference that neither has: the sets' means differ."""
+    table = table_of(MOS)
+    half = len(table) // 2
+    joined = table.assign(set=["x"] * half + ["y"] * (len(table) - half))
+    found = compare.main([run("one", joined), run("other", joined)])
+    assert found["set"].tolist() == ["x", "x", "y", "y"] and found["images"].sum() == 2 * len(table)
+    for title, part in joined.groupby("set"):
+        expected = metrics.srocc(part["pred_quality"], part["mos_quality"])
+        assert found[found["set"] == title]["srocc"].tolist() == pytest.approx([expected] * 2)
+    assert "x quality" in capsys.readouterr().out

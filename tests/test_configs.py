@@ -79,7 +79,7 @@ DOCUMENTED = {
     "--w_exp": 0.1,
     "--use_explanations": False,
     "--label_smoothing": 0.0,
-    "--loss": "mse",
+    "--loss": "mse+plcc",
     "--epochs": 20,
     "--batch_size": 32,
     "--lr": 3e-05,
@@ -433,6 +433,28 @@ def test_too_few_or_too_many_values_are_refused(argv):
     [
         (["--freeze_clip", "--partial_freeze"], ["--freeze_clip", "--partial_freeze"]),
         (["--use_refinement"], ["--use_refinement", "--no_residual_learning"]),
+        (["--prompt_levels", "--no_residual_learning"], ["--prompt_levels", "--no_residual_learning"]),
+        (["--global_view"], ["--global_view", "--crops"]),
+        (["--test_crops", "4"], ["--test_crops", "--crops"]),
+        (["--kfold", "1"], ["--kfold 1"]),
+        (["--fold", "1"], ["--fold 1", "--kfold"]),
+        (["--kfold", "3", "--fold", "4"], ["--fold 4", "--kfold"]),
+        (["--kfold", "3", "--split_file", "folds.csv"], ["--kfold", "--split_file"]),
+        (["--split_file", "no/such/folder.csv"], ["--split_file no/such/folder.csv"]),
+        (["--dataset", ""], ["--dataset"]),
+        (["--dataset", "agiqa-3k"], ["--dataset agiqa-3k", "--data_root"]),
+        (["--dataset", "agiqa-3k,agiqa-3k", "--data_root", "a,b"], ["--dataset", "twice"]),
+        (["--dataset", "agiqa-3k,koniq-10k", "--data_root", "a"], ["--data_root", "2 folder(s)"]),
+        (["--dataset", "agiqa3k", "--data_root", "a"], ["--dataset agiqa3k", "agiqa-3k"]),
+        (
+            ["--dataset", "agiqa-3k,koniq-10k", "--data_root", "a,b", "--mos_range_q", "1", "5"],
+            ["--mos_range_q", "CSV"],
+        ),
+        *(
+            (["--extra_scores", name], [f"--extra_scores {name}"])
+            for name in ("q", "mos_align", "a b", "x_std", "fit_q")
+        ),
+        (["--extra_scores", "x,mos_x"], ["--extra_scores x,mos_x"]),
         (["--w_q", "0", "--w_c", "0"], ["--w_q", "--w_c"]),
         (["--test_size", "0.7", "--val_size", "0.3"], ["--test_size 0.7", "--val_size 0.3"]),
         (["--test_size", "0.9"], ["--test_size 0.9", "--val_size 0.1"]),

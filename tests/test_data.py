@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -884,3 +885,46 @@ def test_leaks_from_one_data_set_into_another_are_counted(make_dataset):
     examples = data.build_examples([labelled(table[:8], "one"), labelled(table[8:], "two")], **SPLIT)
     # Two data sets may call different images r0: references are compared within a set.
     assert data.leakage(examples) == {**NO_LEAK, "prompt": {"val": 1, "test": 1}, "content": {"val": 0, "test": 1}}
+
+
+# -- prompts that joined sets share
+
+
+def test_a_prompt_that_an_earlier_set_has_placed_keeps_its_fold_unless_the_set_brings_its_own():
+    placed: dict[str, str] = {}
+    table = pd.DataFrame({"prompt": ["a cat", "b", "", "c"], "split": ""})
+    first = data.follow_prompts(table, np.array(["train", "val", "test", "test"]), placed)
+    assert first.tolist() == ["train", "val", "test", "test"]
+    later = pd.DataFrame({"prompt": ["A  Cat", "c", "d", ""], "split": ""})
+    assert data.follow_prompts(later, np.array(["test", "train", "val", "train"]), dict(placed)).tolist() == (
+        ["train", "test", "val", "train"]
+    )
+    official = later.assign(split="test")
+    assert data.follow_prompts(official, np.array(["test"] * 4), dict(placed)).tolist() == ["test"] * 4
+
+
+def test_joined_sets_share_no_prompt_between_folds(make_dataset):
+    rows = [{"name": f"g_{i}.png", "prompt": f"p{i % 10}", "mos_quality": 1 + i / 30} for i in range(30)]
+    files = make_dataset(rows)
+    table = data.read_table(files.csv, files.images, data.Columns())
+    sources = [
+        data.Labelled(title=title, table=part.reset_index(drop=True), ranges={}, labels=b"")
+        for title, part in (("one", table[:30]), ("other", table[::-1]))
+    ]
+    examples = data.build_examples(sources, split_by="prompt", test_size=0.2, val_size=0.2, seed=1)
+    assert data.leakage(examples)["prompt"] == {"val": 0, "test": 0}
+    assert set(examples.only("other").folds) == set(data.FOLDS)
+
+
+def test_the_digest_of_the_test_fold_knows_its_images_and_scores_and_nothing_else(make_dataset):
+    examples = set_with_folds(make_dataset, list("aabbccdd"), FOLDS_OF_EIGHT)
+
+    def changed(row: int) -> str:
+        table = examples.table.copy()
+        table.loc[row, "q"] += 0.5
+        return replace(examples, table=table).test_digest
+
+    assert changed(0) == examples.test_digest != changed(7)
+    turned = replace(examples, table=examples.table[::-1].reset_index(drop=True), folds=examples.folds[::-1])
+    turned = replace(turned, files=examples.files[::-1])
+    assert turned.test_digest == examples.test_digest

@@ -380,3 +380,19 @@ def test_a_set_that_is_not_there_is_refused(runs, refused, tmp_path):
     assert f"{tmp_path / 'no.csv'}: no such file" in refused(*given, "--csv", str(tmp_path / "no.csv"))
     flags = ["--dataset", "spaq", "--data_root", str(tmp_path)]
     assert f"{tmp_path}: no label file of SPAQ here" in refused(*given, *flags)
+
+
+def test_prompts_that_a_run_has_seen_are_counted(run_that_saw):
+    run = run_that_saw()
+    prompts = pd.DataFrame({"prompt": ["Thing  0", "thing 1", ""], "split": ["train", "test", "val"]})
+    prompts.to_csv(Path(run) / "predictions.csv", index=False)
+    assert evaluation.prompts_seen_by(Path(run) / "best") == {"thing 0"}
+    _, lines = evaluation.evaluate(run, ["q"], labelled_set(), Model())
+    (said,) = [line for line in lines if "share their prompt" in line]
+    assert said.startswith(f"note: 3 of the {SIZE} others")
+
+
+def test_generators_of_few_images_are_no_floor():
+    mos = np.arange(16.0)
+    assert np.isnan(evaluation.generator_floor(mos, np.arange(16)))
+    assert evaluation.generator_floor(mos, np.repeat(["a", "b"], 8)) > 0.8
