@@ -218,8 +218,10 @@ class Statistics:
         """Compute those that are missing."""
         images = dict(zip(rows.tolist(), decoded, strict=True))
         wanted = self.missing(rows).tolist()
-        values = self.store.pool.map(lambda row: simple_statistics(self.whole(row, images[row])), wanted)
-        self.computed |= {self.store.files[row].digest: value for row, value in zip(wanted, values, strict=True)}
+        for (
+            row
+        ) in wanted:  # not in threads: each would start OpenMP threads of its own, which slow down all that follows
+            self.computed[self.store.files[row].digest] = simple_statistics(self.whole(row, images[row]))
 
     def whole(self, row: int, decoded: Tensor) -> Tensor:
         """An image in all its pixels: very large ones were decoded at a fraction."""
