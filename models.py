@@ -34,8 +34,6 @@ TOP = "ln_post|ln_final|proj|text_projection|head|norm|fc_norm|attn_pool|attnpoo
 # By depth of the image tower: ViT-B, and ViT-L/14 (at 336 pixels).
 RECOMMENDED_FREEZE_LAYERS = {12: "8-10", 24: "18-20 (20-22 at 336 pixels)"}
 EXTRA_PREFIX = "score_"
-# Gradients into CLIP: of all scores, or of all but one of the two.
-TASK_GRADIENTS = ("shared", "stop_q", "stop_c")
 # Five texts of quality, and of agreement with the prompt; the worst first.
 LEVEL_TEXTS = {
     "quality": [f"a photo of {level} quality" for level in ("bad", "poor", "fair", "good", "perfect")],
@@ -408,7 +406,7 @@ def build_model(
         extra: scores beside quality and consistency; each gets a head like that of quality.
         prompt_levels: the base terms are expectations over five texts.
         global_view: of several views the first is the whole image, and the only one that is compared with the prompt.
-        task_gradients: of TASK_GRADIENTS.
+        task_gradients: "shared", or "stop_q" or "stop_c", which keeps that score's gradient out of CLIP.
     """
     heads: ResidualHeads | PlainHeads
     of_extra: nn.Module

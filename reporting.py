@@ -324,9 +324,8 @@ def epoch_line(row: Mapping[str, float], epochs: int) -> str:
 
 def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
     """The test fold's scores beside the floors."""
-    rows = {"trained model": results["test"], **results["floors"]}
-    if results["sets"]:
-        rows |= {f"  on {title}": part["test"] for title, part in results["sets"].items()}
+    by_set = {f"  on {title}": part["test"] for title, part in results["sets"].items()}
+    rows = {"trained model": results["test"], **by_set, **results["floors"]}
     lines = [
         f"test fold: {len(examples.rows('test'))} images, weights of epoch {results['best_epoch']} of "
         f"{results['epochs']}, {results['seconds']:.0f} s in all",

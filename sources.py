@@ -13,8 +13,6 @@ import demo
 import labels
 from configs import TrainingConfig
 
-MIN_FOLD_COLUMNS = ("name", "split")
-
 
 def draw_demo(config: TrainingConfig) -> TrainingConfig:
     """Draw the demo set, unless that was done before; the config with the paths to it."""
@@ -93,8 +91,8 @@ def read_named_source(name: str, root: Path, given: dict[str, tuple[float, float
 
 def with_columns(source: data.Labelled, extra: list[str]) -> data.Labelled:
     """The same with a column for each extra score, empty where the data set has none."""
-    table = source.table.assign(**{name: float("nan") for name in extra if name not in source.table})
-    return data.Labelled(title=source.title, table=table, ranges=source.ranges, labels=source.labels)
+    missing = {name: float("nan") for name in extra if name not in source.table}
+    return replace(source, table=source.table.assign(**missing))
 
 
 def suitable_unit(title: str, table: pd.DataFrame, split_by: str) -> str:
@@ -107,7 +105,7 @@ def suitable_unit(title: str, table: pd.DataFrame, split_by: str) -> str:
 def fixed_splits(sources: list[data.Labelled], path: Path) -> list[data.Labelled]:
     """The same with the folds that a file gives by name. Raises ValueError."""
     raw = data.read_csv(path)
-    missing = [column for column in MIN_FOLD_COLUMNS if column not in raw.columns]
+    missing = [column for column in ("name", "split") if column not in raw.columns]
     if missing:
         raise ValueError(f"--split_file {path}: no column {missing[0]!r}; it must have name and split")
     names = raw["name"].str.strip()
@@ -123,6 +121,5 @@ def fixed_splits(sources: list[data.Labelled], path: Path) -> list[data.Labelled
             raise ValueError(f"--split_file {path}: {count} image(s) have no fold there, such as {prefix}{first}")
         if wrong := sorted(set(split) - set(data.FOLDS)):
             raise ValueError(f"--split_file {path}: split is {wrong[0]!r}, must be train, val or test")
-        table = source.table.assign(split=split)
-        found.append(data.Labelled(title=source.title, table=table, ranges=source.ranges, labels=source.labels))
+        found.append(replace(source, table=source.table.assign(split=split)))
     return found
