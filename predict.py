@@ -167,14 +167,16 @@ class Scorer:
         has_prompt = np.array([bool(text.strip()) for text in texts])
         if not has_prompt.any() and "q" not in self.scales:
             raise ValueError("this model was trained on consistency alone: give it prompts")
+        pixels = self.pixels(images, num_workers)
         feed = inputs.Feed(
-            pixels=self.pixels(images, num_workers),
+            pixels=pixels,
             device=self.runtime.device,
             targets={},
             prompts=self.text_table(texts) if has_prompt.any() or self.has_levels else None,
             num_ahead=self.runtime.num_ahead,
         )
-        order = inputs.BatchOrder(np.arange(len(images)), batch_size=batch_size)
+        at_once = max(1, batch_size // pixels.count(None))  # as many views as otherwise images
+        order = inputs.BatchOrder(np.arange(len(images)), batch_size=at_once)
         batches = reported(feed.batches(order), progress or (lambda num_images: None))
         alone = replace(self.runtime, rank=0, world=1)
         scores = engine.predict(self.model, batches, models.score_batch, runtime=alone)

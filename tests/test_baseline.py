@@ -212,6 +212,9 @@ def test_lora_trains_and_is_merged_into_plain_weights(train, demo_set):
         "--loss mse+0.5*plcc+rank+fidelity --label_smoothing 0.1 --scheduler cyclic",
         "--ema_decay 0.9 --gradient_accumulation_steps 3 --max_grad_norm 0 --amp bf16",
         "--no_calibration --layer_decay 0.7 --head_lr 1e-2 --split_by image",
+        "--crops 2 --test_crops 4 --global_view",
+        "--crops 1 --test_crops 3 --freeze_clip --no_partial_freeze",
+        "--prompt_levels --task_gradients stop_q --crops 1 --no_cache",
     ],
 )
 def test_every_kind_of_run_finishes_and_its_checkpoint_scores(train, demo_set, flags):
@@ -365,3 +368,31 @@ def test_results_tell_how_sure_they_are(finished):
         assert part["slope"] == pytest.approx(line["slope"], abs=1e-3)
         assert part["bias"] == pytest.approx(line["bias"], abs=1e-4)
         assert 0 <= part["within_prompt"]["accuracy"] <= 1 and part["within_prompt"]["pairs"] > 0
+
+
+def test_further_scores_of_joined_sets_are_trained_saved_and_reported(demo_set, tmp_path):
+    """The demo set as AGIQA-3K and as a CSV of one's own, which alone has a third score."""
+    table = pd.read_csv(demo_set[0])[["name", "prompt", "mos_quality", "mos_align"]]
+    agiqa = tmp_path / "agiqa"
+    agiqa.mkdir()
+    (agiqa / "images").symlink_to(demo_set[1])
+    table.assign(adj1="", adj2="", style="", std_quality=0.5, std_align=0.5).to_csv(agiqa / "data.csv", index=False)
+    own = table.assign(beauty=100 - 20 * table["mos_quality"])
+    own.to_csv(tmp_path / "own.csv", index=False)
+    flags = f"{SHORT} --epochs 1 --dataset agiqa-3k,csv --extra_scores beauty --loss mse+0.1*kl"
+    paths = ["--data_root", agiqa, "--data_csv_path", tmp_path / "own.csv", "--image_base_dir", demo_set[1]]
+    with pytest.raises(SystemExit):  # which has no spread of opinions
+        baseline.main([*shlex.split(flags), *map(str, paths), "--output_dir", str(tmp_path / "run")])
+    flags = flags.replace("--loss mse+0.1*kl", "")
+    results = baseline.main([*shlex.split(flags), *map(str, paths), "--output_dir", str(tmp_path / "run")])
+    assert set(results["sets"]) == {"agiqa-3k", "csv"}
+    assert "srocc_beauty" in results["test"] and "srocc_beauty" not in results["sets"]["agiqa-3k"]["test"]
+    for name in ("srocc_q", "plcc_c"):
+        both = [part["test"][name] for part in results["sets"].values()]
+        assert results["test"][name] == pytest.approx(np.mean(both))
+    assert results["leakage"]["prompt"] == {"val": 0, "test": 0}  # although every prompt is in both
+    expected = pd.read_csv(tmp_path / "run" / "predictions.csv").query("set == 'csv'").head(3)
+    images = [demo_set[1] / name.removeprefix("csv/") for name in expected["name"]]
+    scores = Scorer.load(tmp_path / "run").score(images, expected["prompt"].tolist(), clamp=False)
+    for column in ("pred_quality", "pred_align", "pred_beauty"):
+        np.testing.assert_allclose(scores[column], expected[column], atol=1e-3)
