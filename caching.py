@@ -218,9 +218,8 @@ class Statistics:
         """Compute those that are missing."""
         images = dict(zip(rows.tolist(), decoded, strict=True))
         wanted = self.missing(rows).tolist()
-        for (
-            row
-        ) in wanted:  # not in threads: each would start OpenMP threads of its own, which slow down all that follows
+        # Not in threads: each would start OpenMP threads of its own, which slow down all that follows.
+        for row in wanted:
             self.computed[self.store.files[row].digest] = simple_statistics(self.whole(row, images[row]))
 
     def whole(self, row: int, decoded: Tensor) -> Tensor:

@@ -50,21 +50,8 @@ GROUPS = {
 # Columns of the data that mean something else already.
 NOT_EXTRA = (
     *("name", "path", "prompt", "explanation", "q", "c", "q_std", "c_std", "split", "reference", "row", "group", "set"),
-    *(
-        "quality",
-        "align",
-        "images",
-        "generator",
-        "cluster",
-        "fit_q",
-        "fit_c",
-        "mos_quality",
-        "mos_align",
-        "rationale",
-        "image",
-        "cos",
-        "exp",
-    ),
+    *("quality", "align", "mos_quality", "mos_align", "images", "generator", "cluster"),  # of tables
+    *("fit_q", "fit_c", "rationale", "image", "cos", "exp"),  # of results and losses
 )
 
 # Facts about a place, not about an experiment: a saved config does not carry them into the next run.

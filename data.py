@@ -155,6 +155,12 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     return rows
 
 
+def columns_present(path: str | Path, columns: Sequence[str]) -> list[str]:
+    """Those of the columns that a CSV has. Raises ValueError."""
+    header = read_csv(path).columns
+    return [column for column in columns if column in header]
+
+
 @contextmanager
 def csv_errors(path: str | Path) -> Iterator[None]:
     """Turn what pandas raises for an unreadable CSV into a ValueError of one line."""
@@ -506,21 +512,6 @@ class Labelled:
     table: pd.DataFrame  # as `read_table` returns it
     ranges: Mapping[str, tuple[float, float] | None]  # task -> MOS scale; None or absent: that of the training fold
     labels: bytes  # stands for the label file
-
-
-def load_examples(
-    csv_path: str | Path,
-    image_dir: str | Path,
-    columns: Columns,
-    *,
-    ranges: Mapping[str, tuple[float, float] | None],
-    extra: Sequence[str] = (),
-    **options: Any,
-) -> Examples:
-    """Read a CSV and build a data set from it; `options` as `build_examples` takes them. Raises ValueError."""
-    table = read_table(csv_path, image_dir, columns, extra=extra)
-    labelled = Labelled(title="csv", table=table, ranges=ranges, labels=Path(csv_path).read_bytes())
-    return build_examples([labelled], extra=extra, **options)
 
 
 def named_table(found: pd.DataFrame, root: Path) -> pd.DataFrame:

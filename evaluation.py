@@ -41,11 +41,8 @@ def read_sets(
         raise ValueError(f"--image_dir {image_dir}: no such folder")
     tables = {name: data.named_table(labels.read_dataset(name, Path(root)), Path(root)) for name, root in named}
     if csv:
-        header = data.read_csv(csv).columns
-        wanted = [column for column in extra if column in header]
-        tables[csv if Path(csv).stem in tables else Path(csv).stem] = data.read_table(
-            csv, image_dir, columns, extra=wanted
-        )
+        title = csv if Path(csv).stem in tables else Path(csv).stem
+        tables[title] = data.read_table(csv, image_dir, columns, extra=data.columns_present(csv, extra))
     return [
         LabelledSet(title, table, [file.digest for file in check_images(table["path"].tolist())])
         for title, table in tables.items()

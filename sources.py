@@ -75,8 +75,7 @@ def read_csv_source(config: TrainingConfig, ranges: dict[str, tuple[float, float
     # Beside other data sets it may lack an extra score, alone it may not.
     extra = config.extra_score_names
     if len(config.dataset_names) > 1:
-        header = data.read_csv(config.data_csv_path).columns
-        extra = [name for name in extra if name in header]
+        extra = data.columns_present(config.data_csv_path, extra)
     table = data.read_table(config.data_csv_path, config.image_base_dir, columns, extra=extra)
     return data.Labelled(title="csv", table=table, ranges=ranges, labels=Path(config.data_csv_path).read_bytes())
 

@@ -27,6 +27,13 @@ def read(files, columns: data.Columns = USUAL, **options: Any) -> pd.DataFrame:
     return data.read_table(files.csv, files.images, columns, **options)
 
 
+def load(csv_path, image_dir, columns: data.Columns, *, ranges: dict[str, Any], **options: Any) -> data.Examples:
+    """A CSV as a data set; `options` as `data.build_examples` takes them."""
+    table = data.read_table(csv_path, image_dir, columns)
+    labelled = data.Labelled(title="csv", table=table, ranges=ranges, labels=csv_path.read_bytes())
+    return data.build_examples([labelled], **options)
+
+
 def refusal(function, *args: Any, **options: Any) -> str:
     """The one line that a call is refused with."""
     with pytest.raises(ValueError, match=r"\S") as caught:
@@ -206,7 +213,7 @@ def test_a_row_that_ends_early_has_empty_cells(make_dataset):
 def test_a_data_set_may_lack_one_score_which_is_then_no_task(make_dataset, task, column, empty):
     rows = [{key: "" if key == column else value for key, value in row.items()} for row in scored_rows()]
     files = make_dataset(rows, columns=None if empty else [key for key in COLUMNS if key != column])
-    examples = data.load_examples(files.csv, files.images, USUAL, **SPLIT, ranges=NO_RANGES)
+    examples = load(files.csv, files.images, USUAL, **SPLIT, ranges=NO_RANGES)
     other = "c" if task == "q" else "q"
     assert list(examples.scales) == list(examples.unit_targets) == list(examples.train_means) == [other]
     assert examples.table[task].isna().all() and not examples.table[other].isna().any()
@@ -642,7 +649,7 @@ def test_examples_hold_what_the_files_say(make_dataset):
     rows = scored_rows()
     rows[0]["mos_quality"] = ""
     files = make_dataset(rows)
-    examples = data.load_examples(files.csv, files.images, USUAL, **SPLIT, ranges={"q": (1.0, 5.0), "c": None})
+    examples = load(files.csv, files.images, USUAL, **SPLIT, ranges={"q": (1.0, 5.0), "c": None})
     assert sorted(np.concatenate([examples.rows(fold) for fold in data.FOLDS])) == list(range(len(rows)))
     assert examples.scales["q"] == data.LabelScale(1.0, 5.0)
     train = [rows[i]["mos_align"] for i in examples.rows("train")]
@@ -659,12 +666,12 @@ def test_examples_hold_what_the_files_say(make_dataset):
 def test_unreadable_images_are_found_while_reading_the_data_set(make_dataset):
     files = make_dataset(scored_rows())
     (files.images / "gen1_3.png").write_bytes(b"")
-    message = refusal(data.load_examples, files.csv, files.images, USUAL, **SPLIT, ranges=NO_RANGES)
+    message = refusal(load, files.csv, files.images, USUAL, **SPLIT, ranges=NO_RANGES)
     assert message == "1 of 24 images cannot be read: gen1_3.png (not an image)"
 
 
 def test_the_demo_set_is_a_data_set(demo_set):
-    examples = data.load_examples(*demo_set, USUAL, **SPLIT, ranges={"q": (1.0, 5.0), "c": (1.0, 5.0)})
+    examples = load(*demo_set, USUAL, **SPLIT, ranges={"q": (1.0, 5.0), "c": (1.0, 5.0)})
     assert len(examples.table) == 64 and examples.table["prompt"].nunique() == 8
     assert {fold: len(examples.rows(fold)) for fold in data.FOLDS} == {"train": 32, "val": 16, "test": 16}
     assert (examples.table["explanation"] != "").any() and examples.table["group"].nunique() == 8
@@ -702,7 +709,7 @@ def set_with_folds(
     for copy, original in (twins or {}).items():
         (files.images / f"g_{copy}.png").write_bytes((files.images / f"g_{original}.png").read_bytes())
     options = {"split_by": "prompt", "test_size": 0.2, "val_size": 0.1, "seed": 1, "ranges": {"q": None, "c": None}}
-    return data.load_examples(files.csv, files.images, data.Columns(), **options)
+    return load(files.csv, files.images, data.Columns(), **options)
 
 
 FOLDS_OF_EIGHT = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
