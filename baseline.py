@@ -14,8 +14,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import advice
 import backbones
 import caching
 import checkpoint
@@ -47,16 +48,21 @@ import models
 import protocol
 import reporting
 import sources
+import tracking
 from configs import TrainingConfig, one_line_errors, parse_args
 
-EVAL_ORDERS = ("train_eval", "val", "test")
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
 BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
 
 
-def run(config: TrainingConfig) -> dict[str, Any]:
+def run(
+    config: TrainingConfig, *, after_epoch: Callable[[Mapping[str, float]], None] = lambda row: None
+) -> dict[str, Any]:
     """Train as configured and return what `results.json` holds (empty under `dry_run`).
+
+    Args:
+        after_epoch: is given each row of `metrics.csv`, in every process; what it raises stops the run.
 
     Raises:
         ValueError: data or options that cannot work; nothing has been written then.
@@ -75,8 +81,9 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     feed, num_truncated = build_feed(config, examples, backbone, runtime)
     orders = build_orders(config, examples)
     num_steps = count_steps(config, examples)
-    notes = [f"{num_truncated} text(s) exceed CLIP's context length and were cut"] if num_truncated else []
-    runtime.say(plan(config, examples, backbone, model, feed, runtime, num_steps=num_steps, notes=notes))
+    runtime.say(plan(config, examples, backbone, model, feed, runtime, num_steps, num_truncated))
+    facts = gather_facts(config, examples, model, runtime, num_steps)
+    remarks = heed_advice(config, facts, runtime)
     if config.dry_run:
         return {}
     writer = checkpoint.RunFolder(folder, active=runtime.is_main)
@@ -90,7 +97,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     store = open_cache(config)
     statistics = caching.Statistics(feed.pixels.store, store)
     cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics)
-    known = {fold: predict(model, fold, models.embed_batch) for fold in EVAL_ORDERS}
+    known = {fold: predict(model, fold, models.embed_batch) for fold in orders if fold != "train"}
     base = reporting.fit_base(known, examples)
     if config.calibration and not config.init_from:
         set_base(model, base)
@@ -113,7 +120,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
         constant=never_trained(model, optimizer),
     )
 
-    with newest_best:
+    with open_trackers(config, writer) as trackers, newest_best:
         for epoch in range(1, config.epochs + 1):
             if enter_stage(config, model, examples, epoch, runtime):
                 cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics)
@@ -137,6 +144,7 @@ def run(config: TrainingConfig) -> dict[str, Any]:
             measured = runtime.agree(evaluate(scores, "val", examples, config))  # or processes might stop apart
             validated = {f"val_{name}": value for name, value in measured.items()}
             history.append({"epoch": epoch, **trained, **validated, "lr": lr, **progress.timing()})
+            trackers.log(history[-1], epoch)
             selection.append(validated[f"val_{config.select_by}"])
             runtime.say(reporting.epoch_line(history[-1], config.epochs))
             writer.csv("metrics.csv", pd.DataFrame(history))
@@ -145,25 +153,18 @@ def run(config: TrainingConfig) -> dict[str, Any]:
                 if runtime.is_main:
                     newest_best.keep(models.merged_state(average.weights))
             newest_best.flush_if_due()
-            if engine.should_stop(
-                selection, patience=config.early_stopping_patience, min_delta=config.early_stopping_min_delta
-            ):
-                runtime.say(f"no gain in {config.early_stopping_patience} epochs: stopped early")
+            after_epoch(history[-1])
+            if stops_early(config, selection, runtime):
                 break
 
     # The test fold's scores are looked at here, once, with the weights that validation has chosen.
-    best = models.merge_lora(average.weights)
-    if runtime.is_main:
-        best.load_state_dict(checkpoint.load_weights(folder / checkpoint.BEST_DIR)[1])
-    runtime.copy_weights(best)
-    predictions |= {fold: predict(best, fold) for fold in ("train_eval", "test")}
+    best = load_best(average.weights, folder, runtime)
+    predictions |= {fold: predict(best, fold) for fold in orders if fold not in ("train", "val")}
     results = {
         "best_epoch": engine.best_epoch(selection),
         "epochs": len(history),
-        **{fold: evaluate(predictions[fold], fold, examples, config) for fold in ("val", "test")},
-        "base": {fold: reporting.agreements(base.scores(known[fold]), fold, examples) for fold in ("val", "test")},
-        "floors": reporting.floors(examples, base, known, runtime.of_main(statistics.of_all)),
-        **reporting.findings(predictions["test"], examples),
+        **measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all)),
+        "advice": [asdict(remark) for remark in remarks],
         "seconds": round(time.perf_counter() - started, 3),
         "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
     }
@@ -174,15 +175,96 @@ def run(config: TrainingConfig) -> dict[str, Any]:
     return results
 
 
+def stops_early(config: TrainingConfig, selection: Sequence[float], runtime: engine.Runtime) -> bool:
+    """Whether the validation scores have stopped rising for as long as is allowed."""
+    patience = config.early_stopping_patience
+    is_over = engine.should_stop(selection, patience=patience, min_delta=config.early_stopping_min_delta)
+    if is_over:
+        runtime.say(f"no gain in {patience} epochs: stopped early")
+    return is_over
+
+
+def load_best(trained: models.ScoreModel, folder: Path, runtime: engine.Runtime) -> models.ScoreModel:
+    """The trained model with the weights of the epoch that validation has chosen."""
+    best = models.merge_lora(trained)
+    if runtime.is_main:
+        best.load_state_dict(checkpoint.load_weights(folder / checkpoint.BEST_DIR)[1])
+    runtime.copy_weights(best)
+    return best
+
+
+def measure(
+    config: TrainingConfig,
+    examples: data.Examples,
+    base: reporting.Base,
+    known: Mapping[str, reporting.Scores],
+    predictions: Mapping[str, reporting.Scores],
+    statistics: Callable[[], np.ndarray],
+) -> dict[str, Any]:
+    """What the scores of the folds are worth, as in `results.json`; nothing of the test fold under --no_test."""
+    found: dict[str, Any] = {fold: evaluate(predictions[fold], fold, examples, config) for fold in folds_read(config)}
+    found["base"] = {
+        fold: reporting.agreements(base.scores(known[fold]), fold, examples) for fold in folds_read(config)
+    }
+    found |= reporting.of_data(examples)
+    if not config.test:
+        return {**found, **{key: {} for key in ("test", "floors", "certainty", "generators", "sets")}}
+    floors = reporting.floors(examples, base, known, statistics())
+    return {**found, "floors": floors, **reporting.findings(predictions["test"], examples)}
+
+
+def folds_read(config: TrainingConfig) -> list[str]:
+    """The folds that scores are measured on."""
+    return ["val", "test"] if config.test else ["val"]
+
+
 def start(config: TrainingConfig) -> tuple[engine.Runtime, Path]:
     """Join the other processes, if any, and agree on the run folder. Raises ValueError for what cannot work."""
     runtime = engine.start_runtime(config.device, config.amp)
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
+    tracking.check_installed(tracker_names(config))
     folder = run_folder(config)
     if runtime.is_main:
         checkpoint.refuse_occupied(folder, overwrite=config.overwrite)
     return runtime, runtime.agree(folder)
+
+
+def tracker_names(config: TrainingConfig) -> list[str]:
+    """The trackers that are asked for."""
+    return ["tensorboard"] * config.tensorboard + ([config.tracker] if config.tracker else [])
+
+
+def open_trackers(config: TrainingConfig, writer: checkpoint.RunFolder) -> tracking.Trackers:
+    """What the scalars of every epoch are sent to, by the process that writes."""
+    return tracking.Trackers(tracker_names(config) if writer.active else [], writer.path, config.to_json())
+
+
+def gather_facts(
+    config: TrainingConfig, examples: data.Examples, model: models.ScoreModel, runtime: engine.Runtime, num_steps: int
+) -> advice.Facts:
+    """What advice and diagnosis go by."""
+    on_gpu = runtime.device.type != "cpu"
+    return advice.Facts(
+        num_train=len(examples.rows("train")),
+        num_val=len(examples.rows("val")),
+        num_blocks=len(models.staged_blocks(model.clip.visual)) or None,
+        num_parameters=sum(parameter.numel() for parameter in model.clip.parameters()),
+        tasks=tuple(examples.scales),
+        num_steps=num_steps,
+        free_memory=runtime.free_memory() * runtime.world if on_gpu else None,
+        bytes_per_image=models.activation_bytes(model.clip.visual, runtime.compute_dtype) * config.num_views_encoded,
+    )
+
+
+def heed_advice(config: TrainingConfig, facts: advice.Facts, runtime: engine.Runtime) -> list[advice.Remark]:
+    """Say what is unusual about the settings. Raises ValueError for any of it if --advice is strict."""
+    remarks = [] if config.advice == "off" else advice.advise(config, facts)
+    for remark in remarks:
+        runtime.say(f"advice    {remark}")
+    if remarks and config.advice == "strict":
+        raise ValueError(f"--advice strict: {len(remarks)} remark(s), see above; change what they name")
+    return remarks
 
 
 def start_model(
@@ -394,6 +476,7 @@ class Progress:
 
     def __init__(self, num_images: int, runtime: engine.Runtime) -> None:
         self.num_images = num_images
+        self.runtime = runtime
         self.started = time.perf_counter()
         self.bar = tqdm(total=num_images, unit="img", leave=False, disable=runtime.hide_progress)
         self.update = self.bar.update
@@ -406,10 +489,12 @@ class Progress:
         self.train_seconds = time.perf_counter() - self.started
 
     def timing(self) -> dict[str, float]:
-        """Training speed, and seconds since the epoch began."""
+        """Training speed, seconds since the epoch began and, on a GPU, the most memory that the run has taken."""
+        peak = self.runtime.peak_memory()
         return {
             "images_per_s": self.num_images / self.train_seconds,
             "seconds": time.perf_counter() - self.started,
+            **({"gpu_memory_gb": peak / 1e9} if peak else {}),
         }
 
 
@@ -527,7 +612,7 @@ def build_orders(config: TrainingConfig, examples: data.Examples) -> dict[str, i
     """Batches by name: "train" is augmented and shuffled; "train_eval", "val" and "test" are plain and in order."""
     evaluated = {
         name: inputs.BatchOrder(examples.rows(name.removesuffix("_eval")), batch_size=evaluation_batch(config))
-        for name in EVAL_ORDERS
+        for name in ("train_eval", *folds_read(config))
     }
     train = inputs.BatchOrder(examples.rows("train"), batch_size=config.batch_size, shuffle=True, seed=config.seed)
     return {"train": train, **evaluated}
@@ -648,7 +733,8 @@ def write_inputs(
     }
     writer.json(checkpoint.CONFIG_FILE, {**config.to_json(), "provenance": provenance})
     splits = pd.DataFrame({"name": examples.table["name"], "split": examples.folds})
-    writer.csv("splits.csv", splits.assign(digest=[file.digest for file in examples.files]))
+    found = {"digest": [file.digest for file in examples.files], "path": [str(file.path) for file in examples.files]}
+    writer.csv("splits.csv", splits.assign(**found))
     if config.split_file and runtime.is_main and not Path(config.split_file).exists():
         checkpoint.write_csv(Path(config.split_file), splits)
 
@@ -686,9 +772,8 @@ def plan(
     model: models.ScoreModel,
     feed: inputs.Feed[inputs.PixelSource],
     runtime: engine.Runtime,
-    *,
     num_steps: int,
-    notes: Sequence[str],
+    num_truncated: int,
 ) -> str:
     """What is about to be trained, in a few lines."""
     table = examples.table
@@ -715,7 +800,9 @@ def plan(
         ("images", feed.pixels.store.describe()),
         ("machine", runtime.describe()),
     ]
-    notes = [*data.leakage_notes(examples), *backbone.notes, *notes]
+    notes = [*data.leakage_notes(examples), *backbone.notes]
+    if num_truncated:
+        notes.append(f"{num_truncated} text(s) exceed CLIP's context length and were cut")
     if config.freeze_layers != TrainingConfig.freeze_layers and not config.partial_freeze:
         notes.append("--freeze_layers does nothing without --partial_freeze")
     if config.cache_views is not None and caches_nothing(config, model):
@@ -731,10 +818,20 @@ def plan(
     return "\n".join(f"{title:<10}{text}" for title, text in lines)
 
 
+def num_blocks(config: TrainingConfig) -> int | None:
+    """Depth of the image tower that the options name; None if it is not made of such blocks. Raises ValueError."""
+    if config.init_from:
+        clip = checkpoint.load_description(Path(config.init_from))["clip"]
+    else:
+        clip = backbones.resolve(config.clip_model, config.clip_pretrained).config
+    layers = clip["model_cfg"]["vision_cfg"].get("layers")
+    return layers if isinstance(layers, int) else None
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the command line and run; returns the results. Mistakes are one line and exit code 2."""
     with one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
-        config = parse_args(argv)
+        config = parse_args(argv, num_images=sources.count_training_images, num_blocks=num_blocks)
         if config.is_protocol:
             runtime = engine.start_runtime(config.device, config.amp)
             results = protocol.run_all(config, run, run_folder(config), runtime)

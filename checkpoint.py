@@ -11,7 +11,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "scorer.json"
 CONFIG_FILE = "config.json"
 INPUT_FILES = (CONFIG_FILE, "splits.csv")  # every run begins by writing these
-RUN_FILES = (*INPUT_FILES, "metrics.csv", RESULTS_FILE, "predictions.csv")
+RUN_FILES = (*INPUT_FILES, "metrics.csv", RESULTS_FILE, "predictions.csv", "report.html")
+RUN_FOLDERS = (BEST_DIR, "figures", "tensorboard")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn")
 
 
@@ -73,7 +75,8 @@ def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
 
 def prepare_run_folder(folder: Path) -> None:
     """Make the folder of a new run, without what an older run left in it. See `refuse_occupied`."""
-    shutil.rmtree(folder / BEST_DIR, ignore_errors=True)
+    for name in RUN_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
     for name in reversed(RUN_FILES):  # what tells that this is a run goes last
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,6 +186,16 @@ def weights_folder(folder: Path) -> Path:
     return folder / BEST_DIR if is_run else folder
 
 
+def load_description(folder: Path) -> dict[str, Any]:
+    """Read what describes the weights that `save_weights` wrote. Raises ValueError: no checkpoint, or a damaged one."""
+    folder = weights_folder(folder)
+    with damage_told(folder):
+        description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    if not isinstance(description, dict):
+        raise ValueError(f"{folder}: damaged checkpoint ({DESCRIPTION_FILE} is not a JSON object)")
+    return description
+
+
 def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """Read what `save_weights` wrote: its folder, weights and description. A run folder stands for the `best` in it.
 
@@ -190,18 +203,22 @@ def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
         ValueError: it is no checkpoint, or a damaged one.
     """
     folder = weights_folder(folder)
+    description = load_description(folder)
+    with damage_told(folder):
+        return folder, load_file(folder / WEIGHTS_FILE), description
+
+
+@contextmanager
+def damage_told(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint is read into a ValueError of one line."""
     try:
-        description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-        state = load_file(folder / WEIGHTS_FILE)
+        yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{folder}: not a checkpoint, {Path(error.filename or WEIGHTS_FILE).name} is missing"
         ) from None
     except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise ValueError(f"{folder}: damaged checkpoint ({error})") from None
-    if not isinstance(description, dict):
-        raise ValueError(f"{folder}: damaged checkpoint ({DESCRIPTION_FILE} is not a JSON object)")
-    return folder, state, description
 
 
 def environment() -> dict[str, Any]:

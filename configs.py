@@ -11,10 +11,11 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_type_hints
@@ -417,6 +418,13 @@ class TrainingConfig:
     )
 
     # meta
+    preset: str | None = option(
+        None,
+        "meta",
+        "settings by name, which flags override: small, medium, large (by the number of training images; auto counts "
+        "them), fast, balanced, max, quality, consistency; 'list' shows what each stands for",
+        metavar="NAME",
+    )
     output_dir: str | None = option(None, "meta", "run folder (default: runs/<time>-<short name>)", metavar="DIR")
     overwrite: bool = option(False, "meta", "replace the finished run in --output_dir")
     cache_dir: str = option(
@@ -425,6 +433,18 @@ class TrainingConfig:
     config: str | None = option(None, "meta", "start from a saved config.json; flags override it", metavar="FILE")
     demo: bool = option(False, "meta", "draw a demo set and train on it: works without data or network")
     dry_run: bool = option(False, "meta", "build everything, print the plan, train nothing")
+    test: bool = option(True, "meta", "leave the test fold unread: while settings are still being compared")
+    advice: str = option(
+        "print",
+        "meta",
+        "before training, compare the settings with what usually works; strict: refuse to train on any remark",
+        choices=("print", "strict", "off"),
+    )
+    report: bool = option(True, "meta", "write no report.html and no figures")
+    tensorboard: bool = option(False, "meta", "also write the scalars of every epoch to RUN/tensorboard")
+    tracker: str | None = option(
+        None, "meta", "also send settings and scalars to this tracker, if it is installed", choices=("wandb", "mlflow")
+    )
     device: str = option("auto", "meta", "where to compute", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
@@ -513,6 +533,81 @@ DEMO_SETTINGS: dict[str, Any] = {
     "mos_range_c": (1.0, 5.0),
 }
 
+# What --preset stands for. Each says how CLIP is frozen; `freeze_layers` is of 24 blocks and follows the model's depth.
+PRESET_DEPTH = 24
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "freeze_clip": True,
+        "residual_scale_q": 0.1,
+        "residual_scale_c": 0.1,
+        "epochs": 30,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "w_q": 0.5,
+        "w_c": 0.5,
+    },
+    "medium": {
+        "partial_freeze": True,
+        "freeze_layers": 18,
+        "residual_scale_q": 0.2,
+        "residual_scale_c": 0.2,
+        "epochs": 20,
+        "batch_size": 32,
+        "lr": 3e-5,
+        "w_q": 0.5,
+        "w_c": 0.5,
+    },
+    "large": {
+        "residual_scale_q": 0.3,
+        "residual_scale_c": 0.3,
+        "epochs": 15,
+        "batch_size": 64,
+        "lr": 3e-5,
+        "w_q": 0.5,
+        "w_c": 0.5,
+    },
+    "fast": {"freeze_clip": True, "epochs": 10, "batch_size": 64, "lr": 1e-3},
+    "max": {
+        "partial_freeze": True,
+        "freeze_layers": 20,
+        "residual_scale_q": 0.25,
+        "residual_scale_c": 0.25,
+        "epochs": 50,
+        "batch_size": 16,
+        "lr": 2e-5,
+        "w_q": 0.4,
+        "w_c": 0.6,
+    },
+    "quality": {
+        "partial_freeze": True,
+        "freeze_layers": 18,
+        "w_q": 0.7,
+        "w_c": 0.3,
+        "residual_scale_q": 0.3,
+        "residual_scale_c": 0.15,
+    },
+    "consistency": {
+        "partial_freeze": True,
+        "freeze_layers": 18,
+        "w_q": 0.3,
+        "w_c": 0.7,
+        "residual_scale_q": 0.15,
+        "residual_scale_c": 0.3,
+    },
+}
+PRESETS["balanced"] = PRESETS["medium"]
+PRESET_PURPOSES = {
+    "small": "below 1,000 training images",
+    "medium": "1,000 to 5,000 training images",
+    "large": "more than 5,000 training images",
+    "fast": "a first check, within minutes",
+    "balanced": "the usual compromise, the same as medium",
+    "max": "the most that time can buy",
+    "quality": "quality matters more",
+    "consistency": "consistency with the prompt matters more",
+}
+FREEZING = ("freeze_clip", "partial_freeze", "freeze_layers", "unfreeze_schedule", "lora_rank")
+
 
 @dataclass(frozen=True)
 class Option:
@@ -550,14 +645,25 @@ class Option:
             if self.metadata["choices"] and item not in self.metadata["choices"]:
                 raise ValueError(f"--{self.name} {item}: must be one of {', '.join(self.metadata['choices'])}")
 
+    def words(self, value: Any) -> list[str]:
+        """The flag and the value as words of a command line; none for a value that no flag can say (None)."""
+        if value is None:
+            return []
+        if self.kind is bool:
+            return [self.undo if value == self.default else self.flag]
+        return [f"--{self.name}", *map(str, value if self.pair else (value,))]
+
+    @property
+    def undo(self) -> str:
+        """The switch that brings the default back, which a saved config or the demo has changed."""
+        return "--use_" + self.flag.removeprefix("--no_") if self.default else "--no_" + self.name
+
     def add_to(self, parser: argparse._ArgumentGroup) -> None:
         """Add the flag; absent flags leave no trace in the namespace."""
         text = self.metadata["help"]
         if self.metadata["recommended"]:
             text += f" [recommended: {self.metadata['recommended']}]"
         if self.kind is bool:
-            # Both directions exist, so that a flag can undo what a saved config or the demo switched on.
-            undo = "--use_" + self.flag.removeprefix("--no_") if self.default else "--no_" + self.name
             parser.add_argument(
                 self.flag,
                 dest=self.name,
@@ -567,7 +673,7 @@ class Option:
                 help=f"{text} (default: off)",
             )
             parser.add_argument(
-                undo,
+                self.undo,
                 dest=self.name,
                 action="store_const",
                 const=self.default,
@@ -642,6 +748,10 @@ def parse_unfreeze_schedule(text: str) -> tuple[tuple[int, int], ...]:
 def check_together(config: TrainingConfig) -> None:
     """Rules between options. Raises ValueError."""
     parse_loss(config.loss)
+    if config.preset not in (None, "auto", *PRESETS):
+        near = difflib.get_close_matches(str(config.preset), ("auto", *PRESETS), n=1)
+        names = f"did you mean {near[0]}?" if near else f"must be auto, list, {', '.join(PRESET_PURPOSES)}"
+        raise ValueError(f"--preset {config.preset}: {names}")
     if config.freeze_clip and config.partial_freeze:
         raise ValueError("--freeze_clip and --partial_freeze exclude each other: choose one")
     check_data(config)
@@ -713,6 +823,8 @@ def check_data(config: TrainingConfig) -> None:
         raise ValueError(f"--fold {config.fold}: must be at most --kfold, which is {config.kfold}")
     if config.kfold and config.split_file:
         raise ValueError("--kfold draws its own splits: drop it, or --split_file")
+    if config.is_protocol and not config.test:
+        raise ValueError("--no_test: --repeats and --kfold are for measuring on test folds; drop one of the two")
 
 
 def derive_options() -> dict[str, Option]:
@@ -790,23 +902,106 @@ def load_options(path: str | Path) -> dict[str, Any]:
     }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
-    """Command line -> config. Precedence: flags, then --config, then --demo, then defaults.
+def preset_table() -> str:
+    """What each preset stands for, as a table of text."""
+    width = max(map(len, PRESET_PURPOSES)) + 2
+    lines: list[str] = []
+    for name, purpose in PRESET_PURPOSES.items():
+        lines += [f"{name:<{width}}{purpose}", f"{'':<{width}}{' '.join(flag_words(PRESETS[name], {}))}"]
+    depth = f"--freeze_layers is of {PRESET_DEPTH} blocks, and fewer for a CLIP that has fewer"
+    return "\n".join([*lines, f"{depth}. All else is the default; flags override."])
+
+
+def preset_by_size(num_images: int) -> str:
+    """The preset for so many training images."""
+    return "small" if num_images < 1000 else "medium" if num_images <= 5000 else "large"
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of both, those of `above` where both have them; who says how to freeze CLIP says all of it."""
+    if above.get("freeze_clip"):
+        below = {key: value for key, value in below.items() if key not in FREEZING}
+    elif any(above.get(name) for name in ("partial_freeze", "unfreeze_schedule", "lora_rank")):
+        below = {key: value for key, value in below.items() if key != "freeze_clip"}
+    return {**below, **above}
+
+
+def parse_args(
+    argv: Sequence[str] | None = None,
+    *,
+    num_images: Callable[[TrainingConfig], int] | None = None,
+    num_blocks: Callable[[TrainingConfig], int | None] | None = None,
+) -> TrainingConfig:
+    """Command line -> config. Precedence: flags, then --preset, then --config, then --demo, then defaults.
+
+    Args:
+        num_images: counts the training images, for --preset auto; without it, auto stays unresolved.
+        num_blocks: tells the depth of the CLIP, for the presets' --freeze_layers; without it, that of ViT-L.
 
     Raises:
         ValueError: an unknown flag, or a value that breaks its rule.
+        SystemExit: --help and --preset list have printed what was asked for.
     """
     parser = build_parser()
     flags = vars(parser.parse_args(argv))
     flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
+    if flags.get("preset") == "list":
+        print(preset_table())
+        raise SystemExit(0)
     saved = load_options(flags["config"]) if "config" in flags else {}
     is_demo = flags.get("demo", saved.get("demo", False))
     for name in ("data_csv_path", "image_base_dir", "dataset"):
         if is_demo and name in flags:
             ways = "drop it" if "demo" in flags else "add --no_demo (--config has it on)"
             raise ValueError(f"--demo draws its own data: {ways} or drop --{name}")
-    demo = DEMO_SETTINGS if is_demo else {}
-    return TrainingConfig(**{**demo, **saved, **flags})
+    below = DEMO_SETTINGS if is_demo else {}
+    if "preset" not in flags:  # a hand-written file may name one; it comes below what else the file says
+        below = with_preset(below, {**saved, **flags}, saved.get("preset"), num_images, num_blocks)
+    below = overlay(below, saved)
+    if "preset" in flags:
+        below = with_preset(below, flags, flags["preset"], num_images, num_blocks)
+    flags = {key: value for key, value in flags.items() if key != "preset"}
+    return TrainingConfig(**overlay(below, flags))
+
+
+def with_preset(
+    below: Mapping[str, Any],
+    above: Mapping[str, Any],
+    name: str | None,
+    num_images: Callable[[TrainingConfig], int] | None,
+    num_blocks: Callable[[TrainingConfig], int | None] | None,
+) -> dict[str, Any]:
+    """`below` with what the preset stands for, given the options `above` it. Raises ValueError; see `parse_args`."""
+    if name is None:
+        return dict(below)
+    plain = TrainingConfig(**overlay(below, {key: value for key, value in above.items() if key != "preset"}))
+    if name == "auto" and num_images:
+        name = preset_by_size(num_images(plain))
+    replace(plain, preset=name)  # says what is wrong with the name
+    settings = {**PRESETS.get(name, {}), "preset": name}
+    depth = num_blocks(plain) if num_blocks and "freeze_layers" in settings else None
+    if depth:
+        settings["freeze_layers"] = round(settings["freeze_layers"] * depth / PRESET_DEPTH)
+    return {**{key: value for key, value in below.items() if key not in FREEZING}, **settings}
+
+
+def flag_words(values: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """Flags and values of the options that differ from `base` or, where that has none, from the default."""
+    words: list[str] = []
+    for name, spec in OPTIONS.items():
+        if name in values and values[name] != base.get(name, spec.default):
+            words += spec.words(values[name])
+    return words
+
+
+def command_line(config: TrainingConfig, program: str = "baseline.py", **changes: Any) -> str:
+    """The shell command that runs `config` with `changes`, but for what belongs to one place (NOT_SAVED)."""
+    values = asdict(replace(config, preset=None, **changes))
+    base: dict[str, Any] = {"demo": False}
+    if config.demo:  # which draws its own data
+        base |= {**DEMO_SETTINGS, **{name: values[name] for name in ("data_csv_path", "image_base_dir")}}
+    values = {name: value for name, value in values.items() if name not in NOT_SAVED}
+    return shlex.join(["python", program, *flag_words(values, base)])
 
 
 def build_predict_parser() -> argparse.ArgumentParser:

@@ -104,6 +104,10 @@ class Runtime:
         pooled = gpu.memory_reserved(self.device) - gpu.memory_allocated(self.device)
         return gpu.mem_get_info(self.device)[0] + pooled
 
+    def peak_memory(self) -> float:
+        """The most bytes that this process has ever had on a GPU; 0 on a CPU."""
+        return 0 if self.device.type == "cpu" else torch.get_device_module(self.device).max_memory_reserved(self.device)
+
     def share(self, rows: np.ndarray) -> np.ndarray:
         """This process's part of a batch's rows: every `world`-th. One that gets none takes the first, uncounted."""
         own = rows[self.rank :: self.world]

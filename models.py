@@ -510,6 +510,19 @@ def num_stages(tower: nn.Module) -> int:
     return len(staged_blocks(tower)) + 1
 
 
+def activation_bytes(tower: nn.Module, dtype: torch.dtype) -> float:
+    """About how many bytes the trained blocks of an image tower keep for the backward pass of one image; 0 if unknown.
+
+    A block keeps about 17 values for each of N tokens and D channels where attention is fused: the inputs of its two
+    norms, four projections and activation, the largest of which are 4 D wide.
+    """
+    blocks = [block for block in staged_blocks(tower) if any(p.requires_grad for p in block.parameters())]
+    if not blocks:
+        return 0
+    num_tokens, width = cast(Any, tower).positional_embedding.shape
+    return 17 * len(blocks) * num_tokens * width * dtype.itemsize
+
+
 def stage_of(name: str, depth: int) -> int:
     """The stage (from 0) of a parameter, by its name within a tower that can be entered between `depth` blocks."""
     if depth == 0 or re.match(rf"({TOP})\b", name):

@@ -106,24 +106,26 @@ def in_mos_units(scores: Scores, examples: data.Examples) -> dict[str, np.ndarra
     return {task: scale.to_mos(scores[task]) for task, scale in examples.scales.items()}
 
 
-def findings(scores: Scores, examples: data.Examples) -> dict[str, Any]:
-    """What is to be known of the data, and of the test fold's scores (label units) beside agreement.
-
-    Returns:
-        "images" (in each fold), "data_fingerprint", "test_digest" and "leakage" of the data; "certainty" and
-        "generators" of one data set, empty for several; "sets": title -> "test" (agreement), "certainty" and
-        "generators" of each of several.
-    """
-    in_mos = in_mos_units(scores, examples)
-    of_data = {
+def of_data(examples: data.Examples) -> dict[str, Any]:
+    """What is to be known of the data: "images" (in each fold), "data_fingerprint", "test_digest" and "leakage"."""
+    return {
         "images": {fold: len(examples.rows(fold)) for fold in data.FOLDS},
         "data_fingerprint": examples.fingerprint,
         "test_digest": examples.test_digest,
         "leakage": data.leakage(examples),
     }
+
+
+def findings(scores: Scores, examples: data.Examples) -> dict[str, Any]:
+    """What is to be known of the test fold's scores (label units) beside agreement.
+
+    Returns:
+        "certainty" and "generators" of one data set, empty for several; "sets": title -> "test" (agreement),
+        "certainty" and "generators" of each of several.
+    """
+    in_mos = in_mos_units(scores, examples)
     if len(examples.sets) == 1:
-        of_scores = {"certainty": certainty(in_mos, examples), "generators": generators(in_mos, examples)}
-        return {**of_data, **of_scores, "sets": {}}
+        return {"certainty": certainty(in_mos, examples), "generators": generators(in_mos, examples), "sets": {}}
     sets = {}
     for title, own_scores, own in parts(in_mos, "test", examples):
         sets[title] = {
@@ -131,7 +133,7 @@ def findings(scores: Scores, examples: data.Examples) -> dict[str, Any]:
             "certainty": certainty(own_scores, own),
             "generators": generators(own_scores, own),
         }
-    return {**of_data, "certainty": {}, "generators": {}, "sets": sets}
+    return {"certainty": {}, "generators": {}, "sets": sets}
 
 
 def certainty(in_mos: Scores, examples: data.Examples) -> dict[str, dict[str, Any]]:
@@ -323,11 +325,12 @@ def epoch_line(row: Mapping[str, float], epochs: int) -> str:
 
 
 def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
-    """The test fold's scores beside the floors."""
+    """The test fold's scores beside the floors; the validation fold's if the test fold was left unread."""
+    fold, title = ("test", "test") if results["test"] else ("val", "validation")
     by_set = {f"  on {title}": part["test"] for title, part in results["sets"].items()}
-    rows = {"trained model": results["test"], **by_set, **results["floors"]}
+    rows = {"trained model": results[fold], **by_set, **results["floors"]}
     lines = [
-        f"test fold: {len(examples.rows('test'))} images, weights of epoch {results['best_epoch']} of "
+        f"{title} fold: {len(examples.rows(fold))} images, weights of epoch {results['best_epoch']} of "
         f"{results['epochs']}, {results['seconds']:.0f} s in all",
         *score_table(rows, list(examples.scales)),
         *certainty_lines(results["certainty"]),
@@ -336,13 +339,13 @@ def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
     for title, part in results["sets"].items():
         lines += [f"{title}: {line}" for line in certainty_lines(part["certainty"])]
     added = ", ".join(
-        f"{data.title_of(task)} {results['test'][key] - results['base']['test'][key]:+.3f}"
+        f"{data.title_of(task)} {results[fold][key] - results['base'][fold][key]:+.3f}"
         for task in examples.scales
         for key in [f"srocc_{task}"]
     )
     lines.append(f"SROCC added by training to what CLIP knew before (ridge probe, cosine): {added}")
-    if "main" in results["test"]:
-        lines.append(f"main score (mean of SROCC and PLCC): {results['test']['main']:.3f}")
+    if "main" in results[fold]:
+        lines.append(f"main score (mean of SROCC and PLCC): {results[fold]['main']:.3f}")
     return "\n".join(lines)
 
 

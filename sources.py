@@ -27,6 +27,19 @@ def read_examples(config: TrainingConfig) -> data.Examples:
     return build(config, read_sources(config))
 
 
+def count_training_images(config: TrainingConfig) -> int:
+    """About how many images the training fold will have, without looking at them. Raises ValueError."""
+    if config.demo:
+        return round(len(demo.plan_demo_set()) * (1 - config.test_size - config.val_size))
+    count = 0.0
+    for source in read_sources(config):
+        splits = source.table["split"]
+        test = 1 / config.kfold if config.kfold else config.test_size
+        share = 1 - test - config.val_size
+        count += (splits == "train").sum() if (splits != "").any() else len(splits) * share
+    return round(count)
+
+
 def read_sources(config: TrainingConfig) -> list[data.Labelled]:
     """The data sets that the options name. Raises ValueError."""
     extra = config.extra_score_names

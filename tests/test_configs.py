@@ -105,12 +105,18 @@ DOCUMENTED = {
     "--gradient_checkpointing": False,
     "--dynamic_batch_size": False,
     "--max_memory_usage": 0.9,
+    "--preset": None,
     "--output_dir": None,
     "--overwrite": False,
     "--cache_dir": ".cache",
     "--config": None,
     "--demo": False,
     "--dry_run": False,
+    "--no_test": True,
+    "--advice": "print",
+    "--no_report": True,
+    "--tensorboard": False,
+    "--tracker": None,
     "--device": "auto",
 }
 
@@ -207,7 +213,7 @@ def test_options_and_fields_are_the_same_and_each_has_a_group_and_help():
         spec.check(spec.default)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("config", "demo")])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("config", "demo", "preset")])
 def test_every_flag_sets_its_option_and_no_other(name):
     value = sample(name)
     assert value != OPTIONS[name].default
@@ -277,7 +283,7 @@ def test_the_demo_does_not_silently_ignore_data_that_was_named(name, tmp_path):
 
 
 def test_json_round_trip_keeps_every_option_but_facts_about_the_place(tmp_path):
-    clashing = {"partial_freeze", "unfreeze_schedule", "lora_rank", "split_file", "prompt_levels"}
+    clashing = {"partial_freeze", "unfreeze_schedule", "lora_rank", "split_file", "prompt_levels", "preset", "repeats"}
     config = TrainingConfig(**{name: sample(name) for name in OPTIONS if name not in clashing})
     assert set(config.to_json()) == set(OPTIONS)
     path = write_json(tmp_path, {**config.to_json(), "provenance": {"machine": "any"}})

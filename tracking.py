@@ -1,0 +1,120 @@
+"""Where the scalars of each epoch go beside metrics.csv: TensorBoard, Weights & Biases, MLflow."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+TENSORBOARD_DIR = "tensorboard"
+OF_SPEED = ("images_per_s", "data_wait", "seconds", "gpu_memory_gb")
+
+
+class Tracker(Protocol):
+    """One place that scalars go to."""
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        """Take the scalars (by tag) of a step."""
+
+    def close(self, *, failed: bool) -> None:
+        """Finish."""
+
+
+class TensorBoard:
+    """Event files in the run folder."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder / TENSORBOARD_DIR)
+        rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+        self.writer.add_text("settings", f"| option | value |\n|---|---|\n{rows}")
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+        self.writer.flush()  # a run that is being watched is why this is here
+
+    def close(self, *, failed: bool) -> None:
+        """See `Tracker`."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run at W&B, in the project of WANDB_PROJECT; offline if WANDB_MODE says so."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        wandb = importlib.import_module("wandb")
+        self.run = wandb.init(name=folder.name, dir=str(folder), config=dict(settings))
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        self.run.log(dict(scalars), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        """See `Tracker`."""
+        self.run.finish(exit_code=int(failed))
+
+
+class MLflow:
+    """A run at MLFLOW_TRACKING_URI, in the experiment of MLFLOW_EXPERIMENT_NAME."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.mlflow: Any = importlib.import_module("mlflow")
+        self.mlflow.start_run(run_name=folder.name)
+        self.mlflow.log_params(dict(settings))
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        self.mlflow.log_metrics({tag: float(value) for tag, value in scalars.items()}, step=step)
+
+    def close(self, *, failed: bool) -> None:
+        """See `Tracker`."""
+        self.mlflow.end_run("FAILED" if failed else "FINISHED")
+
+
+KINDS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[MLflow]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
+
+
+def check_installed(names: list[str]) -> None:
+    """Raise ValueError for a tracker (of KINDS) that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            flag = "--tensorboard" if name == "tensorboard" else f"--tracker {name}"
+            raise ValueError(f"{flag}: {name} is not installed; pip install {name}, or drop the flag")
+
+
+class Trackers:
+    """All trackers that were asked for, which may be none; they are told if the block is left by an error."""
+
+    def __init__(self, names: list[str], folder: Path, settings: Mapping[str, Any]) -> None:
+        self.trackers: list[Tracker] = [KINDS[name](folder, settings) for name in names]
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for tracker in self.trackers:
+            tracker.close(failed=error is not None)
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        """Send a row of metrics.csv, or "test_..." scores, as the scalars of an epoch."""
+        scalars = {tag_of(name): value for name, value in row.items() if name != "epoch"}
+        for tracker in self.trackers:
+            tracker.log(scalars, step)
+
+
+def tag_of(name: str) -> str:
+    """The column of a row as a tag in its section: "val_main" -> "val/main", "lr" -> "train/lr"."""
+    for fold in ("val", "test"):
+        if name.startswith(f"{fold}_"):
+            return f"{fold}/{name.removeprefix(f'{fold}_')}"
+    return f"{'speed' if name in OF_SPEED else 'train'}/{name}"
