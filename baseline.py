@@ -800,6 +800,8 @@ def plan(
         ("images", feed.pixels.store.describe()),
         ("machine", runtime.describe()),
     ]
+    if config.preset:
+        lines.insert(0, ("preset", f"{config.preset}; --preset list shows what that is"))
     notes = [*data.leakage_notes(examples), *backbone.notes]
     if num_truncated:
         notes.append(f"{num_truncated} text(s) exceed CLIP's context length and were cut")
