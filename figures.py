@@ -134,8 +134,8 @@ def chart(lines: Sequence[Line], ylabel: str, *, best: int | None = None, limit:
         ax.axvline(best, color=INK, alpha=FADED, linewidth=0.8, linestyle=":")
         at_end = best > np.mean(ax.get_xlim())
         words = f"epoch {best} kept " if at_end else f" epoch {best} kept"
-        at = {"ha": "right" if at_end else "left", "va": "bottom"}
-        ax.text(best, 1.01, words, transform=ax.get_xaxis_transform(), fontsize="small", alpha=0.75, **at)
+        note = ax.text(best, 1.01, words, transform=ax.get_xaxis_transform(), fontsize="small", alpha=0.75)
+        note.set_horizontalalignment("right" if at_end else "left")
     if max(map(abs, ax.get_ylim())) < 0.01:  # learning rates as 3e-05, without a factor above the axis
         ax.yaxis.set_major_formatter("{x:.4g}")
     ax.set(xlabel="epoch", ylabel=ylabel)

@@ -17,10 +17,10 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import jinja2
@@ -31,7 +31,6 @@ from PIL import Image, ImageOps
 
 import compare
 import figures
-import metrics
 from configs import NOT_SAVED, OPTIONS, OneLineParser, one_line_errors
 
 TEMPLATES = Path(__file__).resolve().parent / "assets" / "pages"
@@ -41,7 +40,7 @@ FIGURES_DIR = "figures"
 COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
 TITLES = {"q": "quality", "c": "consistency"}
 MEASURES = {"srocc": "SROCC", "plcc": "PLCC", "plcc_fit": "PLCC fitted", "krocc": "KROCC", "rmse": "RMSE, MOS"}
-RESULT_PARTS = {  # of results.json, without which there is nothing to show
+RESULT_PARTS: dict[str, type | tuple[type, ...]] = {  # of results.json, without which there is nothing to show
     **dict.fromkeys(("best_epoch", "epochs"), int),
     "seconds": (int, float),
     **dict.fromkeys(("val", "test", "base", "floors", "certainty", "generators", "leakage", "images", "sets"), dict),
@@ -135,9 +134,7 @@ def read_run(folder: Path) -> Run:
         results=results,
         epochs=epochs,
         predictions=predictions,
-        files={
-            name: (path, digest) for name, path, digest in zip(splits["name"], paths, splits["digest"], strict=True)
-        },
+        files=dict(zip(splits["name"], zip(paths, splits["digest"], strict=True), strict=True)),
     )
 
 
@@ -371,9 +368,8 @@ def about(options: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str
         how = f"{options.get('freeze_layers')} blocks frozen"
     how = "CLIP frozen" if options.get("freeze_clip") else how
     how += f", LoRA of rank {options['lora_rank']}" if options.get("lora_rank") else ""
-    return [
-        clip(word) for word in (data, weights, how, f"seed {options.get('seed')}", provenance.get("machine")) if word
-    ]
+    words = (data, weights, how, f"seed {options.get('seed')}", provenance.get("machine"))
+    return [clip(word) for word in words if word]
 
 
 def intervals_of(run: Run, task: str) -> dict[str, Sequence[float]]:
@@ -950,7 +946,8 @@ def differences_table(found: pd.DataFrame) -> Table:
 def differences_pictures(found: pd.DataFrame, pictures: Pictures) -> list[Picture]:
     """The differences in SROCC with their intervals, a picture for each score and data set."""
     drawn = []
-    for (score, title, best), rows in found.groupby(["score", "set", "best"], sort=False):
+    for key, rows in found.groupby(["score", "set", "best"], sort=False):
+        score, title, best = map(str, cast(tuple, key))
         known = rows[np.isfinite(rows["srocc_low"].astype(float))].head(MAX_GENERATORS)
         if known.empty:
             continue
@@ -960,11 +957,8 @@ def differences_pictures(found: pd.DataFrame, pictures: Pictures) -> list[Pictur
             for row in known.to_dict("records")
         ]
         figure = figures.estimates(estimates, f"SROCC minus that of {figures.shorten(best)}", zero=True)
-        drawn.append(
-            pictures.add(
-                f"difference-{name}", f"SROCC of {name}: difference to {best}, paired, with 95 % interval", figure
-            )
-        )
+        caption = f"SROCC of {name}: difference to {best}, paired, with 95 % interval"
+        drawn.append(pictures.add(f"difference-{name}", caption, figure))
     return drawn
 
 
@@ -1020,7 +1014,7 @@ def compare_folders(folders: Sequence[Path], out: Path) -> list[str]:
             out,
             "comparison.html.j2",
             title=f"{len(entries)} runs in {parent.name}",
-            table=table,
+            table=replace(table, head=table.head[:-1], rows=[row[:-1] for row in table.rows]),
             options=options_beside(entries),
             links=report_links(entries, out),
             curves=overlaid_curves(entries, pictures),
