@@ -16,7 +16,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,7 @@ NUM_EXAMPLES = 8  # worst, and best, images of each score
 THUMBNAIL = 160  # pixels of its longer side
 MAX_GENERATORS = 24  # drawn; the table has all
 MAX_COLOURED = 6  # runs in a chart of several; the others are grey
+LONGEST_REMARK = 1000  # characters of a part of one
 LONGEST_TEXT = 240  # characters of a prompt or name
 NOTHING = "–"  # for a value that does not exist
 
@@ -155,7 +156,7 @@ def read_csv(path: Path, folder: Path, columns: Sequence[str], *, texts: bool = 
     """A table of a run with at least these columns, empty cells as NaN. Raises ValueError."""
     kinds = str if texts else dict.fromkeys(("name", "set", "split", "prompt", "generator"), str)
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=["", "nan"] if not texts else [""], dtype=kinds)
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=kinds)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(missing(path, folder)) from None
     except (OSError, ValueError) as error:
@@ -174,6 +175,17 @@ def missing(path: Path, folder: Path) -> str:
         return f"{folder}: no finished repeated runs, {path.name} is missing"
     kind = "an unfinished run" if (folder / "config.json").exists() else "no run folder"
     return f"{folder}: {kind}, {path.name} is missing"
+
+
+@contextlib.contextmanager
+def as_written(folder: Path) -> Iterator[None]:
+    """Raise ValueError where a part of a folder's JSON files is missing or of another kind than this version writes."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        name = compare.SUMMARY_FILE if (folder / compare.PROTOCOL_FILE).exists() else "results.json"
+        kind = type(error).__name__
+        raise ValueError(f"{folder}: {name} is not as this version writes it ({kind}: {one_line(error)})") from error
 
 
 def one_line(error: Exception) -> str:
@@ -266,9 +278,9 @@ def between(interval: Sequence[float] | None, sign: str = "") -> str:
     return f"{number(interval[0], sign=sign)} … {number(interval[1], sign=sign)}" if interval else ""
 
 
-def value_text(value: object) -> str:
-    """An option's value as JSON, a text as it is."""
-    return clip(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+def value_text(value: object, longest: int = LONGEST_TEXT) -> str:
+    """An option's value as JSON, a text as it is; clipped."""
+    return clip(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), longest)
 
 
 def seconds_text(seconds: float) -> str:
@@ -290,7 +302,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"clip": clip, "number": number, "between": between, "value": value_text}
+    environment.filters |= {"clip": clip, "number": number, "between": between}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         text = environment.get_template(template).render(**content)
@@ -325,7 +337,8 @@ def write_report(folder: Path) -> Path:
     pictures = Pictures()
     is_repeated = (folder / compare.PROTOCOL_FILE).exists()
     with figures.style():
-        content = repeated_content(folder, pictures) if is_repeated else run_content(read_run(folder), pictures)
+        with as_written(folder):
+            content = repeated_content(folder, pictures) if is_repeated else run_content(read_run(folder), pictures)
         template = "repeated.html.j2" if is_repeated else "report.html.j2"
         write_page(folder / REPORT_FILE, template, title=folder.resolve().name, **content)
         write_pictures(folder / FIGURES_DIR, pictures.drawn)
@@ -342,8 +355,8 @@ def run_content(run: Run, pictures: Pictures) -> dict[str, Any]:
         "floors_picture": floors_picture(run, pictures),
         "certainty": certainty_table(run),
         "added": added_table(run),
-        "advice": listed(run.results.get("advice")),
-        "diagnosis": listed(run.results.get("diagnosis")),
+        "advice": remarks(run.results.get("advice"), ("flag", "value", "recommended", "why", "change")),
+        "diagnosis": remarks(run.results.get("diagnosis"), ("finding", "evidence", "proposal", "command")),
         "curves": curves(run, pictures),
         "agreement": agreement_pictures(run, pictures),
         "generators": generator_parts(run, pictures),
@@ -390,7 +403,7 @@ def headline(run: Run, task: str) -> dict[str, Any]:
     return {
         "title": title_of(task),
         "measures": {name: own.get(f"{name}_{task}") for name in MEASURES},
-        "intervals": intervals_of(run, task),
+        "intervals": {name: intervals_of(run, task).get(name) for name in ("srocc", "plcc")},
         "beside": beside,
     }
 
@@ -458,9 +471,13 @@ def added_table(run: Run) -> Table | None:
     return Table(["score", "measure", "before training", "after", "added"], rows, words=2) if rows else None
 
 
-def listed(found: object) -> list[dict[str, Any]]:
-    """The entries of a list of remarks; none if there is no such list."""
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+def remarks(found: object, parts: Sequence[str]) -> list[dict[str, str]]:
+    """The parts of each remark in words, "" where one has no such part; none if there is no list of them."""
+    entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    return [
+        {part: "" if entry.get(part) is None else value_text(entry[part], LONGEST_REMARK) for part in parts}
+        for entry in entries
+    ]
 
 
 def curves(run: Run, pictures: Pictures) -> list[Picture]:
@@ -1002,9 +1019,10 @@ def compare_folders(folders: Sequence[Path], out: Path) -> list[str]:
             raise ValueError(f"{folder}: is named twice")
     parent = common_parent(folders)
     # A folder inside another that is named too has a name of its own: relative to what they share.
-    entries = [
-        read_entry(folder, str(place.relative_to(parent))) for folder, place in zip(folders, places, strict=True)
-    ]
+    entries = []
+    for folder, place in zip(folders, places, strict=True):
+        with as_written(folder):
+            entries.append(read_entry(folder, str(place.relative_to(parent))))
     entries.sort(key=lambda entry: (entry.main is None, -(entry.main or 0.0), entry.name))
     table = comparison_table(entries)
     found, notes = paired_differences(entries)
