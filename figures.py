@@ -94,7 +94,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def blank(height: float, *, left: float = 0.72, right: float = 0.12, top: float = 0.3, bottom: float = 0.45) -> Axes:
+def blank(height: float, *, left: float = 0.76, right: float = 0.12, top: float = 0.3, bottom: float = 0.45) -> Axes:
     """Axes of a new figure; height and margins in inches, fixed since measuring text is slow."""
     figure = Figure(figsize=(WIDTH, height))
     return figure.add_axes((left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height))
@@ -136,8 +136,9 @@ def chart(lines: Sequence[Line], ylabel: str, *, best: int | None = None, limit:
         words = f"epoch {best} kept " if at_end else f" epoch {best} kept"
         note = ax.text(best, 1.01, words, transform=ax.get_xaxis_transform(), fontsize="small", alpha=0.75)
         note.set_horizontalalignment("right" if at_end else "left")
-    if max(map(abs, ax.get_ylim())) < 0.01:  # learning rates as 3e-05, without a factor above the axis
-        ax.yaxis.set_major_formatter("{x:.4g}")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if max(map(abs, ax.get_ylim())) < 0.01:  # learning rates as 3e-5, without a factor above the axis
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}".replace("e-0", "e-"))
     ax.set(xlabel="epoch", ylabel=ylabel)
     if legend_rows:
         ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.02 if best is None else 1.1), fontsize="small")

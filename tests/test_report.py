@@ -750,6 +750,18 @@ def test_a_chart_shows_its_numbers_and_the_epoch_that_was_kept():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3, 200])
+def test_epochs_are_whole_and_small_rates_are_written_out(epochs):
+    rates = np.linspace(3e-5, 1e-5, epochs)
+    with figures.style():
+        ax = figures.chart([figures.Line("", np.arange(1.0, epochs + 1), rates)], "learning rate", best=1).axes[0]
+        ticks = [text.get_text() for text in ax.get_xticklabels()]
+        written = [text.get_text() for text in ax.get_yticklabels()]
+    assert "1" in ticks or epochs == 200
+    assert all(tick.lstrip("\N{MINUS SIGN}").isdigit() for tick in ticks)
+    assert all(re.fullmatch(r"-?\d(\.\d+)?(e-[56])?", text) for text in written) and ax.get_legend() is None
+
+
 def test_residuals_count_every_image_and_mark_their_mean():
     off = noisy("q") - MOS["q"]
     with figures.style():
