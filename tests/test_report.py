@@ -348,6 +348,12 @@ def test_pictures_are_also_png_files_and_old_ones_go(run):
             assert image.format == "PNG" and image.width == figures.WIDTH * figures.PNG_DPI
 
 
+def test_the_policy_of_a_page_lets_nothing_in_from_outside(run, undrawn):
+    (policy,) = [str(meta["content"]) for meta in page_of(run).of("meta") if "http-equiv" in meta]
+    rules = dict(rule.split(maxsplit=1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:" and "script-src" not in rules
+
+
 def test_ids_are_unique_and_every_reference_has_its_target(run):
     page = page_of(run)
     ids = Counter(str(attrs["id"]) for _, attrs in page.tags if "id" in attrs)
@@ -784,11 +790,11 @@ def test_generators_keep_their_order_from_the_top():
 
 def test_drawing_leaves_matplotlibs_settings_alone_and_ignores_the_users():
     before = dict(matplotlib.rcParams)
-    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 30, "text.parse_math": True}):
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 30, "xtick.labelsize": 41}):
         with figures.style():
             svg = figures.to_svg(figures.generator_srocc(["a$b$"], np.array([0.5])), "x", "y")
         assert matplotlib.rcParams["font.size"] == 30
-    assert "a$b$" in svg and "font-size: 9.5px" in svg.replace("font: 9.5px", "font-size: 9.5px")
+    assert "a$b$" in svg and "41px" not in svg and "font-size: 9.5px" in svg.replace("font: 9.5px", "font-size: 9.5px")
     assert dict(matplotlib.rcParams) == before
 
 
