@@ -10,6 +10,7 @@ import html
 import importlib.util
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -73,7 +74,7 @@ def hand_over_names(files: gr.File | gr.Image) -> None:
         sent = payload.root if hasattr(payload, "root") else [payload] if payload else []
         return [Upload(file.orig_name or Path(file.path).name, Path(file.path)) for file in sent]
 
-    files.preprocess = uploads  # type: ignore[method-assign]
+    files.preprocess = uploads  # type: ignore[assignment, method-assign]
 
 
 @dataclass(frozen=True)
@@ -511,9 +512,9 @@ def build_look_tab(answers: Answers, event: Mapping[str, Any]) -> None:
             prompt = prompt_box("What the image should show. Without it: quality alone")
             grid = gr.Radio([4, 8, 12, 16], value=8, label="Patches per side: finer maps take longer")
             button = gr.Button("Show", variant="primary")
-            gr.HTML(LOOK_HELP, js_on_load=None)
         with gr.Column(scale=5, min_width=300):
             shown = gr.HTML(EMPTY["look"], js_on_load=None, elem_id="maps")
+            gr.HTML(LOOK_HELP, js_on_load=None)
     for trigger in (button.click, prompt.submit):
         trigger(answers.look, [image, prompt, grid], shown, **event)
 
@@ -572,6 +573,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         test = read_test_fold(Path(args.checkpoint))
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads: nobody else reads them, and they go when the page ends
         page = build_page(scorer, Path(folder), title=args.checkpoint, test=test, max_pixels=args.max_pixels)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are deleted then too
         address = serve(page, args.host, args.port)
         print(f"{address}   Ctrl-C ends it", flush=True)
         try:
