@@ -30,7 +30,9 @@ if __name__ == "__main__":
         parse_app_args()
         if importlib.util.find_spec("gradio") is None:
             raise ValueError("app.py needs Gradio: pip install -r requirements-extra.txt")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio asks for it while it is imported
+    # Both are read while Gradio is imported. Uploads: nobody else reads them, and they go when the program ends.
+    uploads_folder = tempfile.TemporaryDirectory(prefix="image-scores-")
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads_folder.name}
 
 import gradio as gr
 import numpy as np
@@ -567,12 +569,12 @@ def serve(page: gr.Blocks, host: str, port: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page of the checkpoint that the command line names until Ctrl-C ends it."""
-    with one_line_errors(), tempfile.TemporaryDirectory(prefix="image-scores-") as folder:
+    with one_line_errors():
         args = parse_app_args(argv)
         scorer = Scorer.load(args.checkpoint, device=args.device)
         test = read_test_fold(Path(args.checkpoint))
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads: nobody else reads them, and they go when the page ends
-        page = build_page(scorer, Path(folder), title=args.checkpoint, test=test, max_pixels=args.max_pixels)
+        folder = Path(gr.utils.get_upload_folder())
+        page = build_page(scorer, folder, title=args.checkpoint, test=test, max_pixels=args.max_pixels)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are deleted then too
         address = serve(page, args.host, args.port)
         print(f"{address}   Ctrl-C ends it", flush=True)
