@@ -69,6 +69,10 @@ LAYOUT |= {
         4, names("configs checkpoint data engine evaluation backbones models images inputs parts reporting")
     ),
 }
+LAYOUT |= {
+    "explain": Place(5, names("images predict reporting"), outside=names("numpy pandas PIL")),
+    "app": Place(6, names("checkpoint configs data explain images predict reporting")),
+}
 HANDS_OVER = {("data", "describe")}  # what a file's last lines may call, being the name of a program
 FREE_OF_TORCH = ["configs", "advice", "metrics", "demo", "calibration", "figures", "report"]
 LONGEST = 60  # lines of a function, docstring included
