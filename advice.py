@@ -173,7 +173,7 @@ def on_batch(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
         )
         ways = "--gradient_checkpointing or (in one process) --dynamic_batch_size"
         yield Remark(flag, str(size), f"at most {max(1, fitting)}", why, ways)
-    elif size < 16 and fitting >= 32 and facts.num_train >= 32 * 20:
+    elif size < 16 and fitting >= 32 and facts.num_train >= 32 * parts * 20:
         why = f"memory suffices for about {fitting}, and larger batches are faster and steadier"
         yield Remark(flag, str(size), "16 to 64", why, f"{flag} 32")
 
@@ -212,8 +212,8 @@ def on_validation(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
     if facts.num_val >= MIN_VAL:
         return
     why = f"the best epoch is chosen by {facts.num_val} image(s), which is mostly chance"
-    # Rounded up to a step of 0.05, with some room because whole prompts are drawn.
-    needed = math.ceil(22 * config.val_size * MIN_VAL / max(1, facts.num_val)) / 20
+    # Of the images without the test fold, and rounded up to 0.05: some room, because whole prompts are drawn.
+    needed = math.ceil(20 * MIN_VAL / max(1, facts.num_train + facts.num_val)) / 20
     can = facts.draws_val and needed <= 0.3 and needed + config.test_size <= 0.6
     change = f"--val_size {needed:g}" if can else "more images for validation"
     yield Remark("--val_size", f"{config.val_size:g}", f"{MIN_VAL} images or more", why, change)
