@@ -46,6 +46,7 @@ import inputs
 import losses
 import models
 import protocol
+import report
 import reporting
 import sources
 import tracking
@@ -172,8 +173,15 @@ def run(
     writer.csv("predictions.csv", reporting.prediction_table(predictions, examples))
     writer.json(checkpoint.RESULTS_FILE, results)
     runtime.say(reporting.results_table(results, examples))
+    write_report(config, folder, runtime)
     runtime.say(f"run folder: {folder}")
     return results
+
+
+def write_report(config: TrainingConfig, folder: Path, runtime: engine.Runtime) -> None:
+    """Write the page of a finished run, or of repeated ones, unless it is not wanted."""
+    if config.report and runtime.is_main:
+        report.write_report(folder)
 
 
 def stops_early(config: TrainingConfig, selection: Sequence[float], runtime: engine.Runtime) -> bool:
@@ -802,6 +810,8 @@ def plan(
         ("images", feed.pixels.store.describe()),
         ("machine", runtime.describe()),
     ]
+    if config.preset:
+        lines.insert(0, ("preset", f"{config.preset}; --preset list shows what that is"))
     notes = [*data.leakage_notes(examples), *backbone.notes]
     if num_truncated:
         notes.append(f"{num_truncated} text(s) exceed CLIP's context length and were cut")
@@ -835,8 +845,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
         config = parse_args(argv, num_images=sources.count_training_images, num_blocks=num_blocks)
         if config.is_protocol:
-            runtime = engine.start_runtime(config.device, config.amp)
-            results = protocol.run_all(config, run, run_folder(config), runtime)
+            runtime, folder = engine.start_runtime(config.device, config.amp), run_folder(config)
+            results = protocol.run_all(config, run, folder, runtime)
+            if results:
+                write_report(config, folder, runtime)
         else:
             results = run(config)
         engine.stop_runtime()

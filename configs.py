@@ -926,6 +926,8 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         below = {key: value for key, value in below.items() if key not in FREEZING}
     elif any(above.get(name) for name in ("partial_freeze", "unfreeze_schedule", "lora_rank")):
         below = {key: value for key, value in below.items() if key != "freeze_clip"}
+    elif above.get("partial_freeze") is False:
+        below = {key: value for key, value in below.items() if key != "freeze_layers"}
     return {**below, **above}
 
 

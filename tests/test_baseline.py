@@ -27,6 +27,7 @@ from configs import parse_args
 from predict import Scorer
 
 RUN_FILES = {"config.json", "splits.csv", "metrics.csv", "results.json", "predictions.csv", "best"}
+REPORT_FILES = {"report.html", "figures"}
 TINY = "--clip_model tiny --clip_pretrained none --image_size 112"
 SHORT = f"{TINY} --partial_freeze --freeze_layers 22 --epochs 3 --lr 1e-3 --batch_size 16"
 
@@ -64,7 +65,7 @@ def untrained(folder: Path) -> models.ScoreModel:
 
 def test_a_run_writes_exactly_its_files_and_the_loss_falls(finished):
     folder, results = finished
-    assert {item.name for item in folder.iterdir()} == RUN_FILES
+    assert {item.name for item in folder.iterdir()} == RUN_FILES | REPORT_FILES
     assert {item.name for item in (folder / "best").iterdir()} == {"model.safetensors", "scorer.json"}
     history = pd.read_csv(folder / "metrics.csv")
     assert history["epoch"].tolist() == [1, 2, 3]

@@ -59,6 +59,8 @@ LAYOUT = {
     "protocol": Place(
         3, names("checkpoint compare configs data engine metrics reporting"), outside=names("numpy pandas")
     ),
+    "figures": Place(1, names("metrics"), outside=names("matplotlib numpy")),
+    "report": Place(2, names("compare configs figures metrics"), outside=names("jinja2 matplotlib numpy pandas PIL")),
     "evaluation": Place(3, names("checkpoint data images labels metrics reporting"), outside=names("numpy pandas")),
 }
 LAYOUT |= {
@@ -68,7 +70,7 @@ LAYOUT |= {
     ),
 }
 HANDS_OVER = {("data", "describe")}  # what a file's last lines may call, being the name of a program
-FREE_OF_TORCH = ["configs", "advice", "metrics", "demo", "calibration"]
+FREE_OF_TORCH = ["configs", "advice", "metrics", "demo", "calibration", "figures", "report"]
 LONGEST = 60  # lines of a function, docstring included
 LONGEST_RUN = 120  # lines of baseline.run, the one visible path
 KNOWS_CUDA = {("engine", "start_runtime")}  # beside the choices of --device, which are in configs
