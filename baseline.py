@@ -169,6 +169,7 @@ def run(
         "seconds": round(time.perf_counter() - started, 3),
         "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
     }
+    trackers.finish({f"test_{name}": value for name, value in results["test"].items()}, len(history))
     writer.csv("predictions.csv", reporting.prediction_table(predictions, examples))
     writer.json(checkpoint.RESULTS_FILE, results)
     runtime.say(reporting.results_table(results, examples))
@@ -262,6 +263,7 @@ def gather_facts(
         num_steps=num_steps,
         free_memory=runtime.free_memory() * runtime.world if on_gpu else None,
         bytes_per_image=models.activation_bytes(model.clip.visual, runtime.compute_dtype) * config.num_views_encoded,
+        draws_val="val" not in set(examples.table["split"]),
     )
 
 

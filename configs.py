@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_type_hints
@@ -654,7 +655,9 @@ class Option:
             return []
         if self.kind is bool:
             return [self.undo if value == self.default else self.flag]
-        return [f"--{self.name}", *map(str, value if self.pair else (value,))]
+        if self.pair:  # argparse takes "-0.00001" for a number, "-1e-05" for a flag
+            return [f"--{self.name}", *(f"{Decimal(str(item)):f}" if item < 0 else str(item) for item in value)]
+        return [f"--{self.name}={value}"] if str(value).startswith("-") else [f"--{self.name}", str(value)]
 
     @property
     def undo(self) -> str:
@@ -752,8 +755,8 @@ def check_together(config: TrainingConfig) -> None:
     """Rules between options. Raises ValueError."""
     parse_loss(config.loss)
     if config.preset not in (None, "auto", *PRESETS):
-        near = difflib.get_close_matches(str(config.preset), ("auto", *PRESETS), n=1)
-        names = f"did you mean {near[0]}?" if near else f"must be auto, list, {', '.join(PRESET_PURPOSES)}"
+        near = difflib.get_close_matches(config.preset, ("auto", *PRESETS), n=1)
+        names = f"did you mean {near[0]}?" if near else f"must be auto, {', '.join(PRESET_PURPOSES)} (list shows them)"
         raise ValueError(f"--preset {config.preset}: {names}")
     if config.freeze_clip and config.partial_freeze:
         raise ValueError("--freeze_clip and --partial_freeze exclude each other: choose one")
@@ -879,7 +882,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_options(path: str | Path) -> dict[str, Any]:
-    """Read options from a saved config.json, or a hand-written one with any of its keys.
+    """Read options from a saved config.json, or a hand-written one with any of its keys; null says nothing.
 
     Raises:
         ValueError: the file is missing, is not a JSON object, or has a key that is no option.
@@ -901,7 +904,7 @@ def load_options(path: str | Path) -> dict[str, Any]:
     return {
         key: tuple(value) if OPTIONS[key].pair and isinstance(value, list) else value
         for key, value in saved.items()
-        if key not in NOT_SAVED
+        if key not in NOT_SAVED and not (value is None and OPTIONS[key].optional)
     }
 
 
@@ -960,13 +963,11 @@ def parse_args(
             ways = "drop it" if "demo" in flags else "add --no_demo (--config has it on)"
             raise ValueError(f"--demo draws its own data: {ways} or drop --{name}")
     below = DEMO_SETTINGS if is_demo else {}
-    if "preset" not in flags:  # a hand-written file may name one; it comes below what else the file says
-        below = with_preset(below, {**saved, **flags}, saved.get("preset"), num_images, num_blocks)
+    preset, own = flags.pop("preset", None), saved.pop("preset", None)
+    if preset is None:  # a file may name one, which comes below what else the file says
+        below = with_preset(below, overlay(saved, flags), own, num_images, num_blocks)
     below = overlay(below, saved)
-    if "preset" in flags:
-        below = with_preset(below, flags, flags["preset"], num_images, num_blocks)
-    flags = {key: value for key, value in flags.items() if key != "preset"}
-    return TrainingConfig(**overlay(below, flags))
+    return TrainingConfig(**overlay(with_preset(below, flags, preset, num_images, num_blocks), flags))
 
 
 def with_preset(
@@ -979,15 +980,16 @@ def with_preset(
     """`below` with what the preset stands for, given the options `above` it. Raises ValueError; see `parse_args`."""
     if name is None:
         return dict(below)
-    plain = TrainingConfig(**overlay(below, {key: value for key, value in above.items() if key != "preset"}))
+    below = {key: value for key, value in below.items() if key not in FREEZING}
+    plain = TrainingConfig(**overlay(below, above))
     if name == "auto" and num_images:
         name = preset_by_size(num_images(plain))
     replace(plain, preset=name)  # says what is wrong with the name
     settings = {**PRESETS.get(name, {}), "preset": name}
-    depth = num_blocks(plain) if num_blocks and "freeze_layers" in settings else None
+    depth = num_blocks(plain) if num_blocks and "freeze_layers" in settings and "freeze_layers" not in above else None
     if depth:
         settings["freeze_layers"] = round(settings["freeze_layers"] * depth / PRESET_DEPTH)
-    return {**{key: value for key, value in below.items() if key not in FREEZING}, **settings}
+    return {**below, **settings}
 
 
 def flag_words(values: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
@@ -1000,7 +1002,10 @@ def flag_words(values: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
 
 
 def command_line(config: TrainingConfig, program: str = "baseline.py", **changes: Any) -> str:
-    """The shell command that runs `config` with `changes`, but for what belongs to one place (NOT_SAVED)."""
+    """The shell command that runs `config` with `changes`, but for what belongs to one place (NOT_SAVED).
+
+    No flag says None where the demo has a value, and `parse_args` never yields that.
+    """
     values = asdict(replace(config, preset=None, **changes))
     base: dict[str, Any] = {"demo": False}
     if config.demo:  # which draws its own data
