@@ -106,7 +106,8 @@ def test_a_sweep_makes_its_runs_and_ends_with_one_table_of_them(name, demo_set, 
 def test_the_ablation_crosses_freezing_heads_and_loss(tmp_path):
     stand_in = tmp_path / "python"  # writes down the flags of each run and calls it finished
     stand_in.write_text(
-        '#!/usr/bin/env bash\nset -e\nif [ "$(basename "$1")" = report.py ]; then echo "table of $(($# - 1))"; exit; fi\n'
+        "#!/usr/bin/env bash\nset -e\n"
+        'if [ "$(basename "$1")" = report.py ]; then echo "table of $(($# - 1))"; exit; fi\n'
         'echo "${@:2}" >>calls\nfolder=$(sed "s/.*--output_dir \\([^ ]*\\).*/\\1/" <<<"$*")\n'
         'mkdir -p "$folder" && touch "$folder/results.json"\n'
     )
