@@ -367,7 +367,8 @@ def test_more_validation_is_advised_only_where_it_can_be_had(config, facts, chan
 
 # -- in a run
 
-RUN = "--clip_model tiny --clip_pretrained assets --image_size 112 --freeze_clip --epochs 1 --lr 0.5 --no_cache"
+TINY = "--clip_model tiny --clip_pretrained assets --image_size 112"
+RUN = f"{TINY} --freeze_clip --epochs 1 --lr 0.5 --no_cache --no_report"
 
 
 @pytest.fixture

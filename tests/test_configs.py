@@ -610,6 +610,16 @@ def test_a_command_names_what_differs_and_nothing_else():
     assert configs.command_line(drawn) == configs.command_line(demo)
 
 
+@pytest.mark.parametrize("layers", [8, 18, 3])
+@pytest.mark.parametrize("more", [{}, {"freeze_clip": True}, {"unfreeze_schedule": "20@0"}, {"lora_rank": 2}])
+def test_a_demo_that_freezes_otherwise_is_read_back(layers, more):
+    config = replace(parse_args(["--demo"]), partial_freeze=False, freeze_layers=layers, **more)
+    assert read_back(configs.command_line(config)) == config
+    if "freeze_clip" not in more:
+        partly = replace(config, partial_freeze=True)
+        assert read_back(configs.command_line(partly)) == partly
+
+
 def test_a_command_takes_changes_and_another_program():
     config = TrainingConfig(epochs=3, freeze_clip=True)
     command = configs.command_line(config, "search.py", freeze_clip=False, lr=0.5, test=False)
