@@ -199,8 +199,8 @@ def find_slow(run: Run) -> Finding | None:
         f"from epoch 1 to {run.at_end} the training loss goes from {train[0]:.3f} to {run.end(train):.3f}, the "
         f"validation loss from {val[0]:.3f} to {run.end(val):.3f}"
     )
-    changes = scaled_rates(run.config, min(max(run.rate * RATE_STEP, low), high) / run.rate)
-    return run.finding("slow", evidence, f"{low:g} to {high:g} is usual for what is trained here, so go up", changes)
+    why = f"{low:g} to {high:g} is usual for what is trained here, so go up"
+    return run.finding("slow", evidence, why, faster(run))
 
 
 def find_best_at_start(run: Run) -> Finding | None:
@@ -221,21 +221,27 @@ def find_best_at_start(run: Run) -> Finding | None:
 
 def find_over_fitting(run: Run) -> Finding | None:
     """A validation loss that rises while the training loss falls, of all scores together or of one of them."""
-    for name in ("loss", *(f"loss_{task}" for task in run.tasks)):
-        train, val = run.curve(name), smooth(run.curve(f"val_{name}"))
-        low = val.index(min(val))
-        end = run.end(val)
-        if end < val[low] * (1 + run.val_rise) or run.fall(name, low) < MIN_TRAIN_FALL:
-            continue
-        task = name.removeprefix("loss_")
-        title = f"{TASKS[task]}'s " if task in TASKS else ""
-        evidence = (
-            f"from epoch {low + 1} to the end ({run.at_end}) {title}training loss falls from {train[low]:.3f} to "
-            f"{run.end(train):.3f}, and the validation loss rises from {val[low]:.3f} to {end:.3f}"
-        )
-        why = "stay closer to what CLIP knows"
-        return run.finding("over-fitting", evidence, why, tighter(run, [task] if task in TASKS else run.tasks))
-    return None
+    alone = [task for task in run.tasks if over_fits_since(run, f"loss_{task}") is not None]
+    tasks = alone if len(alone) == 1 else run.tasks
+    name = f"loss_{tasks[0]}" if len(tasks) == 1 else "loss"
+    low = over_fits_since(run, name)
+    if low is None:
+        return None
+    train, val = run.curve(name), run.curve(f"val_{name}")
+    title = f"{TASKS[tasks[0]]}'s" if len(tasks) == 1 else "the"
+    evidence = (
+        f"from epoch {low + 1} to the end ({run.at_end}) {title} training loss falls from {train[low]:.3f} to "
+        f"{run.end(train):.3f}, and the validation loss rises from {val[low]:.3f} to {run.end(val):.3f}"
+    )
+    return run.finding("over-fitting", evidence, "stay closer to what CLIP knows", tighter(run, tasks))
+
+
+def over_fits_since(run: Run, name: str) -> int | None:
+    """The epoch, from 0, from which on a loss falls in training and rises in validation; None if it does not."""
+    val = smooth(run.curve(f"val_{name}"))
+    low = val.index(min(val))
+    is_over = run.end(val) > val[low] * (1 + run.val_rise) and run.fall(name, low) >= MIN_TRAIN_FALL
+    return low if is_over else None
 
 
 def find_starving(run: Run) -> Finding | None:
@@ -314,9 +320,11 @@ def find_best_at_end(run: Run) -> Finding | None:
         f"{run.selection[run.best]:.3f} in epoch {run.best + 1} of {num_epochs}"
     )
     low, high = run.usual_rates
+    if run.rate > high:
+        why = "what such large steps undo has to be learnt anew, so take smaller ones"
+        return run.finding("best epoch at the very end", evidence, why, smaller_steps(run))
     if run.rate < low or (num_epochs >= USUAL_EPOCHS and run.rate < high):
-        changes = scaled_rates(run.config, min(max(run.rate * RATE_STEP, low), high) / run.rate)
-        return run.finding("best epoch at the very end", evidence, "learn faster", changes)
+        return run.finding("best epoch at the very end", evidence, "learn faster", faster(run))
     return run.finding("best epoch at the very end", evidence, "train for longer", longer(run.config))
 
 
@@ -337,9 +345,9 @@ def smooth(curve: Sequence[float]) -> list[float]:
 
 
 def rises(curve: Sequence[float], swing: float) -> list[tuple[int, int]]:
-    """Where a curve of positive values rises by at least the share `swing`: (lowest, highest) places, from 0.
+    """Where a curve of positive values rises by more than the share `swing`: (lowest, highest) places, from 0.
 
-    Between two of them it falls by as much.
+    Between two of them it falls by as much, by which the highest place is known.
     """
     found: list[tuple[int, int]] = []
     low = high = 0
@@ -348,12 +356,12 @@ def rises(curve: Sequence[float], swing: float) -> list[tuple[int, int]]:
         if rising:
             if value > curve[high]:
                 high = place
-            elif value * (1 + swing) <= curve[high]:
+            elif value * (1 + swing) < curve[high]:
                 found.append((low, high))
                 rising, low = False, place
         elif value < curve[low]:
             low = place
-        elif value >= curve[low] * (1 + swing):
+        elif value > curve[low] * (1 + swing):
             rising, high = True, place
     return [*found, (low, high)] if rising else found
 
@@ -374,6 +382,12 @@ def smaller_steps(run: Run) -> dict[str, Any]:
     return changes
 
 
+def faster(run: Run) -> dict[str, Any]:
+    """A higher learning rate, but none above the usual ones."""
+    low, high = run.usual_rates
+    return scaled_rates(run.config, min(max(run.rate * RATE_STEP, low), high) / run.rate)
+
+
 def scaled_rates(config: TrainingConfig, factor: float) -> dict[str, Any]:
     """All learning rates times a factor, to two digits."""
     highest = 10.0  # that --lr takes
@@ -383,9 +397,8 @@ def scaled_rates(config: TrainingConfig, factor: float) -> dict[str, Any]:
 
 def longer(config: TrainingConfig) -> dict[str, Any]:
     """Half as many epochs again, with an end before if they bring nothing."""
-    changes: dict[str, Any] = {"epochs": config.epochs + -(-config.epochs // 2)}
-    if config.epochs < USUAL_EPOCHS:
-        changes["epochs"] = min(changes["epochs"], USUAL_EPOCHS)
+    most = USUAL_EPOCHS if config.epochs < USUAL_EPOCHS else 100_000  # that --epochs takes
+    changes = {"epochs": min(most, config.epochs + -(-config.epochs // 2))}
     if config.early_stopping_patience == 0 and changes["epochs"] > 2 * PATIENCE:
         changes["early_stopping_patience"] = PATIENCE
     return changes
@@ -393,19 +406,14 @@ def longer(config: TrainingConfig) -> dict[str, Any]:
 
 def tighter(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
     """What keeps these scores closer to what CLIP knows; never empty."""
-    config = run.config
+    config, high = run.config, run.usual_rates[1]
     changes = freeze_more(config, run.facts)
-    if config.use_residual_learning:
-        lowest, highest = SCALES
-        changes |= rescaled(
-            config, tasks, lambda scale: max(lowest, min(highest, 0.75 * scale)) if scale > lowest else scale
-        )
+    changes |= rescaled(config, tasks, lambda scale: min(scale, max(SCALES[0], min(SCALES[1], 0.75 * scale))))
     if config.weight_decay < MAX_DECAY:
-        changes["weight_decay"] = min(MAX_DECAY, float(f"{3 * config.weight_decay:.2g}")) or 1e-4
+        changes["weight_decay"] = min(MAX_DECAY, max(1e-4, float(f"{3 * config.weight_decay:.2g}")))
     if config.freeze_clip and config.dropout < MAX_DROPOUT:  # more freezing is impossible
         changes["dropout"] = min(MAX_DROPOUT, round(config.dropout + 0.1, 2))
-    high = advice.usual_learning_rates(replace(config, **changes), run.facts)[1]
-    if "lr" not in changes and (run.rate > high or not changes):
+    if config.freeze_clip == changes.get("freeze_clip", config.freeze_clip) and (run.rate > high or not changes):
         changes |= scaled_rates(config, min(high / run.rate, 1 / RATE_STEP))
     if config.early_stopping_patience == 0 and config.epochs > 2 * PATIENCE:
         changes["early_stopping_patience"] = PATIENCE
@@ -416,28 +424,25 @@ def looser(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
     """What lets these scores change more; never empty."""
     config = run.config
     changes = freeze_less(config, run.facts)
-    if config.use_residual_learning:
-        highest = SCALES[1]
-        changes |= rescaled(
-            config, tasks, lambda scale: min(highest, max(0.1, 1.5 * scale)) if scale < highest else scale
-        )
-        if not config.calibration and not config.init_from:
-            changes["calibration"] = True
+    changes |= rescaled(config, tasks, lambda scale: max(scale, min(SCALES[1], max(0.1, 1.5 * scale))))
+    if config.use_residual_learning and not config.calibration and not config.init_from:
+        changes["calibration"] = True
     if config.weight_decay > MAX_DECAY:
         changes["weight_decay"] = MAX_DECAY
     if config.freeze_clip and config.dropout > 0:
         changes["dropout"] = 0.0
-    high = advice.usual_learning_rates(replace(config, **changes), run.facts)[1]
-    if "lr" not in changes and run.rate < high:
-        changes |= scaled_rates(config, min(RATE_STEP, high / run.rate))
+    if config.freeze_clip == changes.get("freeze_clip", config.freeze_clip) and run.rate < run.usual_rates[1]:
+        changes |= faster(run)
     return changes or longer(config)
 
 
 def rescaled(config: TrainingConfig, tasks: Sequence[str], rule: Callable[[float], float]) -> dict[str, Any]:
     """Residual scales of these scores as the rule makes them, of those that it changes."""
+    if not config.use_residual_learning or config.init_from:  # whose scales are those of the first stage
+        return {}
     names = [f"residual_scale_{task}" for task in tasks]
-    scales = {name: float(f"{rule(getattr(config, name)):.2g}") for name in names}
-    return {name: scale for name, scale in scales.items() if scale != getattr(config, name)}
+    scales = {name: rule(getattr(config, name)) for name in names}
+    return {name: float(f"{scale:.2g}") for name, scale in scales.items() if scale != getattr(config, name)}
 
 
 def freeze_more(config: TrainingConfig, facts: advice.Facts) -> dict[str, Any]:
@@ -452,7 +457,7 @@ def freeze_more(config: TrainingConfig, facts: advice.Facts) -> dict[str, Any]:
     if depth is None:
         return {}
     if layers is None:
-        return {"partial_freeze": True, "freeze_layers": round(0.75 * depth)}
+        return {"partial_freeze": True, "freeze_layers": depth * 3 // 4}
     more = layers + max(1, depth // 12)
     if more < depth:
         return {"unfreeze_schedule": f"{more}@0"} if config.unfreeze_schedule else {"freeze_layers": more}
@@ -471,7 +476,7 @@ def freeze_less(config: TrainingConfig, facts: advice.Facts) -> dict[str, Any]:
     if config.freeze_clip:
         if facts.num_train < 1000:
             return {}
-        thawed = {"freeze_clip": False, "partial_freeze": True, "freeze_layers": round(0.75 * depth)}
+        thawed = {"freeze_clip": False, "partial_freeze": True, "freeze_layers": depth * 3 // 4}
         return {**thawed, **usual_rate(config, thawed, facts)}
     if not layers:
         return {}
