@@ -30,7 +30,7 @@ MIN_VAL_RISE, VAL_LOSS_NOISE = 0.1, 0.7
 # The training loss of an epoch is a mean over n images, cropped and dropped out anew: sd about .5 / sqrt(n) of it, as
 # measured on frozen weights; among 20 epochs the highest and the lowest are 4 sd apart, so that 6 sd mean something.
 MIN_TRAIN_SWING, TRAIN_LOSS_NOISE = 0.15, 3.0
-MIN_SWINGS = 2  # rises beyond noise, each after a fall beyond noise: an over-fitted run rises once
+MIN_SWINGS = 2  # rises beyond noise, each with a fall beyond noise behind it: an over-fitted run rises and stays
 GRADIENT_JUMP = 10.0  # times the median norm of the epochs before: noise does not even double it
 MIN_TRAIN_FALL = 0.1  # of the training loss, without which worse validation is not over-fitting
 SLOW_FALL = 0.05  # of either loss over the whole run: what a few good steps reach
@@ -172,7 +172,7 @@ def find_unstable(run: Run) -> Finding | None:
             )
             return run.finding("unstable", evidence, why, changes)
     train, val = run.curve("loss"), run.curve("val_loss")
-    swings = rises(val, run.val_rise)
+    swings = [(low, high) for low, high in rises(val, run.val_rise) if min(val[high:]) * (1 + run.val_rise) < val[high]]
     if len(swings) >= MIN_SWINGS:
         seen = ", ".join(
             f"{val[low]:.3f} to {val[high]:.3f} (epochs {low + 1} to {high + 1})" for low, high in swings[:3]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,7 +232,6 @@ def test_two_epochs_say_nothing(name, rows, config, num_epochs):
         # The first epoch is the best by little, or the second one is.
         (history(score=[0.8, *settle(19, 0.79, 0.789)]), CONFIG, facts()),
         (history(score=[0.79, 0.8, *settle(18, 0.78, 0.7)]), CONFIG, facts()),
-        (history(score=[0.05, *settle(19, 0.03, 0.0)], loss=0.1, val_loss=0.1), CONFIG, facts(num_train=10)),
         # One score is as hard as it is, both weigh enough, or one was given up, or the other has learnt nothing.
         (STARVED_Q, replace(CONFIG, w_q=0.3, w_c=0.7), facts()),
         (STARVED_Q, replace(CONFIG, w_q=0.0, w_c=1.0), facts()),
@@ -246,11 +243,20 @@ def test_two_epochs_say_nothing(name, rows, config, num_epochs):
     ],
 )
 def test_near_misses_are_not_remarked_on(rows, config, known):
-    findings = names(rows, config, known)
-    if rows == history(score=[0.05, *settle(19, 0.03, 0.0)], loss=0.1, val_loss=0.1):
-        assert "best epoch at the very start" not in findings
-    else:
-        assert findings == []
+    assert names(rows, config, known) == []
+
+
+def test_a_wobble_before_over_fitting_is_no_instability():
+    rows = history(loss=line(20, 0.3, 0.03), val_loss=[0.2] * 8 + [0.26] * 3 + [0.2] * 5 + [0.26] * 4)
+    assert names(rows) == ["over-fitting"]
+
+
+def test_a_first_epoch_that_is_best_by_chance_is_not_worth_keeping():
+    """Scores that 250 images do not tell from zero."""
+    rows = history(score=[0.05, *settle(19, 0.03, 0.0)], loss=0.4, val_loss=0.4)
+    assert "best epoch at the very start" not in names(rows)
+    better = [{**row, "val_main": row["val_main"] + 0.1} for row in rows]
+    assert "best epoch at the very start" in names(better)
 
 
 def test_one_score_alone_is_read_as_well():
@@ -497,61 +503,50 @@ def test_findings_are_printed_with_the_command_on_its_own_line():
 def train(tmp_path_factory) -> Callable[..., list[str]]:
     """A function that trains a tiny CLIP with the given flags, and names what the curves show."""
     folder = tmp_path_factory.mktemp("diagnosed")
-    table, pictures = demo.write_demo_set(folder / "set", num_prompts=40)
-    shuffled = pd.read_csv(table)
+    table, pictures = demo.write_demo_set(folder / "set", num_prompts=28)
+    content = pd.read_csv(table)
     for column in ("mos_quality", "mos_align"):
-        shuffled[column] = np.random.default_rng(0).permutation(shuffled[column])
-    shuffled.to_csv(folder / "shuffled.csv", index=False)
+        content[f"shuffled_{column}"] = np.random.default_rng(0).permutation(content[column])
+    content.to_csv(table, index=False)
 
-    def run(flags: str, *, name: str, labels: Path = table) -> list[str]:
-        paths = {"data_csv_path": labels, "image_base_dir": pictures, "output_dir": folder / name}
+    def run(flags: str, name: str) -> list[str]:
+        paths = {"data_csv_path": table, "image_base_dir": pictures, "output_dir": folder / name}
         words = [word for key, value in paths.items() for word in (f"--{key}", str(value))]
-        fixed = f"--clip_model tiny --clip_pretrained assets --val_size 0.2 --no_test --cache_dir {folder}/cache"
+        fixed = f"--clip_model tiny --clip_pretrained assets --val_size 0.25 --no_test --cache_dir {folder}/cache"
         results = baseline.main([*words, *shlex.split(fixed), *shlex.split(flags)])
         config = configs.parse_args(["--config", str(folder / name / "config.json")])
         rows = pd.read_csv(folder / name / "metrics.csv").to_dict("records")
         sizes = {f"num_{fold}": results["images"][fold] for fold in ("train", "val")}
-        findings = diagnose(rows, config, facts(**sizes, num_parameters=4_700_000))
-        (folder / name / "findings.json").write_text(json.dumps([asdict(found) for found in findings]))
-        return [found.finding for found in findings]
+        return names(rows, config, facts(**sizes, num_parameters=4_700_000))
 
-    run.shuffled = folder / "shuffled.csv"  # type: ignore[attr-defined]
     return run
 
 
 FROZEN = "--freeze_clip --no_calibration"
-ROUGH = "--scheduler constant --warmup_ratio 0 --max_grad_norm 0"
+PARTIAL = "--partial_freeze --freeze_layers 22"
 REAL = {
-    "under-fitting": f"{FROZEN} --residual_scale_q 0.01 --residual_scale_c 0.01 --lr 3e-4 --epochs 8 --scheduler step",
+    "over-fitting": "--freeze_clip --lr 5e-3 --epochs 20 --residual_scale_q 1 --residual_scale_c 1 --dropout 0 "
+    "--loss mse --quality_column shuffled_mos_quality --consistency_column shuffled_mos_align",
+    "under-fitting": f"{FROZEN} --residual_scale_q 0.01 --residual_scale_c 0.01 --lr 1e-3 --epochs 6 --scheduler step",
     "slow": f"{FROZEN} --lr 1e-7 --epochs 5",
-    "unstable": f"--freeze_clip --lr 0.1 --epochs 20 {ROUGH}",
+    "unstable": f"{PARTIAL} --lr 3e-2 --epochs 8 --scheduler constant --warmup_ratio 0.2 --max_grad_norm 0",
     "best epoch at the very end": f"{FROZEN} --lr 1e-3 --epochs 6",
-    "best epoch at the very start": "--partial_freeze --freeze_layers 22 --lr 5e-3 --epochs 6 --warmup_ratio 0.4",
-    "one score starves the other": "--partial_freeze --freeze_layers 22 --no_calibration --lr 1e-3 --epochs 4 "
-    "--w_q 0.001 --w_c 0.999",
+    "best epoch at the very start": f"{PARTIAL} --lr 1e-2 --epochs 6 --warmup_ratio 0.4",
+    "one score starves the other": f"{PARTIAL} --no_calibration --lr 1e-3 --epochs 4 --w_q 0.001 --w_c 0.999",
+}
+FINE = {
+    "heads": "--freeze_clip --lr 1e-3 --epochs 15",
+    "blocks": f"{PARTIAL} --lr 1e-4 --epochs 5",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
-def test_real_runs_that_fail_are_read_as_what_they_are(train, name):
-    assert train(REAL[name], name=name.replace(" ", "-"))[0] == name
+def test_a_real_run_that_fails_is_read_as_what_it_is(train, name):
+    assert train(REAL[name], name)[:1] == [name]
 
 
 @pytest.mark.slow
-def test_a_real_run_that_learns_labels_by_heart_is_over_fitted(train):
-    flags = "--freeze_clip --lr 5e-3 --epochs 20 --residual_scale_q 1 --residual_scale_c 1 --dropout 0 --loss mse"
-    assert train(flags, name="over", labels=train.shuffled) == ["over-fitting"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--freeze_clip --lr 1e-3 --epochs 15",
-        "--freeze_clip --lr 1e-3 --epochs 15 --seed 7",
-        "--partial_freeze --freeze_layers 22 --lr 1e-4 --epochs 5",
-    ],
-)
-def test_real_runs_with_usual_settings_look_fine(train, flags):
-    assert train(flags, name="fine" + str(abs(hash(flags)))) == []
+@pytest.mark.parametrize("name", FINE)
+def test_a_real_run_with_usual_settings_looks_fine(train, name):
+    assert train(FINE[name], name) == []
