@@ -175,9 +175,9 @@ def run(
     trackers.finish({f"test_{name}": value for name, value in results["test"].items()}, len(history))
     writer.csv("predictions.csv", reporting.prediction_table(predictions, examples))
     writer.json(checkpoint.RESULTS_FILE, results)
-    runtime.say("\n".join([reporting.results_table(results, examples), *diagnosis.lines(findings)]))
     write_report(config, folder, runtime)
-    runtime.say(f"run folder: {folder}")
+    said = [reporting.results_table(results, examples), *diagnosis.lines(findings), f"run folder: {folder}"]
+    runtime.say("\n".join(said))
     return results
 
 
