@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_type_hints
+
+PILLOW_MAX_PIXELS = 178_956_970  # above which Pillow itself refuses an image
 
 LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity", "kl", "thurstone")
 SPREAD_LOSSES = ("kl", "thurstone")  # need the standard deviation of the opinions behind each score
@@ -1117,6 +1120,59 @@ def check_evaluation(args: argparse.Namespace) -> None:
         raise ValueError("--prompt: the prompts come with the human scores, drop it")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--evaluate: runs in one process; leave torchrun out")
+
+
+def build_app_parser() -> argparse.ArgumentParser:
+    """The command line of app.py."""
+    parser = OneLineParser(
+        prog="app.py",
+        usage="python app.py --checkpoint RUN/best [flags]",
+        description="Serve a page on this machine that scores images with a trained run and shows where it looked. "
+        "What is uploaded stays here and is deleted when the page ends.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="RUN/best, or RUN itself")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; 0.0.0.0 lets other machines in, without a password (default: 127.0.0.1, this one only)",
+    )
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=50_000_000,
+        metavar="N",
+        help="images with more are refused before they are decoded (default: 50000000)",
+    )
+    return parser
+
+
+def parse_app_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of app.py -> checked options.
+
+    Raises:
+        ValueError: an unknown flag, a value that breaks its rule, no checkpoint, or an address that cannot be used.
+    """
+    args = build_app_parser().parse_args(argv)
+    if not 1 <= args.max_pixels <= PILLOW_MAX_PIXELS:
+        raise ValueError(f"--max_pixels {args.max_pixels}: must lie in 1..{PILLOW_MAX_PIXELS}, Pillow reads no more")
+    folder = Path(args.checkpoint)
+    if not any((folder / name).is_file() for name in ("scorer.json", "best/scorer.json")):
+        raise ValueError(f"--checkpoint {folder}: not a checkpoint, scorer.json is missing; name RUN/best or RUN")
+    if not 1 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port}: must lie in 1..65535")
+    try:
+        found = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind(found[0][4])
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"--host {args.host} --port {args.port}: cannot listen there ({reason})") from None
+    return args
 
 
 @contextmanager
