@@ -434,6 +434,7 @@ def test_flags_win_over_a_preset_and_over_its_way_of_freezing(name, flags):
 def test_a_switch_turns_off_how_a_preset_freezes():
     assert parse_args(["--preset", "small", "--no_freeze_clip"]).freezing == "full"
     assert parse_args(["--preset", "medium", "--no_partial_freeze"]).freezing == "full"
+    assert parse_args(["--preset", "max", "--no_partial_freeze"]).freeze_layers == TrainingConfig().freeze_layers
 
 
 def test_flags_win_over_a_preset_over_a_config_over_the_demo(tmp_path):
@@ -505,7 +506,8 @@ def test_an_unknown_preset_is_refused_with_the_nearest_or_all(name, says, tmp_pa
         message = outcome(*argv)
         assert message.startswith(f"--preset {name}: ") and says in message
     assert "list shows them" in outcome("--config", write_json(tmp_path, {"preset": "list"}))
-    assert "a text" in outcome("--config", write_json(tmp_path, {"preset": 3}))
+    for wrong in (3, [], {}):
+        assert "a text" in outcome("--config", write_json(tmp_path, {"preset": wrong}))
 
 
 @pytest.mark.parametrize("more", [[], ["--epochs", "3", "--demo"], ["--config", "missing.json"]])
