@@ -104,10 +104,7 @@ def run(
     if config.calibration and not config.init_from:
         set_base(model, base)
 
-    optimizer = build_optimizer(config, model, examples)
-    schedule = engine.build_schedule(
-        optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=config.warmup_ratio
-    )
+    optimizer, schedule = build_optimizer(config, model, examples, num_steps)
     average = engine.WeightAverage(model, config.ema_decay)
     tune_speed(config, model, runtime, num_images=config.epochs * len(examples.rows("train")))
     trainee = runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
@@ -162,11 +159,12 @@ def run(
     # The test fold's scores are looked at here, once, with the weights that validation has chosen.
     best = load_best(average.weights, folder, runtime)
     predictions |= {fold: predict(best, fold) for fold in orders if fold not in ("train", "val")}
-    findings = diagnosis.diagnose(history, config, facts)
-    results = {
+    measured = measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all))
+    findings = diagnosis.diagnose(history, config, facts, known=measured["base"]["val"].get(config.select_by))
+    results: dict[str, Any] = {
         "best_epoch": engine.best_epoch(selection),
         "epochs": len(history),
-        **measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all)),
+        **measured,
         "advice": [asdict(remark) for remark in remarks],
         "diagnosis": [asdict(finding) for finding in findings],
         "seconds": round(time.perf_counter() - started, 3),
@@ -380,8 +378,10 @@ def origin(config: TrainingConfig) -> str:
     return config.init_from or f"{config.clip_model} ({'its own weights' if own else config.clip_pretrained})"
 
 
-def build_optimizer(config: TrainingConfig, model: models.ScoreModel, examples: data.Examples) -> torch.optim.Optimizer:
-    """AdamW over all that is trained at some stage; what is still frozen has no gradient and so no state yet."""
+def build_optimizer(
+    config: TrainingConfig, model: models.ScoreModel, examples: data.Examples, num_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW over all that is trained at some stage, with no state of what is frozen as yet, and its schedule."""
     scales = models.lr_scales(model, config.layer_decay)
 
     def lr_of(name: str) -> float:
@@ -390,7 +390,8 @@ def build_optimizer(config: TrainingConfig, model: models.ScoreModel, examples: 
     freeze(config, model, examples, config.stages[-1][0])
     optimizer = engine.build_optimizer(model, lr_of, weight_decay=config.weight_decay)
     freeze(config, model, examples, config.stages[0][0])
-    return optimizer
+    ratio = config.warmup_ratio
+    return optimizer, engine.build_schedule(optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=ratio)
 
 
 def enter_stage(
