@@ -159,12 +159,12 @@ def run(
     # The test fold's scores are looked at here, once, with the weights that validation has chosen.
     best = load_best(average.weights, folder, runtime)
     predictions |= {fold: predict(best, fold) for fold in orders if fold not in ("train", "val")}
-    measured = measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all))
-    findings = diagnosis.diagnose(history, config, facts, known=measured["base"]["val"].get(config.select_by))
+    outcome = measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all))
+    findings = diagnosis.diagnose(history, config, facts, known=outcome["base"]["val"].get(config.select_by))
     results: dict[str, Any] = {
         "best_epoch": engine.best_epoch(selection),
         "epochs": len(history),
-        **measured,
+        **outcome,
         "advice": [asdict(remark) for remark in remarks],
         "diagnosis": [asdict(finding) for finding in findings],
         "seconds": round(time.perf_counter() - started, 3),

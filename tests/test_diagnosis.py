@@ -512,8 +512,8 @@ def train(tmp_path_factory) -> Callable[..., list[str]]:
     def run(flags: str, name: str) -> list[str]:
         paths = {"data_csv_path": table, "image_base_dir": pictures, "output_dir": folder / name}
         words = [word for key, value in paths.items() for word in (f"--{key}", str(value))]
-        fixed = f"--clip_model tiny --clip_pretrained assets --val_size 0.25 --no_test --no_report --cache_dir {folder}/cache"
-        results = baseline.main([*words, *shlex.split(fixed), *shlex.split(flags)])
+        fixed = f"--clip_model tiny --clip_pretrained assets --val_size 0.25 --no_test --cache_dir {folder}/cache"
+        results = baseline.main([*words, *shlex.split(fixed), "--no_report", *shlex.split(flags)])
         return [found["finding"] for found in results["diagnosis"]]
 
     return run
