@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -67,12 +67,11 @@ KNOWN_BY = (
 )
 BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
 
+AfterEpoch = Callable[[Mapping[str, float]], None]
+
 
 def run(
-    config: TrainingConfig,
-    *,
-    after_epoch: Callable[[Mapping[str, float]], None] = lambda row: None,
-    kept: Kept = NOTHING_KEPT,
+    config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, kept: Kept = NOTHING_KEPT
 ) -> dict[str, Any]:
     """Train as configured and return what `results.json` holds (empty under `dry_run`).
 
@@ -113,12 +112,9 @@ def run(
     store = open_cache(config)
     statistics = caching.Statistics(feed.pixels.store, store)
     cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
-
-    def learn_base() -> tuple[dict[str, dict[str, np.ndarray]], reporting.Base]:
-        known = {fold: predict(model, fold, models.embed_batch) for fold in orders if fold != "train"}
-        return known, reporting.fit_base(known, examples)
-
-    known, base = kept.value("known", values_of(config, *KNOWN_BY), learn_base, most=16)
+    known, base = kept.value(
+        "known", values_of(config, *KNOWN_BY), lambda: learn_base(model, predict, orders, examples), most=16
+    )
     if config.calibration and not config.init_from:
         set_base(model, base)
 
@@ -351,6 +347,17 @@ def uses_texts(config: TrainingConfig, examples: data.Examples) -> bool:
     return "c" in examples.scales or config.use_explanations or config.prompt_levels
 
 
+def learn_base(
+    model: models.ScoreModel,
+    predict: Callable[..., dict[str, np.ndarray]],
+    folds: Iterable[str],
+    examples: data.Examples,
+) -> tuple[dict[str, dict[str, np.ndarray]], reporting.Base]:
+    """What the untrained CLIP makes of each fold, and the base terms fitted to it."""
+    known = {fold: predict(model, fold, models.embed_batch) for fold in folds if fold != "train"}
+    return known, reporting.fit_base(known, examples)
+
+
 def set_base(model: models.ScoreModel, base: reporting.Base) -> None:
     """Let residual heads start from what CLIP knows."""
     if not isinstance(model.heads, models.ResidualHeads):
@@ -474,14 +481,6 @@ def cache_frozen(
     if store is None or caches_nothing(config, model):
         return
     started = time.perf_counter()
-    origin = None if config.init_from else values_of(config, *LOADED_BY)
-
-    def fingerprint(tower: torch.nn.Module, num_stages: int) -> str:
-        key = (origin, tower is model.clip.visual, num_stages)  # frozen layers stay as they were loaded
-        return (kept if origin else NOTHING_KEPT).value(
-            "weights", key, lambda: caching.fingerprint(tower, num_stages), most=64
-        )
-
     setting = caching.Caching(
         store,
         runtime,
@@ -490,7 +489,7 @@ def cache_frozen(
         batch_size=evaluation_batch(config),
         reserve=BYTES_PER_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad),
         keep_decoded=len(config.stages) > 1,
-        fingerprint=fingerprint,
+        fingerprint=fingerprints(config, model, kept),
     )
     train = examples.rows("train")
     rows_of: dict[inputs.View, inputs.Rows] = {
@@ -517,6 +516,18 @@ def cache_frozen(
     said = "; ".join(f"{what} not: {reason}" for what, reason in reasons.items())
     held = "" if isinstance(found, str) else f"{found.describe()}, "
     runtime.say(f"cache     {held}{time.perf_counter() - started:.1f} s{'; ' * bool(said)}{said}")
+
+
+def fingerprints(config: TrainingConfig, model: models.ScoreModel, kept: Kept) -> Callable[[torch.nn.Module, int], str]:
+    """What tells a tower's frozen layers from others, see `caching.fingerprint`; they stay as they were loaded."""
+    if config.init_from:
+        return caching.fingerprint
+
+    def find(tower: torch.nn.Module, num_stages: int) -> str:
+        key = (values_of(config, *LOADED_BY), tower is model.clip.visual, num_stages)
+        return kept.value("weights", key, lambda: caching.fingerprint(tower, num_stages), most=64)
+
+    return find
 
 
 def tune_speed(config: TrainingConfig, model: models.ScoreModel, runtime: engine.Runtime, *, num_images: int) -> None:
