@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,37 @@ MIN_TRIALS = 4  # below which nothing is said
 COLUMNS = ["option", "importance", "spread", "best_in", "best_mean", "worst_in", "worst_mean", "best_value"]
 
 
-def scored_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials with a score, as complete ones; one that was stopped counts with the best that it had reached."""
-    found = []
+@dataclass(frozen=True)
+class Scored:
+    """A trial that can be compared with others: the values of its options, and a score."""
+
+    params: Mapping[str, Any]
+    score: float
+
+
+def scored_trials(trials: Sequence[FrozenTrial]) -> list[Scored]:
+    """The trials with a score. One that was stopped early counts as if it had gone on to gain what the median trial has
+    gained from that epoch on: what it had reached is not comparable with what others reached in more epochs."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    found = [Scored(trial.params, float(trial.values[0])) for trial in complete]
     for trial in trials:
-        seen = [value for value in trial.intermediate_values.values() if math.isfinite(value)]
-        if trial.state == TrialState.COMPLETE or (trial.state == TrialState.PRUNED and seen):
-            value = trial.value if trial.state == TrialState.COMPLETE else max(seen)
-            found.append(optuna.create_trial(params=trial.params, distributions=trial.distributions, value=value))
+        if trial.state == TrialState.PRUNED and trial.intermediate_values:
+            epoch = max(trial.intermediate_values)
+            reached = [(best_until(other, epoch), other.values[0]) for other in complete]
+            gains = [final - there for there, final in reached if there is not None]
+            own = best_until(trial, epoch)
+            if own is not None:
+                found.append(Scored(trial.params, own + (float(np.median(gains)) if gains else 0.0)))
     return found
 
 
-def importance_table(trials: Sequence[FrozenTrial], space: Space, best: Mapping[str, Any], seed: int) -> pd.DataFrame:
+def best_until(trial: FrozenTrial, epoch: int) -> float | None:
+    """The best score of a trial until an epoch; None if it has none."""
+    seen = [value for step, value in trial.intermediate_values.items() if step <= epoch and math.isfinite(value)]
+    return max(seen, default=None)
+
+
+def importance_table(trials: Sequence[Scored], space: Space, best: Mapping[str, Any], seed: int) -> pd.DataFrame:
     """How much each option matters: a row of COLUMNS each, the most important first; none for too few trials.
 
     `importance` is the share of the variance of the score that functional ANOVA gives the option alone (Hutter et al.,
@@ -41,22 +61,38 @@ def importance_table(trials: Sequence[FrozenTrial], space: Space, best: Mapping[
     that in the worst, NaN where no two bins have MIN_PER_BIN trials.
 
     Args:
-        trials: of `scored_trials`.
         best: the values of the best trial.
     """
-    if len(trials) < MIN_TRIALS or len({trial.value for trial in trials}) == 1:
+    if len(trials) < MIN_TRIALS or len({trial.score for trial in trials}) == 1:
         return pd.DataFrame(columns=COLUMNS)
     study = optuna.create_study(direction="maximize")
-    study.add_trials(trials)
+    distributions = {name: distribution(dimension) for name, dimension in space.items()}
+    for trial in trials:
+        params = {name: plain(trial.params[name], dimension) for name, dimension in space.items()}
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=trial.score))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
     importance = optuna.importance.get_param_importances(study, evaluator=evaluator)
     rows = []
     for name, dimension in space.items():
-        values = [trial.params[name] for trial in trials]
-        row = spread(values, [float(str(trial.value)) for trial in trials], dimension)
+        row = spread([trial.params[name] for trial in trials], [trial.score for trial in trials], dimension)
         rows.append({"option": name, "importance": importance.get(name, 0.0), **row, "best_value": best[name]})
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
+
+
+def distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    """Where the values of `plain` lie."""
+    if dimension.choices is not None:
+        return optuna.distributions.CategoricalDistribution([encode(choice) for choice in dimension.choices])
+    low, high = plain(dimension.low, dimension), plain(dimension.high, dimension)
+    return optuna.distributions.FloatDistribution(low, high)
+
+
+def plain(value: Any, dimension: Dimension) -> Any:
+    """A value on the scale that it was searched on: Optuna's ANOVA would take the logarithm of none."""
+    if dimension.choices is not None:
+        return value
+    return math.log(value) if dimension.log else float(value)
 
 
 def spread(values: Sequence[Any], scores: Sequence[float], dimension: Dimension) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Request:
     timeout: float | None  # seconds
     space: Space | None  # of --space; None asks for the default one
     given: frozenset[str]  # options that flags fix
-    worker: int | None  # the number of this process among several, if it is one that search.py started
+    parent: int | None  # process that started this one as one of its workers
 
 
 def build_search_parser() -> argparse.ArgumentParser:
@@ -124,7 +124,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--study_name", default="search", metavar="NAME", help="within the storage (default: search)")
     group.add_argument("--timeout", type=float, metavar="SECONDS", help="begin no trial after so long")
-    group.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    group.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     parser._action_groups.insert(0, parser._action_groups.pop())
 
 
@@ -167,7 +167,7 @@ def parse_search_args(
         timeout=args.timeout,
         space=space,
         given=given,
-        worker=args.worker,
+        parent=args.parent,
     )
 
 
@@ -306,9 +306,9 @@ def read_choices(name: str, raw: Mapping[str, Any]) -> Dimension:
     for value in choices:
         OPTIONS[name].check(value)
         if name == "loss":
-            parse_loss(value)
+            parse_loss(str(value))
         if name == "unfreeze_schedule" and value is not None:
-            parse_unfreeze_schedule(value)
+            parse_unfreeze_schedule(str(value))
     if len({repr(value) for value in choices}) < len(choices):
         raise ValueError("choices has a value twice")
     return Dimension(name, choices=choices)
