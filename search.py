@@ -381,7 +381,7 @@ def trial_line(search: Search, number: int) -> str:
     cause = trial.user_attrs.get("cause")
     said = cause.splitlines()[0] if cause else said
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    best = max(complete, key=lambda trial: trial.value or 0.0, default=None)
+    best = max(complete, key=lambda trial: trial.values[0], default=None)
     so_far = f"best {best.value:.4f} (trial {best.number})" if best else "no best yet"
     return (
         f"trial {number:<4} {values_line(trial.params)}: {said}, {so_far}, {trial.user_attrs.get('seconds', 0):.0f} s"
@@ -522,6 +522,7 @@ def search_all(request: Request, argv: Sequence[str]) -> optuna.Study:
     """Run the trials and what comes after them. Raises ValueError and SearchFailed."""
     kept = Kept()
     search = prepare(request, kept)
+    gc.freeze()  # so that collecting after a trial looks at what that trial has left, not at every library
     if request.parent is not None:
         work(search)
         return search.study
