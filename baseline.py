@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,9 +113,8 @@ def run(
     store = open_cache(config)
     statistics = caching.Statistics(feed.pixels.store, store)
     cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
-    known, base = kept.value(
-        "known", values_of(config, *KNOWN_BY), lambda: learn_base(model, predict, orders, examples), most=16
-    )
+    learn = partial(learn_base, model, predict, orders, examples)
+    known, base = kept.value("known", values_of(config, *KNOWN_BY), learn, most=16)
     if config.calibration and not config.init_from:
         set_base(model, base)
 
