@@ -72,7 +72,7 @@ LAYOUT |= {
 }
 LAYOUT |= {
     "space": Place(1, names("configs"), outside=names("")),  # so that search.py --help answers at once
-    "sensitivity": Place(2, names("space"), outside=names("matplotlib numpy optuna pandas")),
+    "sensitivity": Place(2, names("space"), outside=names("matplotlib numpy optuna pandas sklearn")),
     "search": Place(
         5,
         names("baseline checkpoint compare configs engine kept protocol sensitivity sources space"),
