@@ -40,6 +40,7 @@ import backbones
 import caching
 import checkpoint
 import data
+import diagnosis
 import engine
 import evaluation
 import features
@@ -176,20 +177,22 @@ def run(
     # The test fold's scores are looked at here, once, with the weights that validation has chosen.
     best = load_best(average.weights, folder, runtime)
     predictions |= {fold: predict(best, fold) for fold in orders if fold not in ("train", "val")}
+    findings = diagnosis.diagnose(history, config, facts)
     results = {
         "best_epoch": engine.best_epoch(selection),
         "epochs": len(history),
         **measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all)),
         "advice": [asdict(remark) for remark in remarks],
+        "diagnosis": [asdict(finding) for finding in findings],
         "seconds": round(time.perf_counter() - started, 3),
         "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
     }
     trackers.finish({f"test_{name}": value for name, value in results["test"].items()}, len(history))
     writer.csv("predictions.csv", reporting.prediction_table(predictions, examples))
     writer.json(checkpoint.RESULTS_FILE, results)
-    runtime.say(reporting.results_table(results, examples))
     write_report(config, folder, runtime)
-    runtime.say(f"run folder: {folder}")
+    said = [reporting.results_table(results, examples), *diagnosis.lines(findings), f"run folder: {folder}"]
+    runtime.say("\n".join(said))
     return results
 
 

@@ -755,7 +755,7 @@ def check_together(config: TrainingConfig) -> None:
     """Rules between options. Raises ValueError."""
     parse_loss(config.loss)
     if config.preset not in (None, "auto", *PRESETS):
-        near = difflib.get_close_matches(config.preset, ("auto", *PRESETS), n=1)
+        near = difflib.get_close_matches(str(config.preset), ("auto", *PRESETS), n=1)
         names = f"did you mean {near[0]}?" if near else f"must be auto, {', '.join(PRESET_PURPOSES)} (list shows them)"
         raise ValueError(f"--preset {config.preset}: {names}")
     if config.freeze_clip and config.partial_freeze:
@@ -923,15 +923,21 @@ def preset_by_size(num_images: int) -> str:
     return "small" if num_images < 1000 else "medium" if num_images <= 5000 else "large"
 
 
-def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of both, those of `above` where both have them; who says how to freeze CLIP says all of it."""
+def yielding(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of the options `below`: who says above how to freeze CLIP says all of it."""
+    dropped: tuple[str, ...] = ()
     if above.get("freeze_clip"):
-        below = {key: value for key, value in below.items() if key not in FREEZING}
+        dropped = FREEZING
     elif any(above.get(name) for name in ("partial_freeze", "unfreeze_schedule", "lora_rank")):
-        below = {key: value for key, value in below.items() if key != "freeze_clip"}
+        dropped = ("freeze_clip",)
     elif above.get("partial_freeze") is False:
-        below = {key: value for key, value in below.items() if key != "freeze_layers"}
-    return {**below, **above}
+        dropped = ("freeze_layers",)
+    return {key: value for key, value in below.items() if key not in dropped}
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of both, those of `above` where both have them, and where they speak of freezing. See `yielding`."""
+    return {**yielding(below, above), **above}
 
 
 def parse_args(
@@ -1009,7 +1015,10 @@ def command_line(config: TrainingConfig, program: str = "baseline.py", **changes
     values = asdict(replace(config, preset=None, **changes))
     base: dict[str, Any] = {"demo": False}
     if config.demo:  # which draws its own data
-        base |= {**DEMO_SETTINGS, **{name: values[name] for name in ("data_csv_path", "image_base_dir")}}
+        said = {
+            name: values[name] for name in FREEZING if values[name] != DEMO_SETTINGS.get(name, OPTIONS[name].default)
+        }
+        base |= {name: values[name] for name in ("data_csv_path", "image_base_dir")} | yielding(DEMO_SETTINGS, said)
     values = {name: value for name, value in values.items() if name not in NOT_SAVED}
     return shlex.join(["python", program, *flag_words(values, base)])
 

@@ -79,6 +79,8 @@ RULES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     *(({"freeze_layers": layers}, {"num_blocks": 12}, "--freeze_layers") for layers in (7, 12)),
     *(({"freeze_layers": layers}, {"num_blocks": None}, None) for layers in (0, 18)),
     *(({"freeze_layers": layers}, {"num_blocks": 2}, None) for layers in (0, 1, 2)),
+    ({"freeze_layers": 2}, {"num_blocks": 3}, None),
+    ({"freeze_layers": 1}, {"num_blocks": 3}, "--freeze_layers"),
     ({"freeze_layers": 0, "clip_pretrained": "none"}, {}, None),
     ({"freeze_layers": 0, "lora_rank": 4}, {}, None),
     ({"partial_freeze": False, "unfreeze_schedule": "22@0,20@5"}, {}, None),
@@ -129,7 +131,10 @@ RULES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({"batch_size": 15}, {**GPU, "num_train": 640}, "--batch_size"),
     ({"batch_size": 15}, {**GPU, "num_train": 639}, None),
     ({"batch_size": 15}, {**GPU, "bytes_per_image": 2.9e9}, None),
+    ({"batch_size": 15}, {**GPU, "bytes_per_image": 90e9 / 32}, "--batch_size"),
     ({"batch_size": 15}, {}, None),
+    ({"batch_size": 1}, {"num_train": 3}, None),
+    ({"batch_size": 2}, {"num_train": 7}, "--batch_size"),
     # weights of the losses
     ({"w_q": 0.3, "w_c": 0.7}, {}, None),
     ({"w_q": 3.0, "w_c": 7.0}, {}, None),
@@ -348,6 +353,37 @@ def test_a_remark_names_flag_value_range_reason_and_change():
 
 
 @pytest.mark.parametrize(
+    ("config", "facts", "recommended", "change"),
+    [
+        ({"residual_scale_q": 1.0}, SMALL, "0.05 to 0.2", "--residual_scale_q 0.1"),
+        ({"residual_scale_q": 1.0}, {}, "0.15 to 0.3", "--residual_scale_q 0.2"),
+        ({**TUNED, "residual_scale_q": 1.0}, BIG, "0.2 to 0.5", "--residual_scale_q 0.3"),
+        ({"batch_size": 300}, SMALL, "at most 225", "--batch_size 45"),
+        ({"warmup_ratio": 0.0}, {}, "0.05 to 0.1", "--warmup_ratio 0.1"),
+        ({"unfreeze_schedule": "3@0"}, {"num_blocks": 3}, "to begin at 2 to 2", "--unfreeze_schedule 2@0"),
+        ({"unfreeze_schedule": "9@0"}, {}, "to begin at 16 to 22", "--unfreeze_schedule 22@0,16@10"),
+        ({"freeze_layers": 3}, {}, "16 to 22", "--freeze_layers 16"),
+        (FULL, {}, "on", "--partial_freeze --freeze_layers 18"),
+        (FULL, {"num_blocks": 12}, "on", "--partial_freeze --freeze_layers 9"),
+        ({"w_q": 0.1, "w_c": 0.9}, {}, "30 % to 70 % of both weights together", "--w_q 0.5 --w_c 0.5"),
+        ({"dropout": 0.9}, {}, "0 to 0.3", "--dropout 0.3"),
+        ({"weight_decay": 0.0}, {}, "1e-05 to 0.001", "--weight_decay 1e-05"),
+    ],
+)
+def test_a_remark_recommends_what_suits_these_facts(config, facts, recommended, change):
+    (remark,) = remarks(config, facts)
+    assert (remark.recommended, remark.change) == (recommended, change)
+
+
+def test_only_a_pretrained_clip_that_is_trained_can_lose_what_it_knows():
+    for config, risk in (({}, "may lose what it knows"), (FROZEN, "may not settle")):
+        (remark,) = remarks({**config, "lr": 5.0}, {})
+        assert remark.why.endswith(risk)
+    (remark,) = remarks({"lr": 5.0, "clip_pretrained": "none"}, {})
+    assert remark.why.endswith("may not settle")
+
+
+@pytest.mark.parametrize(
     ("config", "facts", "change"),
     [
         ({}, {"num_val": 40, "num_train": 280}, "--val_size 0.2"),
@@ -367,7 +403,8 @@ def test_more_validation_is_advised_only_where_it_can_be_had(config, facts, chan
 
 # -- in a run
 
-RUN = "--clip_model tiny --clip_pretrained assets --image_size 112 --freeze_clip --epochs 1 --lr 0.5 --no_cache"
+TINY = "--clip_model tiny --clip_pretrained assets --image_size 112"
+RUN = f"{TINY} --freeze_clip --epochs 1 --lr 0.5 --no_cache --no_report"
 
 
 @pytest.fixture

@@ -405,7 +405,7 @@ def test_further_scores_of_joined_sets_are_trained_saved_and_reported(demo_set, 
         np.testing.assert_allclose(scores[column], expected[column], atol=1e-3)
 
 
-UNREAD = f"{SHORT} --epochs 2 --no_test"
+UNREAD = f"{SHORT} --epochs 2 --no_test --no_report"
 
 
 def without_clocks(results: dict) -> dict:

@@ -434,6 +434,7 @@ def test_flags_win_over_a_preset_and_over_its_way_of_freezing(name, flags):
 def test_a_switch_turns_off_how_a_preset_freezes():
     assert parse_args(["--preset", "small", "--no_freeze_clip"]).freezing == "full"
     assert parse_args(["--preset", "medium", "--no_partial_freeze"]).freezing == "full"
+    assert parse_args(["--preset", "max", "--no_partial_freeze"]).freeze_layers == TrainingConfig().freeze_layers
 
 
 def test_flags_win_over_a_preset_over_a_config_over_the_demo(tmp_path):
@@ -505,7 +506,8 @@ def test_an_unknown_preset_is_refused_with_the_nearest_or_all(name, says, tmp_pa
         message = outcome(*argv)
         assert message.startswith(f"--preset {name}: ") and says in message
     assert "list shows them" in outcome("--config", write_json(tmp_path, {"preset": "list"}))
-    assert "a text" in outcome("--config", write_json(tmp_path, {"preset": 3}))
+    for wrong in (3, [], {}):
+        assert "a text" in outcome("--config", write_json(tmp_path, {"preset": wrong}))
 
 
 @pytest.mark.parametrize("more", [[], ["--epochs", "3", "--demo"], ["--config", "missing.json"]])
@@ -608,6 +610,16 @@ def test_a_command_names_what_differs_and_nothing_else():
     assert configs.command_line(demo) == "python baseline.py --no_partial_freeze --epochs 3 --demo"
     drawn = replace(demo, data_csv_path="drawn.csv", image_base_dir="drawn")
     assert configs.command_line(drawn) == configs.command_line(demo)
+
+
+@pytest.mark.parametrize("layers", [8, 18, 3])
+@pytest.mark.parametrize("more", [{}, {"freeze_clip": True}, {"unfreeze_schedule": "20@0"}, {"lora_rank": 2}])
+def test_a_demo_that_freezes_otherwise_is_read_back(layers, more):
+    config = replace(parse_args(["--demo"]), partial_freeze=False, freeze_layers=layers, **more)
+    assert read_back(configs.command_line(config)) == config
+    if "freeze_clip" not in more:
+        partly = replace(config, partial_freeze=True)
+        assert read_back(configs.command_line(partly)) == partly
 
 
 def test_a_command_takes_changes_and_another_program():

@@ -258,7 +258,7 @@ def test_batches_are_not_cut_in_several_processes(demo_set, tmp_path, monkeypatc
 
 
 def test_two_processes_leave_the_test_fold_unread_and_one_of_them_tracks(demo_set, tmp_path):
-    flags = f"{TINY} --freeze_clip --epochs 2 --lr 1e-2 --no_test --tensorboard --preset auto"
+    flags = f"{TINY} --freeze_clip --epochs 2 --lr 1e-2 --no_test --no_report --tensorboard --preset auto"
     paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
     argv = [*paths, *shlex.split(flags), "--cache_dir", str(tmp_path / "cache"), "--output_dir"]
     alone = baseline.main([*argv, str(tmp_path / "one")])

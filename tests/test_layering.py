@@ -45,6 +45,7 @@ LAYOUT = {
     # None of these knows CLIP, and the engine and checkpoints know nothing of images either.
     "data": Place(1, names("images"), outside=names("numpy pandas sklearn")),
     "advice": Place(1, names("configs"), outside=names("")),
+    "diagnosis": Place(2, names("advice configs"), outside=names("")),
     "tracking": Place(0, outside=names("mlflow torch wandb")),
     "compare": Place(1, names("configs metrics"), outside=names("numpy pandas")),
     "inputs": Place(1, names("features images"), outside=names("numpy pandas torch")),
@@ -82,7 +83,7 @@ LAYOUT |= {
     "app": Place(6, names("checkpoint configs data explain images predict reporting")),
 }
 HANDS_OVER = {("data", "describe")}  # what a file's last lines may call, being the name of a program
-FREE_OF_TORCH = ["configs", "advice", "metrics", "demo", "calibration", "figures", "report"]
+FREE_OF_TORCH = ["configs", "advice", "diagnosis", "metrics", "demo", "calibration", "figures", "report"]
 LONGEST = 60  # lines of a function, docstring included
 LONGEST_RUN = 120  # lines of baseline.run, the one visible path
 KNOWS_CUDA = {("engine", "start_runtime")}  # beside the choices of --device, which are in configs

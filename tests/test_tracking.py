@@ -21,7 +21,8 @@ import tracking
 from configs import TrainingConfig
 from tracking import TENSORBOARD_DIR, Trackers, tag_of
 
-RUN = "--clip_model tiny --clip_pretrained none --image_size 112 --freeze_clip --epochs 2 --lr 1e-2 --advice off"
+TINY = "--clip_model tiny --clip_pretrained none --image_size 112"
+RUN = f"{TINY} --freeze_clip --epochs 2 --lr 1e-2 --advice off --no_report"
 
 
 @pytest.fixture
