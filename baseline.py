@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,7 +53,7 @@ import reporting
 import sources
 import tracking
 from configs import OPTIONS, TrainingConfig, one_line_errors, parse_args
-from kept import NOTHING_KEPT, Kept
+from kept import NOTHING, Kept
 
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
@@ -72,9 +71,7 @@ BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some roo
 AfterEpoch = Callable[[Mapping[str, float]], None]
 
 
-def run(
-    config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, kept: Kept = NOTHING_KEPT
-) -> dict[str, Any]:
+def run(config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, kept: Kept = NOTHING) -> dict[str, Any]:
     """Train as configured and return what `results.json` holds (empty under `dry_run`).
 
     Args:
@@ -114,8 +111,7 @@ def run(
     store = open_cache(config)
     statistics = caching.Statistics(feed.pixels.store, store)
     cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
-    learn = partial(learn_base, model, predict, orders, examples)
-    known, base = kept.value("known", values_of(config, *KNOWN_BY), learn, most=16)
+    known, base = learn_base(config, model, predict, orders, examples, kept)
     if config.calibration and not config.init_from:
         set_base(model, base)
 
@@ -304,7 +300,7 @@ def values_of(
 
 
 def start_model(
-    config: TrainingConfig, examples: data.Examples, kept: Kept = NOTHING_KEPT
+    config: TrainingConfig, examples: data.Examples, kept: Kept = NOTHING
 ) -> tuple[backbones.Backbone, models.ScoreModel, dict[str, Any]]:
     """CLIP with heads, frozen as asked, and the arguments that `models.build_model` builds it again from.
 
@@ -331,7 +327,7 @@ def load_clip(config: TrainingConfig, kept: Kept) -> backbones.Backbone:
         return backbone, torch.get_rng_state()
 
     backbone, random_state = kept.value("CLIP", values_of(config, *LOADED_BY), load)
-    if kept is NOTHING_KEPT:
+    if kept is NOTHING:
         return backbone
     torch.set_rng_state(random_state)  # loading draws from it, and the heads are drawn next
     return replace(backbone, clip=copy.deepcopy(backbone.clip))
@@ -351,14 +347,20 @@ def uses_texts(config: TrainingConfig, examples: data.Examples) -> bool:
 
 
 def learn_base(
+    config: TrainingConfig,
     model: models.ScoreModel,
     predict: Callable[..., dict[str, np.ndarray]],
     folds: Iterable[str],
     examples: data.Examples,
+    kept: Kept,
 ) -> tuple[dict[str, dict[str, np.ndarray]], reporting.Base]:
     """What the untrained CLIP makes of each fold, and the base terms fitted to it."""
-    known = {fold: predict(model, fold, models.embed_batch) for fold in folds if fold != "train"}
-    return known, reporting.fit_base(known, examples)
+
+    def learn() -> tuple[dict[str, dict[str, np.ndarray]], reporting.Base]:
+        known = {fold: predict(model, fold, models.embed_batch) for fold in folds if fold != "train"}
+        return known, reporting.fit_base(known, examples)
+
+    return kept.value("known", values_of(config, *KNOWN_BY), learn, most=16)
 
 
 def set_base(model: models.ScoreModel, base: reporting.Base) -> None:
@@ -573,7 +575,7 @@ class Progress:
         }
 
 
-def read_examples(config: TrainingConfig, kept: Kept = NOTHING_KEPT) -> data.Examples:
+def read_examples(config: TrainingConfig, kept: Kept = NOTHING) -> data.Examples:
     """The data that the options name, fit for them. Raises ValueError."""
     examples = kept.value("data", values_of(config, *READ_BY), lambda: sources.read_examples(config))
     check_examples(config, examples)

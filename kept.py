@@ -41,4 +41,4 @@ class NothingKept(Kept):
         return compute()
 
 
-NOTHING_KEPT = NothingKept()
+NOTHING = NothingKept()
