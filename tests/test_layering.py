@@ -41,6 +41,7 @@ LAYOUT = {
     "calibration": Place(0, outside=names("numpy sklearn")),
     "images": Place(0, outside=names("numpy PIL torch torchvision")),
     "features": Place(0, outside=names("safetensors torch")),
+    "kept": Place(0, outside=names("")),
     # None of these knows CLIP, and the engine and checkpoints know nothing of images either.
     "data": Place(1, names("images"), outside=names("numpy pandas sklearn")),
     "advice": Place(1, names("configs"), outside=names("")),
@@ -71,6 +72,13 @@ LAYOUT |= {
     ),
 }
 LAYOUT |= {
+    "space": Place(1, names("configs"), outside=names("")),  # so that search.py --help answers at once
+    "sensitivity": Place(2, names("space"), outside=names("matplotlib numpy optuna pandas sklearn")),
+    "search": Place(
+        5,
+        names("baseline checkpoint compare configs engine kept protocol sensitivity sources space"),
+        outside=names("numpy optuna pandas sqlalchemy torch"),
+    ),
     "explain": Place(5, names("images predict reporting"), outside=names("numpy pandas PIL")),
     "app": Place(6, names("checkpoint configs data explain images predict reporting")),
 }
