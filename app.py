@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     # --help and mistakes in the flags answer here, before torch and Gradio are imported, which takes seconds.
-    from configs import one_line_errors, parse_app_args
+    from commands import parse_app_args
+    from configs import one_line_errors
 
     with one_line_errors():
         parse_app_args()
@@ -43,7 +44,8 @@ import checkpoint
 import data
 import explain
 import reporting
-from configs import one_line_errors, parse_app_args
+from commands import parse_app_args
+from configs import one_line_errors
 from images import first_five, load_image
 from predict import UNREADABLE, Scorer
 

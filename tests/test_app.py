@@ -30,7 +30,7 @@ from PIL import Image
 
 import app
 import baseline
-import configs
+import commands
 import explain
 from data import LabelScale
 from predict import Scorer
@@ -412,19 +412,19 @@ def test_without_gradio_it_is_asked_for(run):
 )
 def test_flags_that_cannot_work_are_refused(run, flags, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        configs.parse_app_args(["--checkpoint", str(run), *flags])
+        commands.parse_app_args(["--checkpoint", str(run), *flags])
 
 
 def test_a_port_that_is_taken_is_refused(run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"--port {port}: cannot listen there"):
-            configs.parse_app_args(["--checkpoint", str(run), "--port", str(port)])
+            commands.parse_app_args(["--checkpoint", str(run), "--port", str(port)])
 
 
 def test_pillow_refuses_what_max_pixels_may_not_allow():
     assert Image.MAX_IMAGE_PIXELS is not None
-    assert 2 * Image.MAX_IMAGE_PIXELS == configs.PILLOW_MAX_PIXELS
+    assert 2 * Image.MAX_IMAGE_PIXELS == commands.PILLOW_MAX_PIXELS
 
 
 # -- parts
