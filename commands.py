@@ -62,7 +62,9 @@ def build_predict_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_workers", type=int, help="threads that decode images (default: one per core, at most 16)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--device", choices=OPTIONS["device"].metadata["choices"], default="auto", help="(default: auto)"
+    )
     return parser
 
 
@@ -129,7 +131,9 @@ def build_app_parser() -> argparse.ArgumentParser:
         help="where to listen; 0.0.0.0 lets other machines in, without a password (default: 127.0.0.1, this one only)",
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--device", choices=OPTIONS["device"].metadata["choices"], default="auto", help="(default: auto)"
+    )
     parser.add_argument(
         "--max_pixels",
         type=int,
