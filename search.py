@@ -497,6 +497,7 @@ def repeat_best(request: Request, config: TrainingConfig) -> None:
         others = False
     print(f"\nthe best {request.seeds} times, from seed {config.seed} on; this reads the test fold")
     protocol.run_all(replace(config, overwrite=others), baseline.run, folder, runtime)
+    baseline.write_report(config, folder, runtime)
 
 
 # -- the whole
