@@ -17,7 +17,7 @@ help:  ## one line
 $(VENV): $(STAMP)
 
 # The stamp is written last: whatever fails before it is done again by the next make.
-$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+$(STAMP): requirements.txt requirements-extra.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "$(PYTHON): Python 3.10, 3.11 or 3.12 is needed; name one with make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || \

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from configs import DEMO_SETTINGS, TrainingConfig
+from configs import DEMO_SETTINGS, PRESET_DEPTH, TrainingConfig
 
 SMALL_CLIP = 30_000_000  # parameters, below which a CLIP bears, and needs, larger learning rates than the usual ones
 MIN_VAL = 50  # validation images, below which the best epoch is mostly chosen by chance
@@ -36,6 +37,7 @@ class Facts:
     num_steps: int  # of the optimiser, in all
     free_memory: float | None = None  # bytes on the GPU; None on a CPU
     bytes_per_image: float = 0.0  # that a training step keeps for each image of the batch
+    draws_val: bool = True  # whether --val_size has a say; False where the data brings all folds
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,22 @@ def advise(config: TrainingConfig, facts: Facts) -> list[Remark]:
     return [remark for remark in remarks if remark.flag not in settled]
 
 
+def starts_random(config: TrainingConfig) -> bool:
+    """Whether CLIP knows nothing yet that could be lost or kept."""
+    return config.clip_pretrained == "none" and not config.init_from
+
+
 def usual_learning_rates(config: TrainingConfig, facts: Facts) -> tuple[float, float]:
     """Lowest and highest usual peak learning rate, by what is trained."""
     if config.freeze_clip:
         return 1e-3, 5e-3
-    if facts.num_parameters < SMALL_CLIP or config.clip_pretrained == "none":
+    if facts.num_parameters < SMALL_CLIP or starts_random(config):
         return 3e-5, 3e-3
     if config.lora_rank:
         return 3e-5, 1e-3
-    return (1e-5, 3e-5) if config.stages[0][0] is None else (2e-5, 1e-4)
+    if config.stages[0][0] is None:
+        return 1e-5, 3e-5
+    return (1e-5 if config.init_from else 2e-5), 1e-4  # a second stage goes on gently
 
 
 def on_learning_rate(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
@@ -85,35 +94,46 @@ def on_learning_rate(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
     flag, lr = "--lr", config.lr
     if config.freeze_clip and config.head_lr is not None:
         flag, lr = "--head_lr", config.head_lr
-    what = "the heads alone are trained" if config.freeze_clip else f"CLIP is trained ({config.freezing})"
+    what = "only the heads are trained and" if config.freeze_clip else f"CLIP is trained ({config.freezing}) and"
+    risk = "may not settle" if config.freeze_clip or starts_random(config) else "may lose what it knows"
     if lr < low:
-        yield Remark(flag, f"{lr:g}", f"{low:g} to {high:g}", f"{what} and would learn slowly", f"{flag} {low:g}")
+        yield Remark(flag, f"{lr:g}", f"{low:g} to {high:g}", f"{what} would learn slowly", f"{flag} {low:g}")
     elif lr > high:
-        yield Remark(flag, f"{lr:g}", f"{low:g} to {high:g}", f"{what} and may lose what it knows", f"{flag} {high:g}")
+        yield Remark(flag, f"{lr:g}", f"{low:g} to {high:g}", f"{what} {risk}", f"{flag} {high:g}")
 
 
 def on_freezing(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
-    """How much is frozen against the depth of the model and the number of images."""
+    """How much is frozen against the depth of the model and the number of images; random weights have no such rule."""
+    if starts_random(config):
+        return
+    yield from on_layers(config, facts)
     count = f"{facts.num_train:,} training images"
-    layers, depth = config.stages[0][0], facts.num_blocks
-    partial = f"--partial_freeze --freeze_layers {round((depth or 24) * 0.75)}"
-    if layers is not None and depth and not config.lora_rank:
-        low, high = -(-depth * 2 // 3), depth * 11 // 12
-        if not low <= layers <= high:
-            why = f"of {depth} blocks the last {depth - high} to {depth - low} are worth training"
-            change = f"--freeze_layers {min(max(layers, low), high)}"
-            if config.unfreeze_schedule:
-                change = f"--unfreeze_schedule {high}@0,{low}@{max(1, config.epochs // 2)}"
-            yield Remark("--freeze_layers", str(layers), f"{low} to {high}", why, change)
+    partial = f"--partial_freeze --freeze_layers {round((facts.num_blocks or PRESET_DEPTH) * 0.75)}"
     if config.freeze_clip and facts.num_train > 5000:
         why = f"{count} can teach CLIP's last blocks too"
-        yield Remark("--freeze_clip", "on", "partial or no freezing", why, f"{partial} --lr 3e-5")
-    if config.freezing == "full" and facts.num_train < 5000:
+        yield Remark("--freeze_clip", "on", "partial or no freezing", why, f"--no_freeze_clip {partial} --lr 3e-5")
+    if config.freezing == "full" and facts.num_train <= 5000:
         why = f"{count} are few to change all of CLIP by"
         if facts.num_train < 1000:
             yield Remark("--freeze_clip", "off", "on", why, "--preset small")
         else:
             yield Remark("--partial_freeze", "off", "on", why, partial)
+
+
+def on_layers(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
+    """The number of frozen layers against the depth of the model."""
+    layers, depth = config.stages[0][0], facts.num_blocks or 0
+    low, high = -(-depth * 2 // 3), depth * 11 // 12
+    if layers is None or config.lora_rank or not 0 < low <= high or low <= layers <= high:
+        return
+    why = f"of {depth} blocks the last {depth - high} to {depth - low} are worth training"
+    if config.unfreeze_schedule:
+        plan = f"{high}@0" + (f",{low}@{max(1, config.epochs // 2)}" if low < high else "")
+        change = f"--unfreeze_schedule {plan}"
+        yield Remark("--unfreeze_schedule", config.unfreeze_schedule, f"to begin at {low} to {high}", why, change)
+    else:
+        change = f"--freeze_layers {min(max(layers, low), high)}"
+        yield Remark("--freeze_layers", str(layers), f"{low} to {high}", why, change)
 
 
 def on_residual_scales(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
@@ -135,12 +155,15 @@ def on_residual_scales(config: TrainingConfig, facts: Facts) -> Iterator[Remark]
 
 def on_batch(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
     """The batch size against memory and the number of images."""
-    flag, size = "--batch_size", config.batch_size
-    step = size * config.gradient_accumulation_steps
-    if step * 4 > facts.num_train and size > 1:
-        best = max(1, min(size, facts.num_train // 20))
-        why = f"{facts.num_train} training images make {-(-facts.num_train // step)} step(s) per epoch"
-        yield Remark(flag, str(step), f"at most {max(1, facts.num_train // 4)}", why, f"{flag} {best}")
+    flag, size, parts = "--batch_size", config.batch_size, config.gradient_accumulation_steps
+    step = size * parts
+    if step > 1 and step * 4 > facts.num_train:
+        count = f"{facts.num_train:,} training images"
+        why = f"{count} make {-(-facts.num_train // step)} step(s) of {step} per epoch"
+        change = f"{flag} {max(1, min(size, facts.num_train // 20))}"
+        change += " --gradient_accumulation_steps 1" if parts > 1 else ""
+        recommended = f"at most {max(1, facts.num_train // 4)}" + (" per step" if parts > 1 else "")
+        yield Remark(flag, str(size), recommended, why, change)
     if facts.free_memory is None or not facts.bytes_per_image:
         return
     fitting = int(config.max_memory_usage * facts.free_memory / facts.bytes_per_image)
@@ -148,11 +171,11 @@ def on_batch(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
         why = (
             f"an image takes about {facts.bytes_per_image / 1e9:.2g} of {facts.free_memory / 1e9:.3g} GB that are free"
         )
-        ways = "--dynamic_batch_size or --gradient_checkpointing"
+        ways = "--gradient_checkpointing or (in one process) --dynamic_batch_size"
         yield Remark(flag, str(size), f"at most {max(1, fitting)}", why, ways)
-    elif size < 32 and fitting >= 4 * size and facts.num_train >= 32 * 20 and not config.freeze_clip:
+    elif size < 16 and fitting >= 32 and facts.num_train >= 32 * parts * 20:
         why = f"memory suffices for about {fitting}, and larger batches are faster and steadier"
-        yield Remark(flag, str(size), "32 to 64", why, f"{flag} 32")
+        yield Remark(flag, str(size), "16 to 64", why, f"{flag} 32")
 
 
 def on_loss_weights(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
@@ -161,7 +184,7 @@ def on_loss_weights(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
     if {"q", "c"} <= set(facts.tasks) and not 0.3 - 1e-9 <= share <= 0.7 + 1e-9:
         flag, starved = ("--w_q", "quality") if share < 0.3 else ("--w_c", "consistency")
         value = min(config.w_q, config.w_c)
-        recommended = "30 % to 70 % of both weights"
+        recommended = "30 % to 70 % of both weights together"
         yield Remark(flag, f"{value:g}", recommended, f"{starved} is starved at less", "--w_q 0.5 --w_c 0.5")
 
 
@@ -174,29 +197,33 @@ def on_schedule(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
         why = "the best epoch seldom comes later"
         change = f"--epochs {high} or --early_stopping_patience 5"
         yield Remark("--epochs", str(config.epochs), f"{low} to {high}", why, change)
-    ratio, steps = config.warmup_ratio, int(config.warmup_ratio * facts.num_steps)
+    ratio, steps = config.warmup_ratio, round(config.warmup_ratio * facts.num_steps)
     if ratio > 0.1 + 1e-9:
         why = "what is spent on warming up is missed at full rate"
         yield Remark("--warmup_ratio", f"{ratio:g}", "0.01 to 0.1", why, "--warmup_ratio 0.1")
     elif not config.freeze_clip and steps < MIN_WARMUP_STEPS < 0.1 * facts.num_steps:
         why = f"the first steps can undo what CLIP knows, and {steps} of {facts.num_steps} are warm-up"
-        yield Remark("--warmup_ratio", f"{ratio:g}", "0.05 to 0.1", why, "--warmup_ratio 0.1")
+        low_ratio = max(0.05, MIN_WARMUP_STEPS / facts.num_steps)
+        yield Remark("--warmup_ratio", f"{ratio:g}", f"{low_ratio:.2g} to 0.1", why, "--warmup_ratio 0.1")
 
 
 def on_validation(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:
     """Whether enough images are held out to choose the epoch by."""
-    if facts.num_val < MIN_VAL:
-        why = f"the best epoch is chosen by {facts.num_val} images, which is mostly chance"
-        change = f"--val_size {min(0.3, round(config.val_size * MIN_VAL / facts.num_val + 0.05, 1)):g}"
-        if config.val_size >= 0.2:
-            change = "more images, or --kfold 5"
-        yield Remark("--val_size", f"{config.val_size:g}", f"{MIN_VAL} images or more", why, change)
+    if facts.num_val >= MIN_VAL:
+        return
+    why = f"the best epoch is chosen by {facts.num_val} image(s), which is mostly chance"
+    # Of the images without the test fold, and rounded up to 0.05: some room, because whole prompts are drawn.
+    needed = math.ceil(20 * MIN_VAL / max(1, facts.num_train + facts.num_val)) / 20
+    can = facts.draws_val and needed <= 0.3 and needed + config.test_size <= 0.6
+    change = f"--val_size {needed:g}" if can else "more images for validation"
+    yield Remark("--val_size", f"{config.val_size:g}", f"{MIN_VAL} images or more", why, change)
 
 
 def on_ranges(config: TrainingConfig) -> Iterator[Remark]:
     """Options whose usual range depends on nothing else."""
     for name, (low, high, why) in USUAL.items():
         value = getattr(config, name)
-        if not low <= value <= high and (name != "w_exp" or config.use_explanations):
+        unused = (name == "w_exp" and not config.use_explanations) or (name == "test_size" and config.kfold)
+        if not unused and not low <= value <= high:
             best = min(max(value, low), high)
             yield Remark(f"--{name}", f"{value:g}", f"{low:g} to {high:g}", why, f"--{name} {best:g}")

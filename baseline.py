@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +39,7 @@ import backbones
 import caching
 import checkpoint
 import data
+import diagnosis
 import engine
 import evaluation
 import features
@@ -46,23 +48,35 @@ import inputs
 import losses
 import models
 import protocol
+import report
 import reporting
 import sources
 import tracking
-from configs import TrainingConfig, one_line_errors, parse_args
+from configs import OPTIONS, TrainingConfig, one_line_errors, parse_args
+from kept import NOTHING, Kept
 
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
+# What the options of a run decide, for runs that share it: of some groups all but a few, and a few others.
+VIEWS = ("image_size", "crop_scale_min", "crops", "test_crops", "global_view", "horizontal_flip")
+LOADED_BY = ((), (), ("clip_model", "clip_pretrained", "image_size", "seed"))
+READ_BY = (("data",), VIEWS, ("demo", "cache_dir"))
+KNOWN_BY = (
+    ("data", "backbone", "speed"),
+    (),
+    ("demo", "cache_dir", "test", "prompt_levels", "amp", "device", "batch_size"),
+)
 BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
 
+AfterEpoch = Callable[[Mapping[str, float]], None]
 
-def run(
-    config: TrainingConfig, *, after_epoch: Callable[[Mapping[str, float]], None] = lambda row: None
-) -> dict[str, Any]:
+
+def run(config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, kept: Kept = NOTHING) -> dict[str, Any]:
     """Train as configured and return what `results.json` holds (empty under `dry_run`).
 
     Args:
         after_epoch: is given each row of `metrics.csv`, in every process; what it raises stops the run.
+        kept: holds what other runs of this process have read and computed, and takes what this one adds.
 
     Raises:
         ValueError: data or options that cannot work; nothing has been written then.
@@ -75,10 +89,10 @@ def run(
     # Data, model, and how one becomes batches for the other.
     with runtime.main_first():
         config = sources.draw_demo(config) if config.demo else config
-    examples = read_examples(config)
-    backbone, model, arguments = start_model(config, examples)
+    examples = read_examples(config, kept)
+    backbone, model, arguments = start_model(config, examples, kept)
     model.to(runtime.device)
-    feed, num_truncated = build_feed(config, examples, backbone, runtime)
+    feed, num_truncated = build_feed(config, examples, backbone, runtime, kept)
     orders = build_orders(config, examples)
     num_steps = count_steps(config, examples)
     runtime.say(plan(config, examples, backbone, model, feed, runtime, num_steps, num_truncated))
@@ -96,16 +110,12 @@ def run(
     ready = time.perf_counter()
     store = open_cache(config)
     statistics = caching.Statistics(feed.pixels.store, store)
-    cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics)
-    known = {fold: predict(model, fold, models.embed_batch) for fold in orders if fold != "train"}
-    base = reporting.fit_base(known, examples)
+    cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
+    known, base = learn_base(config, model, predict, orders, examples, kept)
     if config.calibration and not config.init_from:
         set_base(model, base)
 
-    optimizer = build_optimizer(config, model, examples)
-    schedule = engine.build_schedule(
-        optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=config.warmup_ratio
-    )
+    optimizer, schedule = build_optimizer(config, model, examples, num_steps)
     average = engine.WeightAverage(model, config.ema_decay)
     tune_speed(config, model, runtime, num_images=config.epochs * len(examples.rows("train")))
     trainee = runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
@@ -123,7 +133,7 @@ def run(
     with open_trackers(config, writer) as trackers, newest_best:
         for epoch in range(1, config.epochs + 1):
             if enter_stage(config, model, examples, epoch, runtime):
-                cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics)
+                cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
                 trainee = runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
             with Progress(len(examples.rows("train")), runtime) as progress:
                 lr = config.lr * optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["initial_lr"]
@@ -160,19 +170,30 @@ def run(
     # The test fold's scores are looked at here, once, with the weights that validation has chosen.
     best = load_best(average.weights, folder, runtime)
     predictions |= {fold: predict(best, fold) for fold in orders if fold not in ("train", "val")}
-    results = {
+    outcome = measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all))
+    findings = diagnosis.diagnose(history, config, facts, known=outcome["base"]["val"].get(config.select_by))
+    results: dict[str, Any] = {
         "best_epoch": engine.best_epoch(selection),
         "epochs": len(history),
-        **measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all)),
+        **outcome,
         "advice": [asdict(remark) for remark in remarks],
+        "diagnosis": [asdict(finding) for finding in findings],
         "seconds": round(time.perf_counter() - started, 3),
         "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
     }
+    trackers.finish({f"test_{name}": value for name, value in results["test"].items()}, len(history))
     writer.csv("predictions.csv", reporting.prediction_table(predictions, examples))
     writer.json(checkpoint.RESULTS_FILE, results)
-    runtime.say(reporting.results_table(results, examples))
-    runtime.say(f"run folder: {folder}")
+    write_report(config, folder, runtime)
+    said = [reporting.results_table(results, examples), *diagnosis.lines(findings), f"run folder: {folder}"]
+    runtime.say("\n".join(said))
     return results
+
+
+def write_report(config: TrainingConfig, folder: Path, runtime: engine.Runtime) -> None:
+    """Write the page of a finished run, or of repeated ones, unless it is not wanted."""
+    if config.report and runtime.is_main:
+        report.write_report(folder)
 
 
 def stops_early(config: TrainingConfig, selection: Sequence[float], runtime: engine.Runtime) -> bool:
@@ -254,6 +275,7 @@ def gather_facts(
         num_steps=num_steps,
         free_memory=runtime.free_memory() * runtime.world if on_gpu else None,
         bytes_per_image=models.activation_bytes(model.clip.visual, runtime.compute_dtype) * config.num_views_encoded,
+        draws_val="val" not in set(examples.table["split"]),
     )
 
 
@@ -267,8 +289,16 @@ def heed_advice(config: TrainingConfig, facts: advice.Facts, runtime: engine.Run
     return remarks
 
 
+def values_of(
+    config: TrainingConfig, groups: Sequence[str], without: Sequence[str], others: Sequence[str]
+) -> tuple[Any, ...]:
+    """The values of some options: those of `groups` but not `without`, and `others`."""
+    names = [name for name, spec in OPTIONS.items() if spec.metadata["group"] in groups and name not in without]
+    return tuple(getattr(config, name) for name in (*names, *others))
+
+
 def start_model(
-    config: TrainingConfig, examples: data.Examples
+    config: TrainingConfig, examples: data.Examples, kept: Kept = NOTHING
 ) -> tuple[backbones.Backbone, models.ScoreModel, dict[str, Any]]:
     """CLIP with heads, frozen as asked, and the arguments that `models.build_model` builds it again from.
 
@@ -278,13 +308,27 @@ def start_model(
     if config.init_from:
         backbone, model, arguments = load_first_stage(config, examples)
     else:
-        backbone = backbones.load_backbone(config.clip_model, config.clip_pretrained, image_size=config.image_size)
+        backbone = load_clip(config, kept)
         arguments = model_arguments(config, backbone.embed_dim)
         model = models.build_model(backbone.clip, **arguments)
     if config.lora_rank:
         models.add_lora(model.clip, config.lora_rank, num_layers=config.stages[0][0])
     freeze(config, model, examples, config.stages[0][0])
     return backbone, model, arguments
+
+
+def load_clip(config: TrainingConfig, kept: Kept) -> backbones.Backbone:
+    """The CLIP that the options name. Raises ValueError."""
+
+    def load() -> tuple[backbones.Backbone, Tensor]:
+        backbone = backbones.load_backbone(config.clip_model, config.clip_pretrained, image_size=config.image_size)
+        return backbone, torch.get_rng_state()
+
+    backbone, random_state = kept.value("CLIP", values_of(config, *LOADED_BY), load)
+    if kept is NOTHING:
+        return backbone
+    torch.set_rng_state(random_state)  # loading draws from it, and the heads are drawn next
+    return replace(backbone, clip=copy.deepcopy(backbone.clip))
 
 
 def freeze(config: TrainingConfig, model: models.ScoreModel, examples: data.Examples, num_layers: int | None) -> None:
@@ -298,6 +342,23 @@ def freeze(config: TrainingConfig, model: models.ScoreModel, examples: data.Exam
 def uses_texts(config: TrainingConfig, examples: data.Examples) -> bool:
     """Whether anything that is trained looks at texts."""
     return "c" in examples.scales or config.use_explanations or config.prompt_levels
+
+
+def learn_base(
+    config: TrainingConfig,
+    model: models.ScoreModel,
+    predict: Callable[..., dict[str, np.ndarray]],
+    folds: Iterable[str],
+    examples: data.Examples,
+    kept: Kept,
+) -> tuple[dict[str, dict[str, np.ndarray]], reporting.Base]:
+    """What the untrained CLIP makes of each fold, and the base terms fitted to it."""
+
+    def learn() -> tuple[dict[str, dict[str, np.ndarray]], reporting.Base]:
+        known = {fold: predict(model, fold, models.embed_batch) for fold in folds if fold != "train"}
+        return known, reporting.fit_base(known, examples)
+
+    return kept.value("known", values_of(config, *KNOWN_BY), learn, most=16)
 
 
 def set_base(model: models.ScoreModel, base: reporting.Base) -> None:
@@ -367,8 +428,10 @@ def origin(config: TrainingConfig) -> str:
     return config.init_from or f"{config.clip_model} ({'its own weights' if own else config.clip_pretrained})"
 
 
-def build_optimizer(config: TrainingConfig, model: models.ScoreModel, examples: data.Examples) -> torch.optim.Optimizer:
-    """AdamW over all that is trained at some stage; what is still frozen has no gradient and so no state yet."""
+def build_optimizer(
+    config: TrainingConfig, model: models.ScoreModel, examples: data.Examples, num_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW over all that is trained at some stage, with no state of what is frozen as yet, and its schedule."""
     scales = models.lr_scales(model, config.layer_decay)
 
     def lr_of(name: str) -> float:
@@ -377,7 +440,8 @@ def build_optimizer(config: TrainingConfig, model: models.ScoreModel, examples: 
     freeze(config, model, examples, config.stages[-1][0])
     optimizer = engine.build_optimizer(model, lr_of, weight_decay=config.weight_decay)
     freeze(config, model, examples, config.stages[0][0])
-    return optimizer
+    ratio = config.warmup_ratio
+    return optimizer, engine.build_schedule(optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=ratio)
 
 
 def enter_stage(
@@ -412,6 +476,7 @@ def cache_frozen(
     runtime: engine.Runtime,
     store: features.FeatureCache | None,
     statistics: caching.Statistics,
+    kept: Kept,
 ) -> None:
     """Compute what the frozen layers make of images and prompts once, as far as there are any and it fits."""
     feed.source = feed.pixels
@@ -430,6 +495,7 @@ def cache_frozen(
         batch_size=evaluation_batch(config),
         reserve=BYTES_PER_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad),
         keep_decoded=len(config.stages) > 1,
+        fingerprint=fingerprints(config, model, kept),
     )
     train = examples.rows("train")
     rows_of: dict[inputs.View, inputs.Rows] = {
@@ -454,8 +520,20 @@ def cache_frozen(
         if table and (reason := caching.cache_texts(setting, model.clip.text, table)):
             reasons[what] = reason
     said = "; ".join(f"{what} not: {reason}" for what, reason in reasons.items())
-    kept = "" if isinstance(found, str) else f"{found.describe()}, "
-    runtime.say(f"cache     {kept}{time.perf_counter() - started:.1f} s{'; ' * bool(said)}{said}")
+    held = "" if isinstance(found, str) else f"{found.describe()}, "
+    runtime.say(f"cache     {held}{time.perf_counter() - started:.1f} s{'; ' * bool(said)}{said}")
+
+
+def fingerprints(config: TrainingConfig, model: models.ScoreModel, kept: Kept) -> Callable[[torch.nn.Module, int], str]:
+    """What tells a tower's frozen layers from others, see `caching.fingerprint`; they stay as they were loaded."""
+    if config.init_from:
+        return caching.fingerprint
+
+    def find(tower: torch.nn.Module, num_stages: int) -> str:
+        key = (values_of(config, *LOADED_BY), tower is model.clip.visual, num_stages)
+        return kept.value("weights", key, lambda: caching.fingerprint(tower, num_stages), most=64)
+
+    return find
 
 
 def tune_speed(config: TrainingConfig, model: models.ScoreModel, runtime: engine.Runtime, *, num_images: int) -> None:
@@ -498,9 +576,9 @@ class Progress:
         }
 
 
-def read_examples(config: TrainingConfig) -> data.Examples:
+def read_examples(config: TrainingConfig, kept: Kept = NOTHING) -> data.Examples:
     """The data that the options name, fit for them. Raises ValueError."""
-    examples = sources.read_examples(config)
+    examples = kept.value("data", values_of(config, *READ_BY), lambda: sources.read_examples(config))
     check_examples(config, examples)
     return examples
 
@@ -552,7 +630,11 @@ def model_arguments(config: TrainingConfig, embed_dim: int) -> dict[str, Any]:
 
 
 def build_feed(
-    config: TrainingConfig, examples: data.Examples, backbone: backbones.Backbone, runtime: engine.Runtime
+    config: TrainingConfig,
+    examples: data.Examples,
+    backbone: backbones.Backbone,
+    runtime: engine.Runtime,
+    kept: Kept,
 ) -> tuple[inputs.Feed[inputs.PixelSource], int]:
     """The feed of batches, and the number of texts cut because they exceed the context length."""
     num_truncated = 0
@@ -575,14 +657,15 @@ def build_feed(
     elif uses_texts(config, examples):
         prompts = text_table("prompt")
     rationales = text_table("explanation") if config.use_explanations else None
-    store = images.ImageStore(
-        examples.files,
-        image_size=None if config.crops else config.image_size,
-        num_threads=num_threads(config, runtime),
-        max_memory=config.image_memory_gb * 1e9 / runtime.local_world,
-        max_file=config.cache_max_gb * 1e9 / runtime.local_world,
-        spill_dir=Path(config.cache_dir),
-    )
+    settings: dict[str, Any] = {
+        "image_size": None if config.crops else config.image_size,
+        "num_threads": num_threads(config, runtime),
+        "max_memory": config.image_memory_gb * 1e9 / runtime.local_world,
+        "max_file": config.cache_max_gb * 1e9 / runtime.local_world,
+        "spill_dir": Path(config.cache_dir),
+    }
+    key = (values_of(config, *READ_BY), *settings.values())
+    store = kept.value("images", key, lambda: images.ImageStore(examples.files, **settings))
     views = images.Views(
         image_size=config.image_size,
         mean=backbone.config["preprocess_cfg"]["mean"],
@@ -835,8 +918,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
         config = parse_args(argv, num_images=sources.count_training_images, num_blocks=num_blocks)
         if config.is_protocol:
-            runtime = engine.start_runtime(config.device, config.amp)
-            results = protocol.run_all(config, run, run_folder(config), runtime)
+            runtime, folder = engine.start_runtime(config.device, config.amp), run_folder(config)
+            results = protocol.run_all(config, run, folder, runtime)
+            if results:
+                write_report(config, folder, runtime)
         else:
             results = run(config)
         engine.stop_runtime()

@@ -44,6 +44,7 @@ class Caching:
     batch_size: int
     reserve: float  # bytes of GPU memory that training will take for gradients and the optimiser
     keep_decoded: bool  # whether images will be decoded again, for another stage
+    fingerprint: Callable[[nn.Module, int], str]  # of the weights of a tower's first stages, see `fingerprint`
 
     def fits_device(self, num_bytes: float) -> bool:
         """Whether so much may be held in the GPU's memory; on a CPU that is the page cache's business."""
@@ -130,7 +131,7 @@ def cache_images(
 
     encode = image_encoder(visual, num_stages, runtime)
     visual.eval()
-    weights = fingerprint(visual, num_stages)
+    weights = caching.fingerprint(visual, num_stages)
     counts = (views.count(None), views.count(0))
     shape = (3, views.image_size, views.image_size)
     several = {count: (count,) if count > 1 else () for count in counts}
@@ -263,7 +264,7 @@ def cache_texts(caching: Caching, text: nn.Module, table: TextTable) -> str:
 
     text.eval()
     example = encode(table.tokens_UN[:1, :longest])
-    weights = fingerprint(text, num_stages)
+    weights = caching.fingerprint(text, num_stages)
     features = caching.open(text, num_stages, example, weights=weights, input="text")
     keys = [key_of(row.tobytes()) for row in table.host_tokens_UN.numpy()]
     needed = len(features.missing(keys)) * features.row_bytes

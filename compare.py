@@ -54,6 +54,8 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     missing = [column for column in ("name", "set", "split", "cluster") if column not in table.columns]
     if missing:
         raise ValueError(f"{path}: no column {missing[0]!r}; run it again with this version")
+    if not (table["split"] == "test").any():
+        raise ValueError(f"{folder}: has no test scores, being a run with --no_test; run it again without")
     return table[table["split"] == "test"].set_index("name")
 
 

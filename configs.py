@@ -9,13 +9,13 @@ import argparse
 import difflib
 import json
 import math
-import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_type_hints
@@ -651,7 +651,9 @@ class Option:
             return []
         if self.kind is bool:
             return [self.undo if value == self.default else self.flag]
-        return [f"--{self.name}", *map(str, value if self.pair else (value,))]
+        if self.pair:  # argparse takes "-0.00001" for a number, "-1e-05" for a flag
+            return [f"--{self.name}", *(f"{Decimal(str(item)):f}" if item < 0 else str(item) for item in value)]
+        return [f"--{self.name}={value}"] if str(value).startswith("-") else [f"--{self.name}", str(value)]
 
     @property
     def undo(self) -> str:
@@ -750,7 +752,7 @@ def check_together(config: TrainingConfig) -> None:
     parse_loss(config.loss)
     if config.preset not in (None, "auto", *PRESETS):
         near = difflib.get_close_matches(str(config.preset), ("auto", *PRESETS), n=1)
-        names = f"did you mean {near[0]}?" if near else f"must be auto, list, {', '.join(PRESET_PURPOSES)}"
+        names = f"did you mean {near[0]}?" if near else f"must be auto, {', '.join(PRESET_PURPOSES)} (list shows them)"
         raise ValueError(f"--preset {config.preset}: {names}")
     if config.freeze_clip and config.partial_freeze:
         raise ValueError("--freeze_clip and --partial_freeze exclude each other: choose one")
@@ -876,7 +878,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_options(path: str | Path) -> dict[str, Any]:
-    """Read options from a saved config.json, or a hand-written one with any of its keys.
+    """Read options from a saved config.json, or a hand-written one with any of its keys; null says nothing.
 
     Raises:
         ValueError: the file is missing, is not a JSON object, or has a key that is no option.
@@ -898,7 +900,7 @@ def load_options(path: str | Path) -> dict[str, Any]:
     return {
         key: tuple(value) if OPTIONS[key].pair and isinstance(value, list) else value
         for key, value in saved.items()
-        if key not in NOT_SAVED
+        if key not in NOT_SAVED and not (value is None and OPTIONS[key].optional)
     }
 
 
@@ -917,15 +919,21 @@ def preset_by_size(num_images: int) -> str:
     return "small" if num_images < 1000 else "medium" if num_images <= 5000 else "large"
 
 
-def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of both, those of `above` where both have them; who says how to freeze CLIP says all of it."""
+def yielding(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of the options `below`: who says above how to freeze CLIP says all of it."""
+    dropped: tuple[str, ...] = ()
     if above.get("freeze_clip"):
-        below = {key: value for key, value in below.items() if key not in FREEZING}
+        dropped = FREEZING
     elif any(above.get(name) for name in ("partial_freeze", "unfreeze_schedule", "lora_rank")):
-        below = {key: value for key, value in below.items() if key != "freeze_clip"}
+        dropped = ("freeze_clip",)
     elif above.get("partial_freeze") is False:
-        below = {key: value for key, value in below.items() if key != "freeze_layers"}
-    return {**below, **above}
+        dropped = ("freeze_layers",)
+    return {key: value for key, value in below.items() if key not in dropped}
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of both, those of `above` where both have them, and where they speak of freezing. See `yielding`."""
+    return {**yielding(below, above), **above}
 
 
 def parse_args(
@@ -957,13 +965,11 @@ def parse_args(
             ways = "drop it" if "demo" in flags else "add --no_demo (--config has it on)"
             raise ValueError(f"--demo draws its own data: {ways} or drop --{name}")
     below = DEMO_SETTINGS if is_demo else {}
-    if "preset" not in flags:  # a hand-written file may name one; it comes below what else the file says
-        below = with_preset(below, {**saved, **flags}, saved.get("preset"), num_images, num_blocks)
+    preset, own = flags.pop("preset", None), saved.pop("preset", None)
+    if preset is None:  # a file may name one, which comes below what else the file says
+        below = with_preset(below, overlay(saved, flags), own, num_images, num_blocks)
     below = overlay(below, saved)
-    if "preset" in flags:
-        below = with_preset(below, flags, flags["preset"], num_images, num_blocks)
-    flags = {key: value for key, value in flags.items() if key != "preset"}
-    return TrainingConfig(**overlay(below, flags))
+    return TrainingConfig(**overlay(with_preset(below, flags, preset, num_images, num_blocks), flags))
 
 
 def with_preset(
@@ -976,15 +982,16 @@ def with_preset(
     """`below` with what the preset stands for, given the options `above` it. Raises ValueError; see `parse_args`."""
     if name is None:
         return dict(below)
-    plain = TrainingConfig(**overlay(below, {key: value for key, value in above.items() if key != "preset"}))
+    below = {key: value for key, value in below.items() if key not in FREEZING}
+    plain = TrainingConfig(**overlay(below, above))
     if name == "auto" and num_images:
         name = preset_by_size(num_images(plain))
     replace(plain, preset=name)  # says what is wrong with the name
     settings = {**PRESETS.get(name, {}), "preset": name}
-    depth = num_blocks(plain) if num_blocks and "freeze_layers" in settings else None
+    depth = num_blocks(plain) if num_blocks and "freeze_layers" in settings and "freeze_layers" not in above else None
     if depth:
         settings["freeze_layers"] = round(settings["freeze_layers"] * depth / PRESET_DEPTH)
-    return {**{key: value for key, value in below.items() if key not in FREEZING}, **settings}
+    return {**below, **settings}
 
 
 def flag_words(values: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
@@ -997,112 +1004,19 @@ def flag_words(values: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
 
 
 def command_line(config: TrainingConfig, program: str = "baseline.py", **changes: Any) -> str:
-    """The shell command that runs `config` with `changes`, but for what belongs to one place (NOT_SAVED)."""
+    """The shell command that runs `config` with `changes`, but for what belongs to one place (NOT_SAVED).
+
+    No flag says None where the demo has a value, and `parse_args` never yields that.
+    """
     values = asdict(replace(config, preset=None, **changes))
     base: dict[str, Any] = {"demo": False}
     if config.demo:  # which draws its own data
-        base |= {**DEMO_SETTINGS, **{name: values[name] for name in ("data_csv_path", "image_base_dir")}}
+        said = {
+            name: values[name] for name in FREEZING if values[name] != DEMO_SETTINGS.get(name, OPTIONS[name].default)
+        }
+        base |= {name: values[name] for name in ("data_csv_path", "image_base_dir")} | yielding(DEMO_SETTINGS, said)
     values = {name: value for name, value in values.items() if name not in NOT_SAVED}
     return shlex.join(["python", program, *flag_words(values, base)])
-
-
-def build_predict_parser() -> argparse.ArgumentParser:
-    """The command line of predict.py."""
-    parser = OneLineParser(
-        prog="predict.py",
-        usage="python predict.py --checkpoint RUN/best (IMAGE... | --csv FILE | --image_dir DIR) [flags]\n"
-        "       python predict.py --checkpoint RUN --evaluate (--csv FILE | --dataset NAME --data_root DIR) [flags]",
-        description="Score images with a trained run, in the MOS units of its training data.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        action="append",
-        metavar="DIR",
-        help="RUN/best, or RUN itself; several times with --evaluate",
-    )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
-    parser.add_argument("--prompt", metavar="TEXT", help="what the images should show; without it: quality alone")
-    parser.add_argument("--csv", metavar="FILE", help="table of image names and prompts")
-    parser.add_argument("--image_dir", metavar="DIR", help="folder of the CSV's names; alone: score all images in it")
-    parser.add_argument("--name_column", default="name", metavar="COLUMN", help="(default: name)")
-    parser.add_argument("--prompt_column", default="prompt", metavar="COLUMN", help="(default: prompt)")
-    parser.add_argument(
-        "--out", metavar="FILE", help="write name,pred_quality,pred_align (or the table of --evaluate) there"
-    )
-    parser.add_argument(
-        "--evaluate",
-        action="store_true",
-        help="compare with the human scores of --csv or --dataset, on images that the run has not seen",
-    )
-    parser.add_argument(
-        "--dataset",
-        metavar="NAME[,NAME]",
-        help=f"with --evaluate: data sets as downloaded ({', '.join(DATASET_NAMES)})",
-    )
-    parser.add_argument("--data_root", metavar="DIR[,DIR]", help="folder of each --dataset")
-    parser.add_argument("--group_column", metavar="COLUMN", help="with --evaluate: CSV column naming the generator")
-    for name in ("quality_column", "consistency_column"):
-        default = OPTIONS[name].default
-        parser.add_argument(
-            f"--{name}", default=default, metavar="COLUMN", help=f"with --evaluate (default: {default})"
-        )
-    parser.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
-    parser.add_argument(
-        "--chunk_size", type=int, default=4096, help="rows at a time that --out keeps if stopped (default: 4096)"
-    )
-    parser.add_argument(
-        "--num_workers", type=int, help="threads that decode images (default: one per core, at most 16)"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    return parser
-
-
-def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line of predict.py -> checked options.
-
-    Raises:
-        ValueError: an unknown flag, a value that breaks its rule, or not exactly one source of images.
-    """
-    args = build_predict_parser().parse_args(argv)
-    for name in ("batch_size", "num_workers"):
-        OPTIONS[name].check(getattr(args, name))
-    if args.chunk_size < 1:
-        raise ValueError(f"--chunk_size {args.chunk_size}: must be at least 1")
-    args.checkpoints, args.checkpoint = args.checkpoint, args.checkpoint[0]
-    check_evaluation(args)
-    if args.images and (args.csv or args.image_dir):
-        raise ValueError(f"{args.images[0]}: image files or {'--csv' if args.csv else '--image_dir'}, not both")
-    if not (args.images or args.csv or args.image_dir or args.evaluate):
-        raise ValueError("no images to score: give IMAGE..., --csv FILE or --image_dir DIR; see --help")
-    if args.csv and args.prompt is not None:
-        raise ValueError("--prompt: the prompts come from --csv, drop one of the two")
-    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
-        raise ValueError(f"--out {args.out}: must be a file in a folder that exists")
-    if not args.out and not args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("several processes need --out FILE: each scores a part of it")
-    return args
-
-
-def check_evaluation(args: argparse.Namespace) -> None:
-    """Rules around --evaluate. Raises ValueError."""
-    names, roots = split_list(args.dataset), split_list(args.data_root)
-    if not args.evaluate:
-        if len(args.checkpoints) > 1 or names or roots:
-            raise ValueError(f"{'--dataset' if names or roots else 'several --checkpoint'}: works with --evaluate only")
-        return
-    if args.images or not (args.csv or names):
-        raise ValueError("--evaluate: needs human scores: --csv FILE or --dataset NAME --data_root DIR, and no IMAGE")
-    for name in names:
-        if name not in DATASET_NAMES:
-            raise ValueError(f"--dataset {name}: must be of {', '.join(DATASET_NAMES)}")
-    if len(names) != len(roots):
-        raise ValueError(f"--data_root: has {len(roots)} folder(s) for {len(names)} --dataset; give one for each")
-    if args.prompt is not None:
-        raise ValueError("--prompt: the prompts come with the human scores, drop it")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--evaluate: runs in one process; leave torchrun out")
 
 
 @contextmanager

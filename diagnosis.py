@@ -59,13 +59,16 @@ class Finding:
     command: str  # that runs it
 
 
-def diagnose(history: Sequence[Mapping[str, float]], config: TrainingConfig, facts: advice.Facts) -> list[Finding]:
+def diagnose(
+    history: Sequence[Mapping[str, float]], config: TrainingConfig, facts: advice.Facts, *, known: float | None = None
+) -> list[Finding]:
     """Read the curves of a run.
 
     Args:
         history: a row for each epoch, as in `metrics.csv`; only the losses and scores of `facts.tasks` need be there.
         config: what it ran with.
         facts: what it ran on.
+        known: the validation score that the epoch is chosen by, before training; None if that has none.
 
     Returns:
         At most MAX_FINDINGS, the most important first; none for fewer than MIN_EPOCHS and for a run that looks fine.
@@ -78,9 +81,11 @@ def diagnose(history: Sequence[Mapping[str, float]], config: TrainingConfig, fac
         if found:
             return [found]
     over = find_over_fitting(run)
-    end = None if over else find_best_at_end(run)
-    under = None if over or end else find_under_fitting(run)
-    findings = [find_best_at_start(run), over, find_starving(run), under, end]
+    lost = find_lost(run, known)
+    end = None if over or lost else find_best_at_end(run)
+    under = None if over or lost or end else find_under_fitting(run)
+    start = None if lost else find_best_at_start(run)
+    findings = [lost, start, over, find_starving(run), under, end]
     return [found for found in findings if found][:MAX_FINDINGS]
 
 
@@ -200,6 +205,23 @@ def find_slow(run: Run) -> Finding | None:
     )
     why = f"{low:g} to {high:g} is usual for what is trained here, so go up"
     return run.finding("slow", evidence, why, faster(run))
+
+
+def find_lost(run: Run, known: float | None) -> Finding | None:
+    """A run that started from what CLIP knows and never came back to it: training has only undone."""
+    starts_there = run.config.use_residual_learning and run.config.calibration and not run.config.init_from
+    best = run.selection[run.best]
+    if known is None or not starts_there or known - best < run.main_noise:
+        return None
+    evidence = (
+        f"{run.config.select_by} on validation was {known:.3f} before training and is {best:.3f} at best, after epoch "
+        f"{run.best + 1}"
+    )
+    if run.rate > run.usual_rates[0]:
+        why = "the steps undo what CLIP knew, so take smaller ones"
+        return run.finding("worse than before training", evidence, why, smaller_steps(run))
+    why = "even small steps undo what CLIP knew, so hold on to it"
+    return run.finding("worse than before training", evidence, why, tighter(run, run.tasks))
 
 
 def find_best_at_start(run: Run) -> Finding | None:

@@ -218,6 +218,11 @@ def num_cpus() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def num_gpus() -> int:
+    """GPUs that this process can see."""
+    return torch.cuda.device_count()
+
+
 def seed_everything(seed: int) -> None:
     """Seed every library's global generator."""
     random.seed(seed)

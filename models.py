@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from open_clip import CustomTextCLIP
 from open_clip.transformer import (
     PatchDropout,
+    QuickGELU,
     ResidualAttentionBlock,
     TextTransformer,
     VisionTransformer,
@@ -513,14 +514,16 @@ def num_stages(tower: nn.Module) -> int:
 def activation_bytes(tower: nn.Module, dtype: torch.dtype) -> float:
     """About how many bytes the trained blocks of an image tower keep for the backward pass of one image; 0 if unknown.
 
-    A block keeps about 17 values for each of N tokens and D channels where attention is fused: the inputs of its two
-    norms, four projections and activation, the largest of which are 4 D wide.
+    A block keeps about 17 values for each of N tokens and D channels where attention is fused: what enters its two
+    norms, four projections and activation (two of them 4 D wide), and queries, keys and values. QuickGELU, being two
+    operations, keeps 4 more. Under autocast norms see float32, which is a tenth more than this.
     """
     blocks = [block for block in staged_blocks(tower) if any(p.requires_grad for p in block.parameters())]
     if not blocks:
         return 0
     num_tokens, width = cast(Any, tower).positional_embedding.shape
-    return 17 * len(blocks) * num_tokens * width * dtype.itemsize
+    num_values = 21 if any(isinstance(part, QuickGELU) for part in blocks[0].modules()) else 17
+    return num_values * len(blocks) * num_tokens * width * dtype.itemsize
 
 
 def stage_of(name: str, depth: int) -> int:

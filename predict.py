@@ -20,7 +20,8 @@ from typing import Any
 
 if __name__ == "__main__":
     # --help and mistakes in the flags answer here, before torch is imported, which takes seconds.
-    from configs import one_line_errors, parse_predict_args
+    from commands import parse_predict_args
+    from configs import one_line_errors
 
     with one_line_errors():
         parse_predict_args()
@@ -40,7 +41,8 @@ import evaluation
 import inputs
 import models
 import reporting
-from configs import one_line_errors, parse_predict_args, split_list
+from commands import parse_predict_args
+from configs import one_line_errors, split_list
 from images import Views, decode, decode_all, first_five
 from parts import Parts
 

@@ -27,8 +27,11 @@ from reporting import MEASURES
 
 SUMMARY_TABLE = "summary.csv"
 TRAINED = "trained_model"
-# Options that only decide where and how fast something is computed.
-FREE = ("num_workers", "image_memory_gb", "compile", "gradient_checkpointing", "cache_dir", "device")
+# Options that only decide where and how fast something is computed, or what is said of it.
+FREE = (
+    *("num_workers", "image_memory_gb", "compile", "gradient_checkpointing", "cache_dir", "device"),
+    *("preset", "advice", "report", "tensorboard", "tracker"),
+)
 DRAWN = ("data_csv_path", "image_base_dir")  # what --demo fills in by itself
 
 

@@ -29,14 +29,17 @@ def read_examples(config: TrainingConfig) -> data.Examples:
 
 def count_training_images(config: TrainingConfig) -> int:
     """About how many images the training fold will have, without looking at them. Raises ValueError."""
+    share = 1 - (1 / config.kfold if config.kfold else config.test_size) - config.val_size
     if config.demo:
-        return round(len(demo.plan_demo_set()) * (1 - config.test_size - config.val_size))
+        return round(len(demo.plan_demo_set()) * share)
     count = 0.0
     for source in read_sources(config):
-        splits = source.table["split"]
-        test = 1 / config.kfold if config.kfold else config.test_size
-        share = 1 - test - config.val_size
-        count += (splits == "train").sum() if (splits != "").any() else len(splits) * share
+        splits = set(source.table["split"])
+        if splits == {""}:
+            count += len(source.table) * share
+        else:  # validation is taken out of training where the data has none
+            own = (source.table["split"] == "train").sum()
+            count += own if "val" in splits or "test" not in splits else own * (1 - config.val_size)
     return round(count)
 
 

@@ -46,8 +46,11 @@ class WeightsAndBiases:
     """A run at W&B, in the project of WANDB_PROJECT; offline if WANDB_MODE says so."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        wandb = importlib.import_module("wandb")
-        self.run = wandb.init(name=folder.name, dir=str(folder), config=dict(settings))
+        wandb: Any = importlib.import_module("wandb")
+        try:
+            self.run = wandb.init(name=folder.name, dir=str(folder), config=dict(settings))
+        except wandb.Error as error:  # nobody is logged in, nobody answers
+            raise ValueError(f"--tracker wandb: {one_line(error)}") from error
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """See `Tracker`."""
@@ -63,8 +66,11 @@ class MLflow:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.mlflow: Any = importlib.import_module("mlflow")
-        self.mlflow.start_run(run_name=folder.name)
-        self.mlflow.log_params(dict(settings))
+        try:
+            self.mlflow.start_run(run_name=folder.name)
+            self.mlflow.log_params(dict(settings))
+        except self.mlflow.MlflowException as error:
+            raise ValueError(f"--tracker mlflow: {one_line(error)}") from error
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """See `Tracker`."""
@@ -85,16 +91,24 @@ KINDS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[MLflow]] = {
 def check_installed(names: list[str]) -> None:
     """Raise ValueError for a tracker (of KINDS) that is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder of that name, as W&B leaves, is no package
             flag = "--tensorboard" if name == "tensorboard" else f"--tracker {name}"
             raise ValueError(f"{flag}: {name} is not installed; pip install {name}, or drop the flag")
 
 
 class Trackers:
-    """All trackers that were asked for, which may be none; they are told if the block is left by an error."""
+    """All trackers that were asked for, which may be none; told if the block is left by an error, else `finish` them.
+
+    Raises:
+        ValueError: a tracker cannot be opened.
+    """
 
     def __init__(self, names: list[str], folder: Path, settings: Mapping[str, Any]) -> None:
-        self.trackers: list[Tracker] = [KINDS[name](folder, settings) for name in names]
+        self.trackers: list[Tracker] = []
+        for name in names:
+            with self:
+                self.trackers.append(KINDS[name](folder, settings))
 
     def __enter__(self) -> Trackers:
         return self
@@ -102,14 +116,29 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for tracker in self.trackers:
-            tracker.close(failed=error is not None)
+        if error is not None:
+            self.close(failed=True)
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         """Send a row of metrics.csv, or "test_..." scores, as the scalars of an epoch."""
         scalars = {tag_of(name): value for name, value in row.items() if name != "epoch"}
         for tracker in self.trackers:
             tracker.log(scalars, step)
+
+    def finish(self, row: Mapping[str, float], step: int) -> None:
+        """Send the scores of the test fold, as `log` does, and close."""
+        self.log(row, step)
+        self.close(failed=False)
+
+    def close(self, *, failed: bool) -> None:
+        """Close all."""
+        for tracker in self.trackers:
+            tracker.close(failed=failed)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())
 
 
 def tag_of(name: str) -> str:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import baseline
+import compare
 import engine
 import metrics
 import models
+import predict
 from configs import parse_args
 from predict import Scorer
 
 RUN_FILES = {"config.json", "splits.csv", "metrics.csv", "results.json", "predictions.csv", "best"}
+REPORT_FILES = {"report.html", "figures"}
 TINY = "--clip_model tiny --clip_pretrained none --image_size 112"
 SHORT = f"{TINY} --partial_freeze --freeze_layers 22 --epochs 3 --lr 1e-3 --batch_size 16"
 
@@ -58,7 +65,7 @@ def untrained(folder: Path) -> models.ScoreModel:
 
 def test_a_run_writes_exactly_its_files_and_the_loss_falls(finished):
     folder, results = finished
-    assert {item.name for item in folder.iterdir()} == RUN_FILES
+    assert {item.name for item in folder.iterdir()} == RUN_FILES | REPORT_FILES
     assert {item.name for item in (folder / "best").iterdir()} == {"model.safetensors", "scorer.json"}
     history = pd.read_csv(folder / "metrics.csv")
     assert history["epoch"].tolist() == [1, 2, 3]
@@ -396,3 +403,123 @@ def test_further_scores_of_joined_sets_are_trained_saved_and_reported(demo_set, 
     scores = Scorer.load(tmp_path / "run").score(images, expected["prompt"].tolist(), clamp=False)
     for column in ("pred_quality", "pred_align", "pred_beauty"):
         np.testing.assert_allclose(scores[column], expected[column], atol=1e-3)
+
+
+UNREAD = f"{SHORT} --epochs 2 --no_test --no_report"
+
+
+def without_clocks(results: dict) -> dict:
+    """Results but for what depends on the hour, and for what tells that the data has changed."""
+    other = {"seconds", "seconds_from_first_batch", "data_fingerprint", "test_digest", "leakage"}
+    return {key: value for key, value in results.items() if key not in other}
+
+
+@pytest.fixture(scope="module")
+def unread(demo_set, tmp_path_factory) -> tuple[Path, dict, str]:
+    """A run that leaves its test fold unread: folder, results and what it said. Read it, do not change it."""
+    place = tmp_path_factory.mktemp("unread")
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        results = baseline.main([*paths, "--output_dir", str(place / "run"), *shlex.split(UNREAD)])
+    return place / "run", results, said.getvalue()
+
+
+def test_a_run_without_a_test_says_nothing_of_the_test_fold(unread):
+    folder, results, said = unread
+    assert all(results[key] == {} for key in ("test", "floors", "certainty", "generators", "sets"))
+    assert set(results["base"]) == {"val"} and results["images"]["test"] == 16
+    table = pd.read_csv(folder / "predictions.csv")
+    assert set(table["split"]) == {"train", "val"}
+    assert "validation fold: 8 images, weights of epoch" in said and "test fold:" not in said
+    assert f"main score (mean of SROCC and PLCC): {results['val']['main']:.3f}" in said
+    assert json.loads((folder / "results.json").read_text()) == results
+
+
+def test_a_run_without_a_test_trains_and_validates_as_one_with_it(unread, train):
+    folder, results, _ = unread
+    other, tested = train(UNREAD.replace("--no_test", ""))
+    assert tested["test"] and results["val"] == tested["val"] and results["best_epoch"] == tested["best_epoch"]
+    first, second = weights(folder), weights(other)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    tables = [pd.read_csv(place / "predictions.csv") for place in (folder, other)]
+    assert tables[0].equals(tables[1][tables[1]["split"] != "test"].reset_index(drop=True))
+
+
+@pytest.mark.parametrize("more", ["", "--freeze_clip --no_partial_freeze"])
+def test_nothing_of_an_unread_test_fold_decides_anything(more, demo_set, tmp_path, train):
+    """Scores and pixels of the test fold are other ones, and all else stays the same, but for the data's digests."""
+    folder, results = train(f"{UNREAD} {more}")
+    splits = pd.read_csv(folder / "splits.csv")
+    is_test = splits["split"] == "test"
+    table, rng = pd.read_csv(demo_set[0]), np.random.default_rng(0)
+    table.loc[is_test.to_numpy(), ["mos_quality", "mos_align"]] = rng.uniform(1, 5, (is_test.sum(), 2)).round(3)
+    table.to_csv(tmp_path / "poisoned.csv", index=False)
+    shutil.copytree(demo_set[1], tmp_path / "images")
+    for name in splits["name"][is_test]:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
+    paths = f"--data_csv_path {tmp_path / 'poisoned.csv'} --image_base_dir {tmp_path / 'images'}"
+    again = baseline.main(shlex.split(f"{paths} {UNREAD} {more} --output_dir {tmp_path / 'again'}"))
+    assert again["data_fingerprint"] != results["data_fingerprint"]
+    assert without_clocks(again) == without_clocks(results)
+    first, second = weights(folder), weights(tmp_path / "again")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in ("predictions.csv", "metrics.csv"):
+        before, after = (pd.read_csv(place / name) for place in (folder, tmp_path / "again"))
+        clocks = ["images_per_s", "seconds", "data_wait"] if name == "metrics.csv" else []
+        assert before.drop(columns=clocks).equals(after.drop(columns=clocks))
+
+
+def test_what_a_run_without_a_test_leaves_scores_images_and_starts_a_second_stage(unread, demo_set, tmp_path, capsys):
+    folder = unread[0]
+    expected = pd.read_csv(folder / "predictions.csv").head(4)
+    files = [demo_set[1] / name for name in expected["name"]]
+    scores = Scorer.load(folder).score(files, expected["prompt"].tolist())
+    np.testing.assert_allclose(scores["pred_quality"], expected["pred_quality"], atol=1e-4)
+    paths = f"--checkpoint {folder} --evaluate --csv {demo_set[0]} --image_dir {demo_set[1]}"
+    predict.main(shlex.split(paths))
+    assert "48 of 64 images of data left out" in capsys.readouterr().out  # all but the test fold
+    paths = f"--data_csv_path {demo_set[0]} --image_base_dir {demo_set[1]} --output_dir {tmp_path / 'second'}"
+    second = baseline.main(shlex.split(f"{paths} {SHORT} --epochs 1 --init_from {folder}"))
+    assert second["test"]["main"]
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "second"), str(folder)])
+    assert capsys.readouterr().err == (
+        f"error: {folder}: has no test scores, being a run with --no_test; run it again without\n"
+    )
+
+
+def test_a_run_says_every_epoch_to_who_asks_and_stops_when_told_to(demo_set, tmp_path):
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+    config = parse_args([*paths, *shlex.split(f"{TINY} --freeze_clip --epochs 3"), "--output_dir", str(tmp_path / "a")])
+    rows = []
+
+    def stop(row):
+        rows.append(row)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        baseline.run(config, after_epoch=stop)
+    written = pd.read_csv(tmp_path / "a" / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [1, 2] == written["epoch"].tolist()
+    assert rows[1]["val_main"] == pytest.approx(written["val_main"][1])
+    assert not (tmp_path / "a" / "results.json").exists()
+
+
+@pytest.mark.parametrize(("name", "layers"), [("tiny", 24), ("ViT-B-32", 12), ("ViT-L-14", 24), ("ViT-H-14", 32)])
+def test_the_depth_of_a_model_is_known_before_it_is_built(name, layers):
+    config = parse_args(["--clip_model", name, "--clip_pretrained", "none"])
+    assert baseline.num_blocks(config) == layers
+
+
+def test_a_model_without_blocks_has_no_depth():
+    assert baseline.num_blocks(parse_args(["--clip_model", "RN50", "--clip_pretrained", "none"])) is None
+
+
+def test_a_preset_follows_the_data_and_the_first_stage(finished, demo_set, tmp_path, capsys):
+    paths = f"--data_csv_path {demo_set[0]} --image_base_dir {demo_set[1]} --output_dir {tmp_path / 'run'}"
+    flags = f"{TINY} --epochs 1 --preset auto --advice off"
+    baseline.main(shlex.split(f"{paths} {flags}"))
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["preset"], saved["freeze_clip"], saved["batch_size"], saved["epochs"]) == ("small", True, 16, 1)
+    assert baseline.num_blocks(parse_args(["--init_from", str(finished[0])])) == 24

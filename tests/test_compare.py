@@ -252,6 +252,15 @@ def test_runs_without_common_test_images_or_scores_are_refused(run, refused):
     assert "share 30 test image(s) and 0 score(s)" in refused(one, run("align", align))
 
 
+def test_a_run_that_left_its_test_fold_unread_is_refused_by_name(run, refused, tmp_path):
+    scored, unread = run("scored", table_of(MOS)), run("unread", table_of(MOS))
+    table = pd.read_csv(tmp_path / "unread" / "predictions.csv")
+    table[table["split"] != "test"].to_csv(tmp_path / "unread" / "predictions.csv", index=False)
+    for folders in ((scored, unread), (unread, scored), (unread, unread)):
+        message = f"error: {unread}: has no test scores, being a run with --no_test; run it again without\n"
+        assert refused(*folders) == message
+
+
 def test_unfinished_runs_and_other_folders_are_refused_by_name(run, refused, tmp_path):
     one = run("one", table_of(MOS))
     (tmp_path / "begun").mkdir()

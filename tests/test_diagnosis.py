@@ -528,13 +528,35 @@ def train(tmp_path_factory) -> Callable[..., list[str]]:
         paths = {"data_csv_path": table, "image_base_dir": pictures, "output_dir": folder / name}
         words = [word for key, value in paths.items() for word in (f"--{key}", str(value))]
         fixed = f"--clip_model tiny --clip_pretrained assets --val_size 0.25 --no_test --cache_dir {folder}/cache"
-        results = baseline.main([*words, *shlex.split(fixed), *shlex.split(flags)])
-        config = configs.parse_args(["--config", str(folder / name / "config.json")])
-        rows = pd.read_csv(folder / name / "metrics.csv").to_dict("records")
-        sizes = {f"num_{fold}": results["images"][fold] for fold in ("train", "val")}
-        return names(rows, config, facts(**sizes, num_parameters=4_700_000))
+        results = baseline.main([*words, *shlex.split(fixed), "--no_report", *shlex.split(flags)])
+        return [found["finding"] for found in results["diagnosis"]]
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("known", "best", "options", "expected"),
+    [
+        (0.80, 0.70, {}, ["worse than before training"]),
+        (0.80, 0.79, {}, []),  # within the noise of the fold
+        (None, 0.70, {}, []),
+        (0.80, 0.70, {"use_residual_learning": False}, []),  # which does not start from there
+        (0.80, 0.70, {"calibration": False}, []),
+        (0.80, 0.70, {"init_from": "runs/first"}, []),
+    ],
+)
+def test_a_run_that_never_comes_back_to_what_clip_knew_is_told(known, best, options, expected):
+    config = replace(CONFIG, **options)
+    rows = history(12, score=[best - 0.01] * 5 + [best] * 7)
+    found = diagnose(rows, config, facts(), known=known)
+    assert [finding.finding for finding in found if "before" in finding.finding] == expected
+    if expected:
+        assert (
+            "0.800 before training" in found[0].evidence and f"{best:.3f} at best, after epoch 6" in found[0].evidence
+        )
+        assert proposed(found[0]).lr < config.lr
+        timid = diagnose(rows, replace(config, lr=1e-5), facts(), known=known)
+        assert proposed(timid[0]).lr == 1e-5 and "hold on" in timid[0].proposal
 
 
 FROZEN = "--freeze_clip --no_calibration"
@@ -545,6 +567,7 @@ REAL = {
     "slow": f"{FROZEN} --lr 1e-7 --epochs 5",
     "unstable": "--freeze_clip --lr 0.1 --epochs 20 --residual_scale_q 0.5 --residual_scale_c 0.5 --scheduler constant "
     "--warmup_ratio 0 --max_grad_norm 0",
+    "worse than before training": "--partial_freeze --freeze_layers 20 --lr 2e-2 --epochs 4",
     "best epoch at the very end": f"{FROZEN} --lr 1e-3 --epochs 6",
     "best epoch at the very start": "--freeze_clip --lr 5e-2 --epochs 10 --warmup_ratio 0.4",
     "one score starves the other": "--partial_freeze --freeze_layers 22 --cache_views 0 --no_calibration --lr 1e-3 "

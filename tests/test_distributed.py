@@ -254,6 +254,27 @@ def test_batches_are_not_cut_in_several_processes(demo_set, tmp_path, monkeypatc
     assert capsys.readouterr().err.startswith("error: --dynamic_batch_size: ")
 
 
+# Trackers, advice and an unread test fold
+
+
+def test_two_processes_leave_the_test_fold_unread_and_one_of_them_tracks(demo_set, tmp_path):
+    flags = f"{TINY} --freeze_clip --epochs 2 --lr 1e-2 --no_test --no_report --tensorboard --preset auto"
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+    argv = [*paths, *shlex.split(flags), "--cache_dir", str(tmp_path / "cache"), "--output_dir"]
+    alone = baseline.main([*argv, str(tmp_path / "one")])
+    code, out, err = torchrun(ROOT / "baseline.py", *argv, str(tmp_path / "two"), cwd=tmp_path, seconds=180)
+    assert code == 0, err
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["test"] == {} and results["val"] == pytest.approx(alone["val"], rel=1e-4, abs=1e-4)
+    assert "test" not in set(pd.read_csv(tmp_path / "two" / "predictions.csv")["split"])
+    assert results["advice"] and results["advice"] == alone["advice"]
+    said = [line for line in out.splitlines() if line.startswith("advice  ")]
+    assert len(said) == len(results["advice"])
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
+    saved = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert (saved["preset"], saved["epochs"]) == ("small", 2)
+
+
 # What brings processes together
 
 

@@ -18,8 +18,10 @@ import pytest
 from conftest import ROOT
 
 import baseline
+import commands
 import configs
 import demo
+import space
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")])
 PROGRAMS = ("python", "torchrun", "make", "pip", "tensorboard", "source", "scripts/")
@@ -34,7 +36,7 @@ def blocks(text: str) -> Iterator[list[str]]:
             yield [line[4:] for line in lines]
 
 
-def commands(page: Path) -> list[str]:
+def commands_of(page: Path) -> list[str]:
     """The commands of a page, a line each."""
     found = []
     for lines in blocks(page.read_text(encoding="utf-8")):
@@ -44,7 +46,7 @@ def commands(page: Path) -> list[str]:
     return found
 
 
-ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+ALL = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +173,12 @@ def test_the_python_in_the_readme_runs(world: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_flag_in_the_docs_exists() -> None:
-    known = {"--with_flags", "--seeds", "--trials", "--space", "--storage", "--workers", "--study_name", "--timeout"}
-    for parser in (configs.build_parser(), configs.build_predict_parser()):
+    known = {"--with_flags", "--seeds"}  # of tools/compare_options.py
+    parsers = (
+        *(configs.build_parser(), space.build_search_parser()),
+        *(commands.build_predict_parser(), commands.build_app_parser()),
+    )
+    for parser in parsers:
         known |= set(parser._option_string_actions)
     for page in PAGES:
         flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", page.read_text(encoding="utf-8")))

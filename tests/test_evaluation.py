@@ -21,7 +21,7 @@ import baseline
 import evaluation
 import metrics
 import predict
-from configs import parse_predict_args
+from commands import parse_predict_args
 from reporting import MEASURES
 
 TINY = shlex.split("--clip_model tiny --clip_pretrained none --image_size 112 --freeze_clip --epochs 1 --batch_size 16")

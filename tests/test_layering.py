@@ -41,8 +41,10 @@ LAYOUT = {
     "calibration": Place(0, outside=names("numpy sklearn")),
     "images": Place(0, outside=names("numpy PIL torch torchvision")),
     "features": Place(0, outside=names("safetensors torch")),
+    "kept": Place(0, outside=names("")),
     # None of these knows CLIP, and the engine and checkpoints know nothing of images either.
     "data": Place(1, names("images"), outside=names("numpy pandas sklearn")),
+    "commands": Place(1, names("configs"), outside=names("")),
     "advice": Place(1, names("configs"), outside=names("")),
     "diagnosis": Place(2, names("advice configs"), outside=names("")),
     "tracking": Place(0, outside=names("mlflow torch wandb")),
@@ -60,16 +62,29 @@ LAYOUT = {
     "protocol": Place(
         3, names("checkpoint compare configs data engine metrics reporting"), outside=names("numpy pandas")
     ),
+    "figures": Place(1, names("metrics"), outside=names("matplotlib numpy")),
+    "report": Place(2, names("compare configs figures metrics"), outside=names("jinja2 matplotlib numpy pandas PIL")),
     "evaluation": Place(3, names("checkpoint data images labels metrics reporting"), outside=names("numpy pandas")),
 }
 LAYOUT |= {
     "baseline": Place(4, frozenset(LAYOUT)),
     "predict": Place(
-        4, names("configs checkpoint data engine evaluation backbones models images inputs parts reporting")
+        4, names("commands configs checkpoint data engine evaluation backbones models images inputs parts reporting")
     ),
 }
+LAYOUT |= {
+    "space": Place(1, names("configs"), outside=names("")),  # so that search.py --help answers at once
+    "sensitivity": Place(2, names("space"), outside=names("matplotlib numpy optuna pandas sklearn")),
+    "search": Place(
+        5,
+        names("baseline checkpoint compare configs engine kept protocol sensitivity sources space"),
+        outside=names("numpy optuna pandas sqlalchemy torch"),
+    ),
+    "explain": Place(5, names("images predict reporting"), outside=names("numpy pandas PIL")),
+    "app": Place(6, names("checkpoint commands configs data explain images predict reporting")),
+}
 HANDS_OVER = {("data", "describe")}  # what a file's last lines may call, being the name of a program
-FREE_OF_TORCH = ["configs", "advice", "diagnosis", "metrics", "demo", "calibration"]
+FREE_OF_TORCH = ["configs", "commands", "advice", "diagnosis", "metrics", "demo", "calibration", "figures", "report"]
 LONGEST = 60  # lines of a function, docstring included
 LONGEST_RUN = 120  # lines of baseline.run, the one visible path
 KNOWS_CUDA = {("engine", "start_runtime")}  # beside the choices of --device, which are in configs

@@ -16,6 +16,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from scipy.special import softmax
 from torch import nn
 
@@ -1247,3 +1248,49 @@ def test_the_last_block_is_computed_for_the_token_that_is_read_where_there_is_on
     left = run(entry(kind), 0, depth)
     hook.remove()
     assert (left.ndim == 2) == models.pools_one_token(tower) == (seen[0][1] == 1)
+
+
+# -- memory
+
+
+def bytes_kept(tower: nn.Module, num_images: int) -> int:
+    """What autograd keeps of a forward pass for the backward pass, without the weights."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*tower.parameters(), *tower.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tower(torch.randn(num_images, 3, *tower.image_size))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(("name", "quick_gelu"), [("tiny", False), ("small", False), ("small", True)])
+@pytest.mark.parametrize("num_trained", [0, 1, 3, None])
+def test_the_memory_of_an_image_is_about_what_autograd_keeps(name, quick_gelu, num_trained):
+    if name == "tiny":
+        config = json.loads((ROOT / "assets" / "tiny-clip" / "open_clip_config.json").read_text())["model_cfg"]
+    else:
+        vision = {"layers": 6, "width": 128, "head_width": 32, "patch_size": 16, "image_size": 96}
+        config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": {"layers": 1, "width": 32, "heads": 2}}
+    tower = open_clip.CLIP(**{**config, "quick_gelu": quick_gelu}).visual.train()
+    blocks = tower.transformer.resblocks
+    if num_trained is not None:
+        tower.requires_grad_(False)
+        for block in blocks[len(blocks) - num_trained :]:
+            block.requires_grad_(True)
+    expected = models.activation_bytes(tower, torch.float32)
+    kept = (bytes_kept(tower, 6) - bytes_kept(tower, 2)) / 4
+    if num_trained == 0:
+        assert kept == expected == 0
+    else:
+        assert expected / 1.2 < kept < expected * 1.2
+    assert models.activation_bytes(tower, torch.bfloat16) == expected / 2
+
+
+def test_the_memory_of_a_tower_without_such_blocks_is_unknown():
+    assert models.activation_bytes(nn.Linear(3, 4), torch.float32) == 0

@@ -45,7 +45,7 @@ def imported_distributions(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("pattern", "requirements"),
     [
-        ("*.py", "requirements.txt"),
+        ("*.py", "requirements-extra.txt"),
         ("tools/*.py", "requirements.txt"),
         ("tests/*.py", "requirements-dev.txt"),
     ],
@@ -72,7 +72,9 @@ def test_every_requirement_is_pinned_once_within_its_range(python: str) -> None:
 def test_constraints_are_exact() -> None:
     for pins in read_requirements("constraints.txt").values():
         for pin in pins:
-            assert re.fullmatch(r"==[\d.]+", str(pin.specifier)), f"constraints.txt: {pin} is not one release"
+            assert re.fullmatch(r"==[\d.]+(\.post\d+)?", str(pin.specifier)), (
+                f"constraints.txt: {pin} is not one release"
+            )
 
 
 def test_continuous_integration_runs_tests_and_lint() -> None:

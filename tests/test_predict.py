@@ -19,7 +19,7 @@ from conftest import ROOT
 from PIL import Image
 
 import baseline
-import configs
+import commands
 import images
 import predict
 
@@ -403,7 +403,7 @@ def test_sizes_of_pieces_and_processes_without_a_file_are_refused(monkeypatch, r
     assert "--chunk_size 0: must be at least 1" in refused(["--checkpoint", "run", "a.png", "--chunk_size", "0"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "need --out" in refused(["--checkpoint", "run", "a.png"])
-    assert configs.parse_predict_args(["--checkpoint", "run", "a.png", "--out", str(table.out)]).chunk_size == 4096
+    assert commands.parse_predict_args(["--checkpoint", "run", "a.png", "--out", str(table.out)]).chunk_size == 4096
 
 
 def test_from_python_unreadable_images_are_counted_and_named(trained, table, tmp_path):
@@ -429,7 +429,7 @@ def test_the_number_of_cut_prompts_is_that_of_the_last_call(trained, table):
 
 @pytest.mark.parametrize("done", [set(), {0, 2}])
 def test_processes_share_the_pieces_that_are_missing_evenly(trained, command, table, done, monkeypatch):
-    args = configs.parse_predict_args(command)
+    args = commands.parse_predict_args(command)
     scorer = predict.Scorer.load(trained)
     runtime = scorer.runtime
     monkeypatch.setattr(predict.Parts, "write", lambda self, number, scores: taken.append(number))

@@ -459,7 +459,15 @@ def splits(folder: Path) -> pd.DataFrame:
 
 def test_repeats_from_the_command_line_are_ordinary_runs_that_are_summarised(repeated):
     _, folder, summary = repeated
-    assert files_in(folder) == {"seed42", "seed43", "protocol.json", "summary.json", "summary.csv"}
+    assert files_in(folder) == {
+        "seed42",
+        "seed43",
+        "protocol.json",
+        "summary.json",
+        "summary.csv",
+        "report.html",
+        "figures",
+    }
     results = [json.loads((folder / name / "results.json").read_text()) for name in ("seed42", "seed43")]
     for key, found in summary["test"].items():
         assert found["values"] == [run["test"][key] for run in results]

@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from configs import parse_args
+
 
 @pytest.fixture
 def small_agiqa(demo_set, tmp_path) -> Path:
@@ -42,3 +44,90 @@ def test_the_reproduction_runs_every_model_and_split_and_prints_all_tables(small
         assert f"== out/{name}\n2 runs, train " in done.stdout
     comparison, published = done.stdout[done.stdout.rindex("difference in SROCC") :].split("Published")
     assert "out/tiny-assets" in comparison and "IPCE" in published
+
+
+def run_script(name: str, cwd: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of scripts/ to its end."""
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / name), *flags],
+        cwd=cwd,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def small_flags(demo_set: tuple[Path, Path], cwd: Path) -> list[str]:
+    """Flags of a run that takes seconds."""
+    words = "--clip_model tiny --clip_pretrained assets --image_size 112 --batch_size 16 --epochs 1"
+    return [*words.split(), "--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+
+
+SWEEPS = {  # script -> its variables, and the runs that they make, with an option that tells each from the others
+    "recommended.sh": ({}, {"balanced": ("partial_freeze", True), "fast": ("freeze_clip", True)}),
+    "sweep_lr.sh": ({"LRS": "1e-5 1e-3"}, {"lr-1e-5": ("lr", 1e-5), "lr-1e-3": ("lr", 1e-3)}),
+    "sweep_residual_scale.sh": (
+        {"SCALES": "0.1 0.4"},
+        {"scale-0.1": ("residual_scale_q", 0.1), "scale-0.4": ("residual_scale_c", 0.4)},
+    ),
+    "two_stage.sh": (
+        {"EPOCHS": "1 1", "LAYERS": "22"},
+        {"stage-1": ("freeze_clip", True), "stage-2": ("init_from", "runs/here/stage-1"), "one-stage": ("lr", 3e-5)},
+    ),
+    "progressive_unfreezing.sh": (
+        {"EPOCHS": "2", "PLAN": "23@0,22@1", "LAST": "22"},
+        {"progressive": ("unfreeze_schedule", "23@0,22@1"), "from-the-start": ("freeze_layers", 22)},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_makes_its_runs_and_ends_with_one_table_of_them(name, demo_set, tmp_path):
+    variables, expected = SWEEPS[name]
+    flags = small_flags(demo_set, tmp_path)
+    done = run_script(name, tmp_path, *flags, OUT="runs/here", **variables)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.rindex("run folder:") :]
+    for run, (option, value) in expected.items():
+        assert json.loads((tmp_path / "runs" / "here" / run / "config.json").read_text())[option] == value
+        assert run in table
+    assert (tmp_path / "runs" / "here" / "comparison.html").is_file()
+
+    again = run_script(name, tmp_path, *flags, OUT="runs/here", **variables)
+    assert (
+        again.returncode == 0 and again.stdout.count("is finished") == len(expected) and "epoch 1" not in again.stdout
+    )
+    other = run_script(name, tmp_path, *flags, "--seed", "7", OUT="runs/here", **variables)
+    assert other.returncode == 2 and "OUT=" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_the_ablation_crosses_freezing_heads_and_loss(tmp_path):
+    stand_in = tmp_path / "python"  # writes down the flags of each run and calls it finished
+    stand_in.write_text(
+        "#!/usr/bin/env bash\nset -e\n"
+        'if [ "$(basename "$1")" = report.py ]; then echo "table of $(($# - 1))"; exit; fi\n'
+        'echo "${@:2}" >>calls\nfolder=$(sed "s/.*--output_dir \\([^ ]*\\).*/\\1/" <<<"$*")\n'
+        'mkdir -p "$folder" && touch "$folder/results.json"\n'
+    )
+    stand_in.chmod(0o755)
+    done = run_script("ablation.sh", tmp_path, "--seed", "3", OUT="out", PYTHON=str(stand_in))
+    assert done.returncode == 0 and done.stdout.endswith("table of 18\n"), done.stderr
+    configs = [parse_args(shlex.split(call)) for call in (tmp_path / "calls").read_text().splitlines()]
+    assert all(config.seed == 3 and not config.test for config in configs)
+    seen = {(config.freezing, config.use_residual_learning, config.calibration, config.loss) for config in configs}
+    heads = ((True, True), (True, False), (False, True))
+    assert seen == {
+        (freezing, *head, loss)
+        for freezing in ("frozen", "partial18", "full")
+        for head in heads
+        for loss in ("mse", "mse+plcc")
+    }
+
+
+def test_every_script_is_named_in_the_docs_and_can_be_run():
+    for script in (ROOT / "scripts").glob("*.sh"):
+        if script.name != "common.sh":
+            assert os.access(script, os.X_OK), script.name
+            assert f"scripts/{script.name}" in (ROOT / "docs" / "tuning.md").read_text(), script.name

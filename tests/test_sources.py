@@ -11,6 +11,7 @@ from conftest import DataFiles, scored_rows
 from PIL import Image
 
 import data
+import demo
 import labels
 import sources
 from configs import parse_args
@@ -362,3 +363,72 @@ def test_an_unknown_fold_in_the_file_is_refused(read, tmp_path):
     examples = read("csv")
     path = put_splits(tmp_path / "splits.csv", examples, ["training", *examples.folds.tolist()[1:]])
     assert "split is 'training', must be train, val or test" in refusal(read, "csv", "--split_file", str(path))
+
+
+# -- how many images there will be to train on
+
+
+def many_rows(num_prompts: int = 100, per_prompt: int = 4) -> list[dict]:
+    return scored_rows(num_prompts, per_prompt)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--test_size", "0.4", "--val_size", "0.2"],
+        ["--split_by", "image", "--val_size", "0.3"],
+        ["--kfold", "4", "--fold", "2", "--test_size", "0.9", "--val_size", "0.08"],
+    ],
+)
+def test_the_training_images_of_a_csv_are_counted_about_right(make_dataset, flags):
+    config = parse_args([*make_dataset(many_rows()).flags, *flags])
+    true = len(sources.read_examples(config).rows("train"))
+    assert true != 280 or not flags
+    assert sources.count_training_images(config) == pytest.approx(true, rel=0.05)
+
+
+def test_several_parts_are_counted_as_one_of_them(make_dataset):
+    config = parse_args([*make_dataset(many_rows()).flags, "--kfold", "5", "--val_size", "0.1"])
+    assert sources.count_training_images(config) == pytest.approx(400 * 0.7, rel=0.05)
+
+
+@pytest.mark.parametrize("pattern", [("train", "val", "test"), ("train", "test"), ("train", "train", "train", "test")])
+def test_the_training_images_of_fixed_folds_are_counted_about_right(make_dataset, pattern):
+    rows = [{**row, "split": pattern[number // 4 % len(pattern)]} for number, row in enumerate(many_rows())]
+    config = parse_args([*make_dataset(rows).flags, "--val_size", "0.25", "--test_size", "0.5"])
+    true = len(sources.read_examples(config).rows("train"))
+    assert sources.count_training_images(config) == pytest.approx(true, rel=0.05)
+
+
+@pytest.mark.parametrize("names", ["agiqa-3k", "koniq-10k", "agiqa-3k,koniq-10k", "kadid-10k,csv"])
+def test_the_training_images_of_named_sets_are_counted_about_right(make_dataset, tmp_path, names):
+    roots = [tmp_path / name for name in names.split(",") if name != "csv"]
+    for root in roots:
+        WRITERS[root.name](root, 30)
+    flags = ["--dataset", names, "--data_root", ",".join(map(str, roots)), "--test_size", "0.3"]
+    config = parse_args([*flags, *(make_dataset(many_rows()).flags if "csv" in names else [])])
+    true = len(sources.read_examples(config).rows("train"))
+    assert sources.count_training_images(config) == pytest.approx(true, rel=0.05)
+
+
+def test_official_folds_are_counted_as_they_are(tmp_path):
+    root = aigiqa_20k(tmp_path, withheld=False)
+    config = parse_args(["--dataset", "aigiqa-20k", "--data_root", str(root), "--test_size", "0.6"])
+    assert sources.count_training_images(config) == len(sources.read_examples(config).rows("train")) == 12
+
+
+@pytest.mark.parametrize("flags", [[], ["--test_size", "0.3"], ["--kfold", "8", "--fold", "1"]])
+def test_the_demo_is_counted_without_being_drawn(tmp_path, flags):
+    config = parse_args(["--demo", "--cache_dir", str(tmp_path / "cache"), *flags])
+    table = pd.DataFrame([{"prompt": draft.prompt, "split": ""} for draft in demo.plan_demo_set()])
+    folds = data.draw_folds(
+        data.prompt_groups(table),
+        "prompt",
+        config.test_size,
+        config.val_size,
+        config.seed,
+        (config.fold, config.kfold) if config.fold else None,
+    )
+    assert sources.count_training_images(config) == pytest.approx((folds == "train").sum(), rel=0.05)
+    assert not (tmp_path / "cache").exists()

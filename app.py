@@ -1,0 +1,591 @@
+"""A page on this machine that scores images with a trained run, and shows where the model looked.
+
+python app.py --checkpoint RUN/best
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib.util
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    # --help and mistakes in the flags answer here, before torch and Gradio are imported, which takes seconds.
+    from commands import parse_app_args
+    from configs import one_line_errors
+
+    with one_line_errors():
+        parse_app_args()
+        if importlib.util.find_spec("gradio") is None:
+            raise ValueError("app.py needs Gradio: pip install -r requirements-extra.txt")
+    # Both are read while Gradio is imported. Uploads: nobody else reads them, and they go when the program ends.
+    uploads_folder = tempfile.TemporaryDirectory(prefix="image-scores-")
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads_folder.name}
+
+import gradio as gr
+import numpy as np
+import pandas as pd
+from PIL import Image, UnidentifiedImageError
+
+import checkpoint
+import data
+import explain
+import reporting
+from commands import parse_app_args
+from configs import one_line_errors
+from images import first_five, load_image
+from predict import UNREADABLE, Scorer
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # and no other: some of Pillow's readers run programs
+SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
+MAX_FILE_SIZE = "100mb"
+MAX_IMAGES = 500  # at once; more are for predict.py
+MAX_PROMPT = 2000  # characters
+MAX_ROWS_SHOWN = 100
+THUMB_SIDE, PICTURE_SIDE = 160, 720  # pixels of what the page shows
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take for a formula
+PROGRESS = gr.Progress()  # as a default value it tells Gradio to show progress
+STYLE = Path(__file__).with_name("assets") / "app.css"
+
+
+class Upload(NamedTuple):
+    """A file that somebody has uploaded: what it was called there, which is any text, and where it lies here."""
+
+    name: str
+    path: Path
+
+
+def hand_over_names(files: gr.File | gr.Image) -> None:
+    """Make an input hand over `Upload`s: Gradio alone hands over paths, in which it has changed the names.
+
+    A class derived from Gradio's would do the same, but Gradio then writes a file beside this one.
+    """
+
+    def uploads(payload: Any) -> list[Upload]:
+        sent = payload.root if hasattr(payload, "root") else [payload] if payload else []
+        return [Upload(file.orig_name or Path(file.path).name, Path(file.path)) for file in sent]
+
+    files.preprocess = uploads  # type: ignore[assignment, method-assign]
+
+
+@dataclass(frozen=True)
+class TestFold:
+    """How well the model's scores agreed with people's on its test fold; nothing known if there are no images."""
+
+    num_images: int = 0
+    measures: Mapping[str, float] | None = None
+
+    def of(self, task: str) -> tuple[float, float] | None:
+        """SROCC and RMSE (MOS units, after the logistic fit) of a score, if both are known."""
+        found = [(self.measures or {}).get(f"{name}_{task}") for name in ("srocc", "rmse")]
+        return (float(found[0]), float(found[1])) if found[0] is not None and found[1] is not None else None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scored image, ready to be shown; scores in MOS units by task."""
+
+    name: str
+    prompt: str
+    thumb: str
+    scores: Mapping[str, float]
+
+
+def read_test_fold(path: Path) -> TestFold:
+    """What the run folder of a checkpoint says of its test fold. Raises ValueError for a damaged results.json."""
+    folder = checkpoint.weights_folder(path).resolve()
+    file = folder.parent / checkpoint.RESULTS_FILE
+    if folder.name != checkpoint.BEST_DIR or not file.is_file():
+        return TestFold()
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        return TestFold(int(results["images"]["test"]), dict(results["test"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def small_image(upload: Upload, max_pixels: int, side: int) -> Image.Image:
+    """The upright RGB image of an upload, at most `side` pixels wide and high.
+
+    The header is read first; what it promises too much of is never decoded.
+
+    Raises:
+        ValueError: not an image of FORMATS, broken, or too large.
+    """
+    try:
+        with Image.open(upload.path, formats=FORMATS) as header:
+            width, height = header.size
+        if width * height > max_pixels:
+            raise ValueError(f"{width} x {height} are more than {max_pixels / 1e6:g} million pixels")
+        image = load_image(upload.path, side)
+    except UnidentifiedImageError:
+        raise ValueError(f"{upload.name} (not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image)") from None
+    except UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"{upload.name} ({reason})") from None
+    image.thumbnail((side, side))
+    return image
+
+
+def as_link(image: Image.Image) -> str:
+    """An image as a data: link, so that showing it asks for no file."""
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def as_text_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: such text gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+
+
+@contextmanager
+def messages(uploads: Iterable[Upload] = ()) -> Iterator[None]:
+    """Turn a user's mistake into a message on the page, with the uploads' own names for their places here."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = str(error)
+        for upload in uploads:
+            text = text.replace(str(upload.path), upload.name)
+        # Gradio shows the message as HTML.
+        raise gr.Error(html.escape(text), duration=None, title="That did not work", print_exception=False) from error
+
+
+def on_scale(value: float, scale: data.LabelScale) -> str:
+    """A score in words: "3.92 of 1 to 5: 73 % of the way up"."""
+    share = (value - scale.low) / (scale.high - scale.low)
+    return f"{value:.2f} of {scale.low:g} to {scale.high:g}: {share:.0%} of the way up".replace("%", " %")
+
+
+def score_html(value: float, scale: data.LabelScale, usual: float | None) -> str:
+    """A score, in words and as a tick on its scale; `usual`, how far it usually lies from people's, as a band."""
+    if np.isnan(value):
+        return '<span class="none">none without a prompt</span>'
+    span = scale.high - scale.low
+    place = 100 * (value - scale.low) / span
+    band = ""
+    if usual is not None:
+        left, right = max(place - 100 * usual / span, 0), min(place + 100 * usual / span, 100)
+        band = f'<i class="band" style="left:{left:.1f}%;width:{right - left:.1f}%"></i>'
+    number, words = on_scale(value, scale).split(" ", 1)
+    return (
+        f'<div class="number"><b>{number}</b> <span>{words}</span></div>'
+        f'<div class="scale">{band}<i class="tick" style="left:{place:.1f}%"></i></div>'
+    )
+
+
+def note_html(*notes: str) -> str:
+    """Notes under one another, escaped; nothing without any."""
+    return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes if note)
+
+
+class Answers:
+    """What the page's buttons answer, as HTML. Everything that came from outside is escaped here."""
+
+    def __init__(self, scorer: Scorer, test: TestFold, folder: Path, max_pixels: int) -> None:
+        """`folder`: where tables to download are put; the caller deletes it."""
+        self.scorer = scorer
+        self.test = test
+        self.folder = folder
+        self.max_pixels = max_pixels
+
+    def usual(self, task: str) -> float | None:
+        """How far a score usually lies from people's, in MOS units, if that is known."""
+        known = self.test.of(task)
+        return known[1] if known else None
+
+    def read(self, uploads: Sequence[Upload]) -> list[Image.Image | str]:
+        """Small images, or what is wrong with them. Raises ValueError for too many."""
+        if len(uploads) > MAX_IMAGES:
+            raise ValueError(f"{len(uploads)} images at once, at most {MAX_IMAGES}; predict.py scores any number")
+
+        def one(upload: Upload) -> Image.Image | str:
+            try:
+                return small_image(upload, self.max_pixels, THUMB_SIDE)
+            except ValueError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(max(1, self.scorer.runtime.num_threads)) as pool:
+            return list(pool.map(one, uploads))
+
+    def score_all(
+        self, uploads: Sequence[Upload], images: Sequence[Image.Image], prompts: Sequence[str], progress: gr.Progress
+    ) -> list[Scored]:
+        """Score checked uploads. Raises ValueError, OSError."""
+        done = 0
+
+        def count(number: int) -> None:
+            nonlocal done
+            done += number
+            progress((done, len(uploads)), unit="images")
+
+        table = self.scorer.score([upload.path for upload in uploads], prompts, progress=count)
+        columns = {task: table[reporting.columns_of(task)[1]].tolist() for task in self.scorer.scales}
+        return [
+            Scored(upload.name, prompt, as_link(image), {task: columns[task][row] for task in columns})
+            for row, (upload, image, prompt) in enumerate(zip(uploads, images, prompts, strict=True))
+        ]
+
+    def cut_note(self) -> str:
+        """Whether prompts of the last scoring were longer than the model reads."""
+        number = self.scorer.num_truncated
+        return f"{number} prompt(s) are longer than the model reads; the end was left out." if number else ""
+
+    def score(
+        self, uploads: Sequence[Upload], prompt: str | None, by: str, progress: gr.Progress = PROGRESS
+    ) -> tuple[tuple[list[Scored], str], str]:
+        """Score images with one prompt: what `rank` shows, and that ranking by a score."""
+        with messages(uploads):
+            if not uploads:
+                raise ValueError("no image yet: drop one or several above")
+            images = self.read(uploads)
+            good = [
+                (upload, image) for upload, image in zip(uploads, images, strict=True) if not isinstance(image, str)
+            ]
+            broken = [image for image in images if isinstance(image, str)]
+            left_out = f"{len(broken)} of {len(images)} images cannot be read: {first_five(broken)}" if broken else ""
+            if not good:
+                raise ValueError(left_out)
+            text = (prompt or "").strip()[:MAX_PROMPT]
+            uploads, thumbs = zip(*good, strict=True)
+            rows = self.score_all(uploads, thumbs, [text] * len(uploads), progress)
+            found = (rows, note_html(left_out, self.cut_note()))
+            return found, self.rank(found, by)
+
+    def rank(self, found: tuple[list[Scored], str], by: str) -> str:
+        """Scored images as a table, the best by one score first; by the first score that is known without that one.
+
+        Args:
+            found: the images, and notes that stand above them.
+        """
+        rows, notes = found
+        if not rows:
+            return EMPTY["score"]
+        known = [task for task in self.scorer.scales if not np.isnan(rows[0].scores[task])]
+        used = by if by in known else known[0]
+        note = (
+            "" if used == by else f"There is no {data.title_of(by)} without a prompt: ranked by {data.title_of(used)}."
+        )
+        ranked = sorted(rows, key=lambda row: row.scores[used], reverse=True)
+        return notes + note_html(note) + self.table_html(ranked, known)
+
+    def table_html(self, rows: Sequence[Scored], tasks: Sequence[str], *, with_prompt: bool = False) -> str:
+        """Scored images as a table in the order given."""
+        cells = []
+        for number, row in enumerate(rows, start=1):
+            said = f'<div class="prompt">{html.escape(row.prompt)}</div>' if with_prompt and row.prompt else ""
+            scores = "".join(
+                f'<td data-title="{html.escape(data.title_of(task))}">'
+                f"{score_html(row.scores[task], self.scorer.scales[task], self.usual(task))}</td>"
+                for task in tasks
+            )
+            cells.append(
+                f'<tr><td class="rank">{number}</td><td class="thumb"><img src="{row.thumb}" alt=""></td>'
+                f'<td class="name">{html.escape(row.name)}{said}</td>{scores}</tr>'
+            )
+        titles = "".join(f"<th>{html.escape(data.title_of(task))}</th>" for task in tasks)
+        return (
+            f'<table class="scores"><thead><tr><th></th><th></th><th>image</th>{titles}</tr></thead>'
+            f"<tbody>{''.join(cells)}</tbody></table>"
+        )
+
+    def look(self, uploads: Sequence[Upload], prompt: str | None, grid: int, progress: gr.Progress = PROGRESS) -> str:
+        """Heat maps of one image, a figure for each score."""
+        with messages(uploads):
+            if not uploads:
+                raise ValueError("no image yet: drop one above")
+            text = (prompt or "").strip()[:MAX_PROMPT]
+            picture = small_image(uploads[0], self.max_pixels, PICTURE_SIDE)
+            path = uploads[0].path
+            done = 0
+
+            def count(number: int) -> None:
+                nonlocal done
+                done += number
+                progress((done, grid * grid + 1), unit="looks")
+
+            maps = explain.occlusion_map(self.scorer, path, text, grid, progress=count)
+            scores = self.scorer.score([path], text).iloc[0]
+            notes = note_html(self.cut_note())
+            figures = (
+                self.figure_html(picture, task, values, float(scores[reporting.columns_of(task)[1]]))
+                for task, values in maps.items()
+            )
+            return f'{notes}<div class="maps">{"".join(figures)}</div>'
+
+    def figure_html(self, picture: Image.Image, task: str, values: np.ndarray, score: float) -> str:
+        """One map over the picture, with its scale and its strongest patch in words."""
+        scale = self.scorer.scales[task]
+        # Below a thousandth of the scale there is nothing to see, and colours should not make it look like much.
+        limit = max(float(np.abs(values).max()), (scale.high - scale.low) / 1000)
+        shown = explain.overlay(picture, values, explain.seen_box(self.scorer, picture.size), limit)
+        title = html.escape(data.title_of(task))
+        row, column = np.unravel_index(np.abs(values).argmax(), values.shape)
+        change = values[row, column]
+        words = f"{'lowers' if change > 0 else 'raises'} it by {abs(change):.2f}"
+        return (
+            f"<figure><figcaption><h3>{title}</h3><div>{on_scale(score, scale)}</div></figcaption>"
+            f'<img src="{as_link(shown)}" alt="heat map of {title}">'
+            f'<div class="legend"><span>&minus;{limit:.2f}<br>lowers it</span><i></i>'
+            f"<span>+{limit:.2f}<br>raises it</span></div>"
+            f"<p>Covering the patch in row {row + 1}, column {column + 1} {words}: the largest change.</p></figure>"
+        )
+
+    def table(
+        self, sheets: Sequence[Upload], uploads: Sequence[Upload], progress: gr.Progress = PROGRESS
+    ) -> tuple[str, Any]:
+        """Score the rows of a CSV: the table, and a download of it."""
+        with messages([*sheets, *uploads]):
+            if not sheets or not uploads:
+                raise ValueError("a CSV and its images are both needed")
+            names, prompts, notes = read_rows(sheets[0])
+            place = match(names, uploads)
+            used = sorted(set(place))
+            images = dict(zip(used, self.read([uploads[number] for number in used]), strict=True))
+            broken = [image for image in images.values() if isinstance(image, str)]
+            if broken:
+                raise ValueError(f"{len(broken)} of {len(used)} images cannot be read: {first_five(broken)}")
+            spare = [upload.name for number, upload in enumerate(uploads) if number not in images]
+            if spare:
+                notes.append(f"{len(spare)} image(s) without a row were not scored: {first_five(spare)}")
+            thumbs = [image for number in place if isinstance(image := images[number], Image.Image)]
+            named = [Upload(name, uploads[number].path) for name, number in zip(names, place, strict=True)]
+            rows = self.score_all(named, thumbs, prompts, progress)
+            if len(rows) > MAX_ROWS_SHOWN:
+                notes.append(f"The first {MAX_ROWS_SHOWN} of {len(rows)} rows are shown; the file has them all.")
+            shown = note_html(*notes, self.cut_note()) + self.table_html(
+                rows[:MAX_ROWS_SHOWN], list(self.scorer.scales), with_prompt=True
+            )
+            return shown, gr.DownloadButton(value=self.write(rows), interactive=True)
+
+    def write(self, rows: Sequence[Scored]) -> str:
+        """The CSV to download: name, prompt and a column for each score. Returns its path."""
+        table = pd.DataFrame({"name": [row.name for row in rows], "prompt": [row.prompt for row in rows]})
+        table = table.map(as_text_cell)
+        for task in self.scorer.scales:
+            table[reporting.columns_of(task)[1]] = [row.scores[task] for row in rows]
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / "scores.csv"
+        checkpoint.write_csv(path, table)
+        return str(path)
+
+    def about_html(self) -> str:
+        """What the scores mean, in words that the checkpoint and its run can vouch for."""
+        lines = []
+        for task, scale in self.scorer.scales.items():
+            title = f"<b>{html.escape(data.title_of(task))}</b>"
+            line = f"{title}: {scale.low:g} to {scale.high:g}, the scale of the human scores that it learned from."
+            if known := self.test.of(task):
+                line += (
+                    f" On {self.test.num_images} test images its order agreed with people's by an SROCC of "
+                    f"{known[0]:.2f} (1 is the same order, 0 is chance), and its scores lay about {known[1]:.2f} from "
+                    f"theirs (RMSE after the usual logistic fit): the pale band."
+                )
+            lines.append(f"<li>{line}</li>")
+        return f'<ul class="about">{"".join(lines)}</ul>'
+
+
+def read_rows(sheet: Upload) -> tuple[list[str], list[str], list[str]]:
+    """Names and prompts ("" for none) of a CSV's rows, and what is to be said about it. Raises ValueError."""
+    table = data.read_csv(sheet.path)
+    if "name" not in table.columns:
+        present = ", ".join(repr(column) for column in table.columns)
+        raise ValueError(f"{sheet.name}: no column 'name' among {present}")
+    names = table["name"].str.strip()
+    empty = names.index[names == ""]
+    if len(empty):
+        raise ValueError(f"{sheet.name} row {empty[0]}: the image name is empty; {len(empty)} such row(s)")
+    if len(table) > MAX_IMAGES:
+        raise ValueError(f"{sheet.name}: {len(table)} rows, at most {MAX_IMAGES}; predict.py scores any number")
+    if "prompt" not in table.columns:
+        return names.tolist(), [""] * len(table), [f"{sheet.name} has no column 'prompt'."]
+    return names.tolist(), table["prompt"].str.strip().str[:MAX_PROMPT].tolist(), []
+
+
+def match(names: Sequence[str], uploads: Sequence[Upload]) -> list[int]:
+    """The upload that each name of a CSV means: the one called so. Folders do not count, uploads have none.
+
+    Raises:
+        ValueError: a name has no upload or several, or names differ in their folders alone.
+    """
+
+    def bare(name: str) -> str:
+        return name.replace("\\", "/").rpartition("/")[2]
+
+    places: dict[str, list[int]] = {}
+    for number, upload in enumerate(uploads):
+        places.setdefault(bare(upload.name), []).append(number)
+    missing = list(dict.fromkeys(name for name in names if bare(name) not in places))
+    if missing:
+        raise ValueError(f"{len(missing)} image(s) of the CSV were not uploaded: {first_five(missing)}")
+    twice = [name for name in dict.fromkeys(map(bare, names)) if len(places[name]) > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} image name(s) were uploaded more than once: {first_five(twice)}")
+    full: dict[str, set[str]] = {}
+    for name in names:
+        full.setdefault(bare(name), set()).add(name)
+    alike = [sorted(found) for found in full.values() if len(found) > 1]
+    if alike:
+        raise ValueError(f"{' and '.join(alike[0])}: uploads have no folders, so these are the same; rename one")
+    return [places[bare(name)][0] for name in names]
+
+
+EMPTY = {
+    "score": '<div class="empty">The images appear here, the highest score first.</div>',
+    "look": '<div class="empty">The image appears here with a map for each score.</div>',
+    "table": '<div class="empty">The scored rows appear here, and can be downloaded.</div>',
+}
+LOOK_HELP = """
+<details class="help" open><summary>What the maps show, and what they do not</summary>
+<p>One patch after another is covered with the image's mean colour, and the image is scored again.
+<b class="raises">Red</b>: the score falls when the patch is covered, so what is there raises it.
+<b class="lowers">Blue</b>: the score rises when it is covered. The stronger the colour, the larger the change; each
+map has its own scale below it. What is dark the model is not shown.</p>
+<p>This is what the model reacts to, and not what people looked at. A flat patch is a change of its own, which the
+model may like or dislike; what several patches show only together is not found by covering one; and the changes do
+not add up to the score.</p></details>
+"""
+
+
+def build_page(
+    scorer: Scorer, folder: Path, *, title: str = "", test: TestFold = TestFold(), max_pixels: int = 50_000_000
+) -> gr.Blocks:
+    """The page for a model.
+
+    Args:
+        folder: where tables to download are put; the caller deletes it.
+        title: names the model.
+        test: what is known of its test fold.
+        max_pixels: images with more are refused.
+    """
+    answers = Answers(scorer, test, folder, max_pixels)
+    # The model has one user at a time. There is no API beside the page.
+    event: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+    with gr.Blocks(title="Image scores", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        name = f"<span>{html.escape(title)}</span>" if title else ""
+        gr.HTML(f"<header><h1>What people would say of an image</h1>{name}</header>", js_on_load=None)
+        with gr.Tab("Score"):
+            build_score_tab(answers, event)
+        with gr.Tab("Where it looked"):
+            build_look_tab(answers, event)
+        with gr.Tab("Table"):
+            build_table_tab(answers, event)
+        gr.HTML(answers.about_html(), js_on_load=None)
+    return page
+
+
+def build_score_tab(answers: Answers, event: Mapping[str, Any]) -> None:
+    """Several images, one prompt, a ranking."""
+    tasks = list(answers.scorer.scales)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            files = gr.File(file_count="multiple", file_types=SUFFIXES, label="Images", height=190)
+            hand_over_names(files)
+            prompt = prompt_box("What the images should show. Without it: quality alone")
+            by = gr.Radio(
+                [(data.title_of(task), task) for task in tasks], value=tasks[0], label="Rank by", visible=len(tasks) > 1
+            )
+            button = gr.Button("Score", variant="primary")
+        with gr.Column(scale=5, min_width=300):
+            found = gr.State(([], ""))
+            shown = gr.HTML(EMPTY["score"], js_on_load=None, elem_id="ranking")
+    for trigger in (button.click, prompt.submit):
+        trigger(answers.score, [files, prompt, by], [found, shown], show_progress_on=shown, **event)
+    by.change(answers.rank, [found, by], shown, show_progress="hidden", api_visibility="private")
+
+
+def build_look_tab(answers: Answers, event: Mapping[str, Any]) -> None:
+    """One image, one prompt, a map for each score."""
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            image = gr.Image(sources=["upload"], label="Image", height=260, buttons=[])
+            hand_over_names(image)
+            prompt = prompt_box("What the image should show. Without it: quality alone")
+            grid = gr.Radio([4, 8, 12, 16], value=8, label="Patches per side: finer maps take longer")
+            button = gr.Button("Show", variant="primary")
+        with gr.Column(scale=5, min_width=300):
+            shown = gr.HTML(EMPTY["look"], js_on_load=None, elem_id="maps")
+            gr.HTML(LOOK_HELP, js_on_load=None)
+    for trigger in (button.click, prompt.submit):
+        trigger(answers.look, [image, prompt, grid], shown, **event)
+
+
+def build_table_tab(answers: Answers, event: Mapping[str, Any]) -> None:
+    """A CSV and its images, a CSV of scores."""
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            sheet = gr.File(file_types=[".csv"], label="CSV: name,prompt", height=130)
+            files = gr.File(file_count="multiple", file_types=SUFFIXES, label="Its images", height=190)
+            hand_over_names(sheet)
+            hand_over_names(files)
+            button = gr.Button("Score the table", variant="primary")
+            download = gr.DownloadButton("Download as CSV", interactive=False)
+        with gr.Column(scale=5, min_width=300):
+            shown = gr.HTML(EMPTY["table"], js_on_load=None, elem_id="table")
+    button.click(answers.table, [sheet, files], [shown, download], show_progress_on=shown, **event)
+
+
+def prompt_box(hint: str) -> gr.Textbox:
+    """Where a prompt is typed."""
+    return gr.Textbox(label="Prompt", placeholder=hint, lines=2, max_lines=4, max_length=MAX_PROMPT, submit_btn=False)
+
+
+def serve(page: gr.Blocks, host: str, port: int) -> str:
+    """Serve the page in other threads, to this machine alone unless `host` says otherwise. Returns its address."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # none that would have to be fetched
+    theme = gr.themes.Base(
+        primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
+    )
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=MAX_FILE_SIZE,
+        show_error=True,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        theme=theme,
+        css_paths=STYLE,
+    )
+    return address
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve the page of the checkpoint that the command line names until Ctrl-C ends it."""
+    with one_line_errors():
+        args = parse_app_args(argv)
+        scorer = Scorer.load(args.checkpoint, device=args.device)
+        test = read_test_fold(Path(args.checkpoint))
+        folder = Path(gr.utils.get_upload_folder())
+        page = build_page(scorer, folder, title=args.checkpoint, test=test, max_pixels=args.max_pixels)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are deleted then too
+        address = serve(page, args.host, args.port)
+        print(f"{address}   Ctrl-C ends it", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print()
+        page.close(verbose=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

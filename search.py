@@ -1,0 +1,575 @@
+"""Search the options of baseline.py for the best validation score, with Optuna.
+
+    python search.py --demo --trials 20 --output_dir runs/search      # works without data or network
+    python search.py --help
+
+A trial is one `baseline.run` that leaves the test fold unread; the best one is repeated in the end, and that reads it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # --help and mistakes in the flags answer here, before torch and Optuna are imported, which takes seconds.
+    from configs import one_line_errors
+    from space import parse_search_args
+
+    with one_line_errors():
+        parse_search_args()
+        if importlib.util.find_spec("optuna") is None:
+            raise ValueError("search.py needs Optuna: pip install -r requirements-extra.txt")
+
+import numpy as np
+import optuna
+import pandas as pd
+import torch
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+import baseline
+import checkpoint
+import compare
+import engine
+import protocol
+import sensitivity
+import sources
+from configs import NOT_SAVED, TrainingConfig, command_line, one_line_errors
+from kept import Kept
+from space import Dimension, Request, Space, default_space, encode, options_of, parse_search_args
+
+STARTUP_TRIALS = 10  # drawn at random before TPE begins to learn
+PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
+BEAT_SECONDS = 30.0  # how often a running trial says that it is alive
+DEAD_AFTER_SECONDS = 600.0  # without a word, on another machine
+POLL_SECONDS = 1.0
+MANY_ALIKE = 3  # first trials that all fail the same way end the search
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+FAILURES = (ValueError, engine.OutOfMemory, torch.OutOfMemoryError)
+TRIALS_DIR = "trials"
+JOURNAL = "journal:"
+
+
+class SearchFailed(RuntimeError):
+    """The search cannot go on, or has nothing to show."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A study, and what is asked of it."""
+
+    study: optuna.Study
+    request: Request
+    space: Space
+    kept: Kept
+    began: datetime
+
+    @property
+    def score(self) -> str:
+        """What trials are compared by."""
+        return self.request.config.select_by
+
+    @property
+    def is_over(self) -> bool:
+        """Whether --timeout has passed."""
+        limit = self.request.timeout
+        return limit is not None and (datetime.now() - self.began).total_seconds() >= limit
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, in their order."""
+        return self.study.get_trials(deepcopy=False)
+
+    def finished(self) -> list[FrozenTrial]:
+        """Those that count."""
+        return [trial for trial in self.trials() if trial.state in FINISHED]
+
+
+# -- the study
+
+
+def open_study(request: Request) -> optuna.Study:
+    """The study in its storage, made if it is not there. Raises ValueError for a storage that cannot be used."""
+    url = request.storage
+    try:
+        if url.startswith(JOURNAL):
+            path = Path(url.removeprefix(JOURNAL))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            storage: Any = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+        else:
+            wait = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {}  # seconds, for other workers
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=wait)
+        return optuna.create_study(
+            storage=storage,
+            study_name=request.study_name,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(
+                n_startup_trials=PRUNE_FROM_TRIALS, n_warmup_steps=max(2, round(request.config.epochs / 5))
+            ),
+        )
+    except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.OptunaError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"--storage {without_password(url)}: cannot be used ({reason})") from None
+
+
+def without_password(url: str) -> str:
+    """A storage, fit to be printed."""
+    try:
+        return url if url.startswith(JOURNAL) else make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return "(no database URL)"
+
+
+def agree_with(study: optuna.Study, request: Request, space: Space) -> None:
+    """Write down what is searched, or raise ValueError if the study was begun with something else."""
+    asked = {
+        "options": protocol.options(request.config),
+        "space": {name: dimension.to_json() for name, dimension in space.items()},
+    }
+    saved = study.user_attrs
+    if not saved and study.trials:
+        raise ValueError(f"--study_name {study.study_name}: the storage has another program's study of this name")
+    if not saved:
+        for key, value in asked.items():
+            study.set_user_attr(key, value)
+        return
+    other = []
+    for name, now in asked["space"].items():
+        if name in saved.get("space", {}) and saved["space"][name] != now:
+            other.append(f"{name} in {now}, not {saved['space'][name]}")
+    other += [f"{name} is searched" for name in asked["space"] if name not in saved.get("space", {})]
+    other += [f"{name} is not searched" for name in saved.get("space", {}) if name not in asked["space"]]
+    searched = {*asked["space"], *saved.get("space", {})}
+    for name, now in asked["options"].items():
+        before = saved.get("options", {}).get(name)
+        if before != now and name not in searched:
+            other.append(f"{name} is {now}, not {before}")
+    if other:
+        raise ValueError(
+            f"--study_name {study.study_name}: was begun with other options ({'; '.join(other[:5])}); use the same "
+            "flags, or a new --output_dir"
+        )
+
+
+def agree_on_data(search: Search, fingerprint: str) -> None:
+    """Raise ValueError if the study's trials have seen other data."""
+    known = search.study.user_attrs.get("data")
+    if known is None:
+        search.study.set_user_attr("data", fingerprint)
+    elif known != fingerprint:
+        raise ValueError(f"{search.request.folder}: the data has changed since the search began; choose a new folder")
+
+
+# -- whose turn it is
+
+
+def voided(trials: Sequence[FrozenTrial]) -> set[int]:
+    """Numbers of the trials that another one stands for now, or that were begun by one too many."""
+    again = {trial.user_attrs["instead_of"] for trial in trials if "instead_of" in trial.user_attrs}
+    return again | {trial.number for trial in trials if "surplus" in trial.user_attrs}
+
+
+def next_trial(search: Search) -> optuna.Trial | None:
+    """The next trial to run, None when enough are finished; waits while others' trials may be all that is missing."""
+    wanted = search.request.trials
+    while True:
+        trials = search.trials()
+        for other in trials:
+            if other.state == TrialState.RUNNING and is_dead(other):
+                put_back(search.study, other, killed=True)
+        check_hope(search)
+        states = [trial.state for trial in search.trials()]
+        finished = sum(state in FINISHED for state in states)
+        if finished >= wanted or search.is_over or is_orphan(search.request):
+            return None
+        if finished + states.count(TrialState.RUNNING) < wanted:
+            trial = search.study.ask()
+            # Several may have asked at once. All see the numbers in the same order, so all agree on who was first.
+            before = [other for other in search.trials() if other.number < trial.number]
+            if sum(other.state != TrialState.FAIL for other in before) < wanted:
+                return claim(search, trial, before)
+            trial.set_user_attr("surplus", True)
+            search.study.tell(trial, state=TrialState.FAIL)
+        time.sleep(POLL_SECONDS)
+
+
+def claim(search: Search, trial: optuna.Trial, before: Sequence[FrozenTrial]) -> optuna.Trial:
+    """Sign the trial, and let it be drawn by a sampler of its own: the same in every worker, and after a restart."""
+    trial.set_user_attr("host", socket.gethostname())
+    trial.set_user_attr("pid", os.getpid())
+    trial.set_user_attr("beat", time.time())
+    place = len({other.number for other in before} - voided(search.trials()))
+    search.study.sampler = sampler_of(search.request.config.seed, place)
+    return trial
+
+
+def sampler_of(seed: int, place: int) -> optuna.samplers.TPESampler:
+    """The sampler of one trial."""
+    entropy = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
+    return optuna.samplers.TPESampler(
+        multivariate=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS, seed=entropy
+    )
+
+
+def is_dead(trial: FrozenTrial) -> bool:
+    """Whether the process that ran this trial is gone, or on another machine silent for long."""
+    signed = trial.user_attrs
+    if signed.get("host") == socket.gethostname() and "pid" in signed and not is_alive(signed["pid"]):
+        return True
+    started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+    return time.time() - signed.get("beat", started) > DEAD_AFTER_SECONDS
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def put_back(study: optuna.Study, trial: FrozenTrial | optuna.Trial, *, killed: bool) -> None:
+    """End a trial that was cut short, and put its values in the queue again; those that kill twice stay out."""
+    try:
+        study.tell(trial.number, state=TrialState.FAIL)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):  # another worker was quicker
+        return
+    if not (killed and trial.user_attrs.get("killed")):
+        study.enqueue_trial(trial.params, user_attrs={"instead_of": trial.number, "killed": killed})
+
+
+def is_orphan(request: Request) -> bool:
+    """Whether this is a worker whose parent is gone."""
+    return request.parent is not None and os.getppid() != request.parent
+
+
+def check_hope(search: Search) -> None:
+    """Raise SearchFailed if the first trials of this session all failed the same way, or more than were asked for."""
+    trials = search.trials()
+    here = [trial for trial in trials if trial.datetime_start and trial.datetime_start >= search.began]
+    done = [trial for trial in here if trial.state.is_finished() and trial.number not in voided(trials)]
+    causes = [trial.user_attrs.get("cause") for trial in done]
+    first = [re.sub(r"[-+.\de]*\d", "#", cause) if cause else None for cause in causes[:MANY_ALIKE]]
+    if len(first) == MANY_ALIKE and None not in first and len(set(first)) == 1:
+        raise SearchFailed(f"the first {MANY_ALIKE} trials all failed: {causes[0]}")
+    failed = [cause for trial, cause in zip(done, causes, strict=True) if trial.state == TrialState.FAIL]
+    if len(failed) > max(MANY_ALIKE, search.request.trials):
+        raise SearchFailed(f"{len(failed)} trials have failed, the last one: {failed[-1]}")
+
+
+# -- one trial
+
+
+def suggest(trial: optuna.Trial, dimension: Dimension) -> Any:
+    """A value for one option, as the study keeps it."""
+    if dimension.choices is not None:
+        return trial.suggest_categorical(dimension.name, [encode(choice) for choice in dimension.choices])
+    low, high, step = dimension.low, dimension.high, dimension.step
+    if dimension.is_whole:
+        return trial.suggest_int(dimension.name, int(low), int(high), step=int(step or 1), log=dimension.log)
+    return trial.suggest_float(dimension.name, low, high, step=step, log=dimension.log)
+
+
+@contextmanager
+def heartbeat(trial: optuna.Trial) -> Iterator[None]:
+    """Let the study know that the trial is alive, for as long as the block lasts."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
+            trial.set_user_attr("beat", time.time())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def run_trial(search: Search, trial: optuna.Trial) -> None:
+    """Run one trial and tell the study what came of it; one that is cut short goes back into the queue."""
+    started = time.perf_counter()
+    is_settled = False
+    try:
+        values = {name: suggest(trial, dimension) for name, dimension in search.space.items()}
+        with heartbeat(trial):
+            state, score, cause = outcome(search, trial, values)
+        trial.set_user_attr("seconds", round(time.perf_counter() - started, 1))
+        if cause:
+            trial.set_user_attr("cause", cause)
+        search.study.tell(trial, score, state=state)
+        is_settled = True
+    finally:
+        if not is_settled:
+            put_back(search.study, trial, killed=False)
+    print(trial_line(search, trial.number), flush=True)
+
+
+def outcome(
+    search: Search, trial: optuna.Trial, values: Mapping[str, Any]
+) -> tuple[TrialState, float | None, str | None]:
+    """Train with these values: how it ended, the validation score if it ended well, and the cause if it did not."""
+    request = search.request
+    folder = request.folder / TRIALS_DIR / f"{trial.number:04d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def after_epoch(row: Mapping[str, float]) -> None:
+        trial.report(row[f"val_{search.score}"], int(row["epoch"]))
+        if row["epoch"] < config.epochs and trial.should_prune():
+            raise optuna.TrialPruned
+
+    try:
+        config = options_of(request.config, search.space, values, request.given)
+        config = replace(config, output_dir=str(folder), test=False, report=False)
+        with folder.with_suffix(".log").open("w", encoding="utf-8") as log, redirect_stdout(log):
+            results = baseline.run(config, after_epoch=after_epoch, kept=search.kept)
+    except optuna.TrialPruned:
+        return TrialState.PRUNED, None, None
+    except engine.NonFiniteLoss as error:  # as good as stopped early: the same values would break down again
+        return TrialState.PRUNED, None, f"diverged: {error}"
+    except FAILURES as error:
+        return TrialState.FAIL, None, str(error) or type(error).__name__
+    finally:
+        shutil.rmtree(folder / checkpoint.BEST_DIR, ignore_errors=True)  # a whole CLIP for each trial is too much
+        gc.collect()  # what refers to itself holds a model in memory
+    trial.set_user_attr("best_epoch", results["best_epoch"])
+    return TrialState.COMPLETE, results["val"][search.score], None
+
+
+def values_line(params: Mapping[str, Any]) -> str:
+    """Options and values, in a few words."""
+    return " ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+    )
+
+
+def trial_line(search: Search, number: int) -> str:
+    """What was tried, what came of it, and the best so far."""
+    trials = search.trials()
+    trial = trials[number]
+    epoch = max(trial.intermediate_values, default=0)
+    said = {
+        TrialState.COMPLETE: lambda: f"{search.score} {trial.value:.4f}",
+        TrialState.PRUNED: lambda: f"pruned at epoch {epoch} ({trial.intermediate_values.get(epoch, np.nan):.4f})",
+    }.get(trial.state, lambda: "failed")()
+    cause = trial.user_attrs.get("cause")
+    said = cause.splitlines()[0] if cause else said
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    best = max(complete, key=lambda trial: trial.values[0], default=None)
+    so_far = f"best {best.value:.4f} (trial {best.number})" if best else "no best yet"
+    return (
+        f"trial {number:<4} {values_line(trial.params)}: {said}, {so_far}, {trial.user_attrs.get('seconds', 0):.0f} s"
+    )
+
+
+# -- processes
+
+
+def work(search: Search) -> None:
+    """Run trials until there are enough."""
+    while (trial := next_trial(search)) is not None:
+        run_trial(search, trial)
+
+
+def run_workers(request: Request, argv: Sequence[str]) -> None:
+    """Let other processes run the trials. Raises SearchFailed if one ends with an error, which it has said."""
+    count = request.workers
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(max(1, engine.num_cpus() // count)),
+        "LOCAL_WORLD_SIZE": str(count),  # for the threads that decode images
+        "TQDM_DISABLE": "1",
+    }
+    workers = []
+    try:
+        for number in range(count):
+            command = [sys.executable, __file__, *argv, "--parent", str(os.getpid())]
+            own = {**environment, "LOCAL_RANK": str(number % max(1, engine.num_gpus()))}
+            # In a session of its own: Ctrl-C reaches this process alone, which passes it on.
+            workers.append(subprocess.Popen(command, env=own, start_new_session=True))
+        codes = [worker.wait() for worker in workers]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGINT)
+        for worker in workers:
+            worker.wait()
+    if any(code > 0 for code in codes):
+        raise SearchFailed("a worker has ended with the error above; the same command goes on")
+    for number, code in enumerate(codes):
+        if code < 0:
+            print(f"note      worker {number} was killed (signal {-code}); its trial is run again")
+
+
+# -- the end
+
+
+def best_config(search: Search) -> TrainingConfig:
+    """The options of the best trial. Raises SearchFailed if none was finished."""
+    if not any(trial.state == TrialState.COMPLETE for trial in search.trials()):
+        causes = [trial.user_attrs["cause"] for trial in search.trials() if "cause" in trial.user_attrs]
+        said = f", the last one: {causes[-1]}" if causes else ""
+        raise SearchFailed(f"no trial has come to its end{said}")
+    return options_of(search.request.config, search.space, search.study.best_params, search.request.given)
+
+
+def write_findings(search: Search) -> TrainingConfig:
+    """Write and print what the trials say; returns the options of the best one."""
+    folder, study = search.request.folder, search.study
+    config = best_config(search)
+    checkpoint.write_csv(folder / "trials.csv", trials_table(search))
+    saved = {name: value for name, value in config.to_json().items() if name not in NOT_SAVED}
+    checkpoint.write_json(folder / "best_config.json", saved)
+    scored = sensitivity.scored_trials(search.finished())
+    table = sensitivity.importance_table(scored, search.space, study.best_params, search.request.config.seed)
+    checkpoint.write_csv(folder / "importance.csv", table)
+    figure = folder / "importance.png"
+    checkpoint.write_whole(figure, lambda path: sensitivity.draw(path, table, search.finished(), search.score))
+    states = [trial.state for trial in search.trials()]
+    sizes = f"{states.count(TrialState.COMPLETE)} complete, {states.count(TrialState.PRUNED)} stopped early"
+    print(f"\n{len(search.finished())} trials ({sizes}) in {folder}; spread is of validation {search.score}")
+    print("\n".join(sensitivity.table_lines(table)))
+    for trial in search.trials():
+        if "cause" in trial.user_attrs:
+            print(f"failed    trial {trial.number}: {values_line(trial.params)}: {trial.user_attrs['cause']}")
+    best = study.best_trial
+    print(f"\nbest: trial {best.number}, validation {search.score} {best.value:.4f}, {values_line(best.params)}")
+    print(command_line(config))
+    return config
+
+
+def trials_table(search: Search) -> pd.DataFrame:
+    """A row for each trial: trial, state, score, epochs, best_epoch, seconds, cause, and the value of each option."""
+    rows = []
+    void = voided(search.trials())
+    for trial in search.trials():
+        if trial.number in void or not trial.state.is_finished():
+            continue
+        seen = trial.intermediate_values
+        row = {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            "score": trial.value if trial.value is not None else max(seen.values(), default=None),
+            "epochs": max(seen, default=0),
+            "best_epoch": max(seen, key=lambda epoch: seen[epoch], default=None),
+            "seconds": trial.user_attrs.get("seconds"),
+            "cause": trial.user_attrs.get("cause", "" if trial.state in FINISHED else "its process was killed"),
+        }
+        rows.append(row | {name: trial.params.get(name) for name in search.space})
+    return pd.DataFrame(rows)
+
+
+def repeat_best(request: Request, config: TrainingConfig) -> None:
+    """Run the best options with --seeds seeds, each reading its test fold once; goes on where it was stopped."""
+    folder = request.folder / "best"
+    config = replace(config, repeats=request.seeds)
+    runtime = engine.start_runtime(config.device, config.amp)
+    try:
+        saved = json.loads((folder / compare.PROTOCOL_FILE).read_text(encoding="utf-8"))
+        others = protocol.options(replace(config, repeats=saved.get("repeats", 1))) != saved
+    except FileNotFoundError:
+        others = False
+    print(f"\nthe best {request.seeds} times, from seed {config.seed} on; this reads the test fold")
+    protocol.run_all(replace(config, overwrite=others), baseline.run, folder, runtime)
+
+
+# -- the whole
+
+
+def prepare(request: Request, kept: Kept) -> Search:
+    """Open the study, having made sure that what is asked for can be run at all. Raises ValueError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("search.py: every trial is one process; leave torchrun out, --workers starts several")
+    began = datetime.now()
+    config = sources.draw_demo(request.config) if request.config.demo else request.config
+    depth = baseline.num_blocks(config)
+    space = request.space or default_space(config, depth, request.given)
+    request.folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(request)
+    agree_with(study, request, space)
+    search = Search(study, request, space, kept, began)
+    agree_on_data(search, baseline.read_examples(config, kept).fingerprint)
+    return search
+
+
+def search_all(request: Request, argv: Sequence[str]) -> optuna.Study:
+    """Run the trials and what comes after them. Raises ValueError and SearchFailed."""
+    kept = Kept()
+    search = prepare(request, kept)
+    gc.freeze()  # so that collecting after a trial looks at what that trial has left, not at every library
+    if request.parent is not None:
+        work(search)
+        return search.study
+    have = len(search.finished())
+    if have < request.trials:
+        print(f"search    {', '.join(dimension.describe() for dimension in search.space.values())}")
+        finished = f", {have} of them finished" if have else ""
+        print(f"          {request.trials} trials{finished}, by validation {search.score}")
+        check_plan(search)
+        if request.workers > 1:
+            kept.kinds.clear()
+            run_workers(request, argv)
+        work(search)
+    have = len(search.finished())
+    if have < request.trials:
+        print(f"--timeout is over after {have} of {request.trials} trials; the same command goes on")
+    config = write_findings(search)
+    kept.kinds.clear()
+    if request.seeds:
+        repeat_best(request, config)
+    return search.study
+
+
+def check_plan(search: Search) -> None:
+    """Build what a trial trains, without training. Raises ValueError for what cannot work."""
+    folder = search.request.folder / TRIALS_DIR / "plan"
+    config = replace(search.request.config, output_dir=str(folder), dry_run=True, test=False, report=False)
+    path = folder.with_suffix(".log")
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as log, redirect_stdout(log):
+        baseline.run(config, kept=search.kept)
+
+
+def main(argv: Sequence[str] | None = None) -> optuna.Study:
+    """Search as the command line says; returns the study. Mistakes are one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    with one_line_errors(SearchFailed, engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
+        request = parse_search_args(argv, num_blocks=baseline.num_blocks, num_images=sources.count_training_images)
+        try:
+            return search_all(request, argv)
+        except KeyboardInterrupt:
+            if request.parent is None:
+                print("interrupted: what is finished is kept, the same command goes on from there", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

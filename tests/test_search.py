@@ -1,0 +1,783 @@
+"""`search.py`: spaces that are refused, studies that go on where they stopped, and optima that are known beforehand."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from conftest import ROOT, scored_rows
+from optuna.trial import TrialState
+
+import baseline
+import engine
+import protocol
+import search
+import sensitivity
+import space
+from configs import OPTIONS, TrainingConfig, parse_args
+from kept import Kept
+
+LR = {"lr": {"low": 1e-6, "high": 1.0, "log": True}}
+BEST_LR = 1e-3
+TINY = shlex.split("--clip_model tiny --clip_pretrained none --image_size 112 --freeze_clip --batch_size 16")
+DRIVER = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_search
+test_search.Trainer(pause=0.3).install()
+import search
+search.main(sys.argv[1:])
+"""
+
+
+def parabola(config: TrainingConfig) -> float:
+    """The score of options whose best is known: lr at BEST_LR, dropout at 0; nothing else counts."""
+    return 0.9 - 0.05 * (math.log10(config.lr) - math.log10(BEST_LR)) ** 2 - 0.1 * config.dropout
+
+
+class Trainer:
+    """Stands for `baseline.run`: scores by a formula, rising over the epochs, and keeps the options it was given."""
+
+    def __init__(
+        self, score: Callable[[TrainingConfig], float] = parabola, *, stop_at: int | None = None, pause: float = 0.0
+    ) -> None:
+        self.score = score
+        self.stop_at = stop_at  # the run, counted from 0, in which Ctrl-C is pressed
+        self.pause = pause
+        self.configs: list[TrainingConfig] = []
+
+    def __call__(
+        self, config: TrainingConfig, *, after_epoch: Callable[[Mapping[str, float]], None], kept: Kept
+    ) -> dict[str, Any]:
+        self.configs.append(config)
+        if len(self.configs) - 1 == self.stop_at:
+            raise KeyboardInterrupt
+        time.sleep(self.pause)
+        for epoch in range(1, config.epochs + 1):
+            after_epoch(
+                {"epoch": epoch, "loss": 1.0, f"val_{config.select_by}": self.score(config) * epoch / config.epochs}
+            )
+        return {"best_epoch": config.epochs, "val": {config.select_by: self.score(config)}}
+
+    def install(self) -> None:
+        """Take the place of everything that looks at data or a model."""
+        baseline.run = lambda config, **how: {} if config.dry_run else self(config, **how)
+        baseline.read_examples = lambda config, kept: SimpleNamespace(fingerprint="same")
+        baseline.num_blocks = lambda config: 12
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+    """A function that puts a Trainer in the place of `baseline.run`."""
+    for name in ("run", "read_examples", "num_blocks"):
+        monkeypatch.setattr(baseline, name, getattr(baseline, name))  # to be put back in the end
+
+    def install(*args: Any, **how: Any) -> Trainer:
+        trainer = Trainer(*args, **how)
+        trainer.install()
+        return trainer
+
+    return install
+
+
+def space_file(folder: Path, content: Any) -> str:
+    path = folder / "space.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def flags_of(folder: Path, content: Any = LR, more: str = "") -> list[str]:
+    """A small search with the stand-in."""
+    epochs = "" if "epochs" in content else "--epochs 4"
+    flags = f"--trials 8 --seeds 0 {epochs} --output_dir {folder / 'out'} --space {space_file(folder, content)} {more}"
+    return shlex.split(flags)
+
+
+def values(study: Any) -> list[dict[str, Any]]:
+    """What the trials that count have tried, in their order."""
+    return [trial.params for trial in study.trials if trial.state in search.FINISHED]
+
+
+def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command line is refused with."""
+    with pytest.raises(SystemExit) as stop:
+        search.main(flags)
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), said
+    return lines[0].removeprefix("error: ")
+
+
+# -- spaces
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        ("{", "", ["not a readable JSON"]),
+        ("[]", "", ["must be a JSON object"]),
+        ('{"lr": {"low": 1e-5, "high": 1e-3}, "lr": {"low": 1e-5, "high": 1e-3}}', "", ["'lr' occurs twice"]),
+        ({"learning_rat": {"low": 0, "high": 1}}, "", ["unknown option 'learning_rat'"]),
+        ({"dropuot": {"low": 0, "high": 0.5}}, "", ["did you mean 'dropout'"]),
+        ({"lr": {"low": 1e-3, "high": 1e-5}}, "", ["lr", "low 0.001 must be below high 1e-05"]),
+        ({"lr": {"low": 1e-5, "high": 11}}, "", ["--lr 11", "(0, 10]"]),
+        ({"lr": {"low": 0, "high": 1}}, "", ["--lr 0", "(0, 10]"]),
+        ({"dropout": {"low": 0, "high": 0.5, "log": True}}, "", ["log works above 0"]),
+        ({"lr": {"low": 1e-5, "high": float("nan")}}, "", ["must be finite"]),
+        ({"lr": {"low": 1e-5}}, "", ['needs "low" and "high"']),
+        ({"lr": {"low": 1e-5, "high": 1, "logg": True}}, "", ["unknown key 'logg'"]),
+        ({"lr": {"low": "1e-5", "high": 1}}, "", ["'1e-5' must be a number"]),
+        ({"lr": 1e-3}, "", ['must be {"low"']),
+        ({"epochs": {"low": 1.5, "high": 4}}, "", ["1.5 must be a whole number"]),
+        ({"epochs": {"low": 1, "high": 4, "step": 2}}, "", ["step 2 must lead from low 1 to high 4"]),
+        ({"epochs": {"low": 1, "high": 4, "step": 0}}, "", ["step 0"]),
+        ({"loss": {"low": 0, "high": 1}}, "", ["is no number"]),
+        ({"loss": {"choices": ["mse", "mes"]}}, "", ["--loss mes"]),
+        ({"scheduler": {"choices": ["cosine", "cosin"]}}, "", ["--scheduler cosin", "cosine, linear"]),
+        ({"loss": {"choices": ["mse"]}}, "", ["two values or more"]),
+        ({"batch_size": {"choices": [16, 16]}}, "", ["a value twice"]),
+        ({"batch_size": {"choices": [16, 32], "low": 1}}, "", ["stand alone"]),
+        ({"w_q": {"low": 0.5, "high": 2}}, "", ["w_q", "w_c is 1 - w_q"]),
+        ({"output_dir": {"choices": ["a", "b"]}}, "", ["output_dir", "cannot be searched"]),
+        ({"test_size": {"low": 0.1, "high": 0.3}}, "", ["cannot be searched"]),
+        (LR, "--lr 1e-4", ["lr is also given as --lr"]),
+        ({"freeze_layers": {"low": 1, "high": 4}}, "--freeze_clip", ["freeze_layers does nothing"]),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_in_one_line(content, flags, words, tmp_path, train, capsys):
+    trainer = train()
+    said = refusal(flags_of(tmp_path, content, flags), capsys)
+    assert "--space" in said and all(word in said for word in words), said
+    assert not trainer.configs and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--trials 0 --output_dir a", "--trials 0"),
+        ("--trials 5", "--output_dir"),
+        ("--seeds -1 --output_dir a", "--seeds -1"),
+        ("--workers 0 --output_dir a", "--workers 0"),
+        ("--timeout 0 --output_dir a", "--timeout 0"),
+        ("--repeats 3 --output_dir a", "--repeats"),
+        ("--no_test --output_dir a", "--no_test"),
+        ("--trails 5 --output_dir a", "did you mean --trials"),
+        ("--epochz 5 --output_dir a", "did you mean --epochs"),
+        ("--space no.json --output_dir a", "--space no.json: no such file"),
+        ("--storage mysqll://me:secret@h/db --output_dir a", "--storage mysqll://me:***@h/db"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused_in_one_line(flags, words, train, capsys):
+    train()
+    assert words in refusal(shlex.split(flags), capsys)
+
+
+def default(flags: str, depth: int | None = 24) -> dict[str, str]:
+    """The default space after a command line: option -> how it is described."""
+    request = space.parse_search_args([*shlex.split(flags), "--output_dir", "out"])
+    found = space.default_space(request.config, depth, request.given)
+    return {name: dimension.describe().removeprefix(f"{name} ") for name, dimension in found.items()}
+
+
+def test_the_default_space_is_that_of_the_guide():
+    assert default("") == {
+        "lr": "1e-06..0.001 log",
+        "residual_scale_q": "0.1..0.5",
+        "residual_scale_c": "0.1..0.5",
+        "freeze_layers": "16..22 step 2",
+        "w_q": "0.3..0.7",
+        "batch_size": "16 | 32 | 64",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "depth", "layers"),
+    [
+        ("", 12, "8..11 step 1"),
+        ("", 24, "16..22 step 2"),
+        ("", None, None),  # a tower without blocks
+        ("--freeze_layers 9", 12, None),
+        ("--freeze_clip", 12, None),
+        ("--no_partial_freeze", 12, None),
+        ("--unfreeze_schedule 8@0,6@2", 12, None),
+        ("--preset large", 12, None),
+        ("--preset medium", 12, "8..11 step 1"),
+        ("--demo", 24, "16..22 step 2"),
+    ],
+)
+def test_freeze_layers_follow_the_depth_and_are_searched_only_where_they_do_something(flags, depth, layers):
+    assert default(flags, depth).get("freeze_layers") == layers
+
+
+@pytest.mark.parametrize(
+    ("flags", "freezing"),
+    [
+        ("", "partial8"),
+        ("--freeze_layers 9", "partial9"),
+        ("--freeze_clip", "frozen"),
+        ("--no_partial_freeze", "full"),
+        ("--unfreeze_schedule 8@0,6@2", "partial8"),
+        ("--lora_rank 4", "full-lora4"),
+        ("--preset large", "full"),
+    ],
+)
+def test_a_search_freezes_in_part_unless_something_else_was_said(flags, freezing):
+    assert space.parse_search_args([*shlex.split(flags), "--output_dir", "out"]).config.freezing == freezing
+
+
+def test_a_config_file_decides_about_freezing_but_fixes_nothing_else(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"partial_freeze": False, "lr": 1e-4}))
+    found = default(f"--config {path}")
+    assert "freeze_layers" not in found and "lr" in found
+
+
+def test_flags_leave_the_space_and_frozen_heads_get_larger_rates():
+    assert default("--freeze_clip --batch_size 8 --w_c 0.4") == {
+        "lr": "0.0001..0.01 log",
+        "residual_scale_q": "0.1..0.5",
+        "residual_scale_c": "0.1..0.5",
+    }
+    assert "residual_scale_q" not in default("--no_residual_learning")
+
+
+def test_w_c_is_what_w_q_leaves():
+    request = space.parse_search_args(["--output_dir", "out"])
+    found = space.default_space(request.config, 24, request.given)
+    config = space.options_of(request.config, found, {"w_q": 0.3}, request.given)
+    assert (config.w_q, config.w_c) == (0.3, 0.7)
+    both = {**found, "w_c": found["w_q"]}
+    assert space.options_of(request.config, both, {"w_q": 0.3, "w_c": 0.4}, request.given).w_c == 0.4
+
+
+def test_every_kind_of_option_comes_back_as_it_was_chosen(tmp_path, train):
+    content = {
+        "mos_range_q": {"choices": [None, [1, 5], [0, 6]]},
+        "calibration": {"choices": [True, False]},
+        "loss": {"choices": ["mse", "mse+plcc"]},
+        "epochs": {"low": 2, "high": 6, "step": 2},
+        "hidden_dim_q": {"low": 8, "high": 512, "log": True},
+        "dropout": {"low": 0, "high": 0.5, "step": 0.25},
+        "cache_views": {"choices": [None, 0, 2]},
+    }
+    trainer = train()
+    search.main(flags_of(tmp_path, content, "--trials 30"))
+    seen = {name: {getattr(config, name) for config in trainer.configs} for name in content}
+    assert seen["mos_range_q"] == {None, (1, 5), (0, 6)}
+    assert seen["calibration"] == {True, False} and seen["loss"] == {"mse", "mse+plcc"}
+    assert seen["epochs"] == {2, 4, 6} and seen["dropout"] == {0.0, 0.25, 0.5} and seen["cache_views"] == {None, 0, 2}
+    assert min(seen["hidden_dim_q"]) >= 8 and len(seen["hidden_dim_q"]) > 10
+    saved = json.loads((tmp_path / "out" / "best_config.json").read_text())
+    best = replace(parse_args(["--config", str(tmp_path / "out" / "best_config.json")]), config=None)
+    assert saved["epochs"] == best.epochs and best in [
+        replace(c, output_dir=None, test=True, report=True) for c in trainer.configs
+    ]
+
+
+# -- a study
+
+
+def test_a_planted_optimum_is_found_and_written_down(tmp_path, train, capsys):
+    content = {**LR, "dropout": {"low": 0, "high": 0.9}, "w_exp": {"low": 0.05, "high": 0.3}}  # w_exp does nothing
+    trainer = train()
+    study = search.main(flags_of(tmp_path, content, "--trials 40"))
+    out = tmp_path / "out"
+    assert abs(math.log10(study.best_params["lr"] / BEST_LR)) < 0.5
+    assert all(not config.test and not config.report for config in trainer.configs)
+    table = pd.read_csv(out / "importance.csv")
+    importance = dict(zip(table["option"], table["importance"], strict=True))
+    assert table["option"][0] == "lr" and importance["lr"] > 0.8 > 0.1 > importance["w_exp"]
+    assert table["spread"][0] > 5 * table["spread"][table["option"] == "w_exp"].item()  # though TPE has a habit of it
+    assert importance["lr"] + importance["dropout"] + importance["w_exp"] == pytest.approx(1)
+    assert (out / "importance.png").read_bytes().startswith(b"\x89PNG")
+    trials = pd.read_csv(out / "trials.csv")
+    assert len(trials) == 40 and set(trials["state"]) == {"complete", "pruned"}
+    best = trials.loc[trials["score"].idxmax()]
+    assert best["lr"] == pytest.approx(study.best_params["lr"]) and best["best_epoch"] == 4
+    config = replace(parse_args(["--config", str(out / "best_config.json")]), config=None)
+    assert parabola(config) == pytest.approx(study.best_value)
+    said = capsys.readouterr().out
+    command = next(line for line in said.splitlines() if line.startswith("python baseline.py"))
+    assert parse_args(shlex.split(command)[2:]) == config
+    lines = [line for line in said.splitlines() if line.startswith("trial ")]
+    assert len(lines) == 40 and re.fullmatch(
+        r"trial 0 +lr \S+ dropout \S+ w_exp \S+: main -?\d\.\d{4}, best -?\d\.\d{4} \(trial 0\), \d+ s", lines[0]
+    )
+
+
+def test_a_bad_trial_is_stopped_early_and_a_good_one_is_not(tmp_path, train, capsys):
+    scores = iter([0.5, 0.6, 0.7, 0.5, 0.6, 0.1, 0.9, 0.05])
+    by_lr: dict[float, float] = {}
+
+    def planted(config: TrainingConfig) -> float:
+        return by_lr.setdefault(config.lr, next(scores) if config.lr not in by_lr else 0.0)
+
+    train(planted)
+    study = search.main(flags_of(tmp_path, LR, "--epochs 10"))
+    states = [trial.state for trial in study.trials]
+    assert states == [*[TrialState.COMPLETE] * 5, TrialState.PRUNED, TrialState.COMPLETE, TrialState.PRUNED]
+    assert [max(trial.intermediate_values) for trial in study.trials] == [10] * 5 + [2, 10, 2]
+    assert "pruned at epoch 2 (0.0200)" in capsys.readouterr().out
+
+
+def test_it_maximises_what_selects_the_epoch(tmp_path, train):
+    trainer = train()
+    study = search.main(flags_of(tmp_path, LR, "--trials 3 --select_by srocc_c"))
+    assert study.best_value == max(map(parabola, trainer.configs))
+
+
+# -- going on
+
+
+def test_a_search_that_was_stopped_goes_on_as_if_it_never_had(tmp_path, train, capsys):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    train()
+    whole = values(search.main(flags_of(tmp_path / "a", LR, "--trials 9")))
+    train(stop_at=2)
+    flags = flags_of(tmp_path / "b", LR, "--trials 9")
+    with pytest.raises(SystemExit) as stop:
+        search.main(flags)
+    assert stop.value.code == 130
+    said = capsys.readouterr()
+    assert said.err.splitlines() == ["interrupted: what is finished is kept, the same command goes on from there"]
+    train(stop_at=3)
+    with pytest.raises(SystemExit):
+        search.main(flags)
+    trainer = train()
+    study = search.main(flags)
+    assert values(study) == whole
+    assert len(trainer.configs) == 9 - 2 - 3
+    assert search.main(flags) and len(trainer.configs) == 4  # nothing is left to do
+    assert len(pd.read_csv(tmp_path / "b" / "out" / "trials.csv")) == 9
+
+
+def test_more_trials_may_be_asked_for_later(tmp_path, train):
+    train()
+    search.main(flags_of(tmp_path, LR, "--trials 5"))
+    trainer = train()
+    assert len(values(search.main(flags_of(tmp_path, LR, "--trials 9")))) == 9
+    assert len(trainer.configs) == 4
+
+
+def test_no_two_trials_are_alike(tmp_path, train):
+    trainer = train()
+    for count in (3, 6, 9):
+        search.main(flags_of(tmp_path, LR, f"--trials {count}"))
+    assert len({config.lr for config in trainer.configs}) == 9
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        (LR, "--weight_decay 0.1", "weight_decay is 0.1, not 0.0001"),
+        (LR, "--seed 1", "seed is 1, not 42"),
+        ({"lr": {"low": 1e-5, "high": 1.0, "log": True}}, "", "lr in"),
+        ({**LR, "dropout": {"low": 0, "high": 0.5}}, "", "dropout is searched"),
+        ({"dropout": {"low": 0, "high": 0.5}}, "", "lr is not searched"),
+    ],
+)
+def test_other_options_than_the_study_was_begun_with_are_refused(content, flags, words, tmp_path, train, capsys):
+    train()
+    search.main(flags_of(tmp_path, LR, "--trials 2"))
+    trainer = train()
+    capsys.readouterr()
+    assert words in refusal(flags_of(tmp_path, content, f"--trials 20 {flags}"), capsys)
+    assert not trainer.configs
+
+
+def test_changed_data_is_refused(tmp_path, train, capsys):
+    train()
+    search.main(flags_of(tmp_path, LR, "--trials 2"))
+    capsys.readouterr()
+    train()
+    baseline.read_examples = lambda config, kept: SimpleNamespace(fingerprint="other")
+    assert "the data has changed" in refusal(flags_of(tmp_path, LR, "--trials 20"), capsys)
+
+
+def processes(folder: Path, flags: list[str], count: int) -> list[subprocess.Popen[str]]:
+    """The same search in several processes, with the stand-in for training."""
+    code = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *flags],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["", "--storage journal:shared/journal.log"])
+def test_processes_share_a_study_and_make_no_trial_too_many(storage, tmp_path, train, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = flags_of(tmp_path, LR, f"--trials 12 {storage}")
+    train()
+    search.main([*flags, "--trials", "1"])  # so that both find the study
+    workers = processes(tmp_path, flags, 2)
+    said = [worker.communicate(timeout=200) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    study = search.main(flags)
+    assert len(values(study)) == 12 and len({trial["lr"] for trial in values(study)}) == 12
+    lines = [len(re.findall("^trial ", out, re.MULTILINE)) for out, _ in said]
+    assert sum(lines) == 11 and min(lines) >= 2
+    assert not any(trial.state == TrialState.RUNNING for trial in study.trials)
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_was_killed_is_run_again(tmp_path, train):
+    flags = flags_of(tmp_path, LR, "--trials 6")
+    code_pause = processes(tmp_path, flags, 1)[0]
+    log = tmp_path / "out" / "trials"
+    deadline = time.time() + 120
+    while len(list(log.glob("*.log"))) < 4 and time.time() < deadline:  # the plan and two trials, and one that runs
+        time.sleep(0.02)
+    code_pause.send_signal(signal.SIGKILL)
+    code_pause.communicate()
+    before = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/out/study.db")
+    running = [trial for trial in before.trials if trial.state == TrialState.RUNNING]
+    assert len(running) == 1
+    train()
+    study = search.main(flags)
+    assert len(values(study)) == 6
+    again = [trial for trial in study.trials if trial.user_attrs.get("instead_of") == running[0].number]
+    assert len(again) == 1 and again[0].params == running[0].params and again[0].state in search.FINISHED
+
+
+def test_a_silent_trial_of_another_machine_is_given_up_after_a_while(tmp_path, train, monkeypatch):
+    train()
+    study = search.main(flags_of(tmp_path, LR, "--trials 3"))
+    trial = study.ask()
+    for name, value in {"host": "elsewhere", "pid": os.getpid(), "beat": time.time()}.items():
+        trial.set_user_attr(name, value)
+    assert not search.is_dead(study.trials[-1])
+    trial.set_user_attr("beat", time.time() - search.DEAD_AFTER_SECONDS - 1)
+    assert search.is_dead(study.trials[-1])
+    assert len(values(search.main(flags_of(tmp_path, LR, "--trials 5")))) == 5
+
+
+def test_a_trial_that_kills_its_process_twice_is_not_tried_a_third_time(tmp_path, train):
+    train()
+    study = search.main(flags_of(tmp_path, LR, "--trials 2"))
+    for again in (False, True):
+        trial = study.ask()
+        assert trial.user_attrs.get("killed", False) == again
+        trial.suggest_float("lr", 1e-6, 1.0, log=True)
+        search.put_back(study, trial, killed=True)
+    assert not any(trial.state == TrialState.WAITING for trial in study.trials)
+
+
+def test_who_asks_a_moment_too_late_steps_back_and_waits(tmp_path, train, monkeypatch):
+    train()
+    study = search.main(flags_of(tmp_path, LR, "--trials 2"))
+    request = space.parse_search_args(flags_of(tmp_path, LR, "--trials 3"))
+    ask, others = study.ask, []
+
+    def late() -> Any:
+        others.append(ask())  # another worker's, of this very moment
+        others[-1].set_user_attr("host", "elsewhere")
+        return ask()
+
+    def wait(seconds: float) -> None:
+        study.tell(others[0], 0.5)
+
+    monkeypatch.setattr(study, "ask", late)
+    monkeypatch.setattr(search.time, "sleep", wait)
+    mine = search.Search(study, request, dict(request.space or {}), Kept(), datetime.now())
+    assert search.next_trial(mine) is None
+    assert [trial.state for trial in study.trials[2:]] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert search.voided(study.trials) == {3} and "cause" not in study.trials[3].user_attrs
+
+
+# -- failures
+
+
+def test_failed_trials_do_not_count_and_are_listed(tmp_path, train, capsys):
+    calls = []
+
+    def sometimes(config: TrainingConfig) -> float:
+        calls.append(config.lr)
+        if len(set(calls)) == 3:
+            raise ValueError("the sky has fallen")
+        return parabola(config)
+
+    train(sometimes)
+    study = search.main(flags_of(tmp_path, LR))
+    assert len(values(study)) == 8 and [trial.state for trial in study.trials].count(TrialState.FAIL) == 1
+    assert re.search(r"^failed +trial 2: lr \S+: the sky has fallen$", capsys.readouterr().out, re.MULTILINE)
+    table = pd.read_csv(tmp_path / "out" / "trials.csv")
+    assert len(table) == 9 and table["cause"].dropna().tolist() == ["the sky has fallen"]
+
+
+def test_the_same_failure_three_times_at_first_ends_the_search(tmp_path, train, capsys):
+    calls = []
+
+    def never(config: TrainingConfig) -> float:
+        calls.append(config)
+        raise ValueError(f"file {len(calls)} cannot be written")
+
+    train(never)
+    flags = flags_of(tmp_path, LR, "--trials 2")
+    for session in (1, 2):  # whoever has mended the cause may go on
+        with pytest.raises(SystemExit) as stop:
+            search.main(flags)
+        assert stop.value.code == 1 and len(calls) == 3 * session
+        last = capsys.readouterr().err.splitlines()
+        assert last == [f"failed: the first 3 trials all failed: file {3 * session - 2} cannot be written"]
+    train()
+    assert len(values(search.main(flags))) == 2
+
+
+def test_a_trial_that_breaks_down_counts_as_stopped_early(tmp_path, train):
+    def broken(config: TrainingConfig) -> float:
+        if config.lr > 0.1:
+            raise engine.NonFiniteLoss("loss is nan at step 3")
+        return parabola(config)
+
+    trainer = train(broken)
+    study = search.main(flags_of(tmp_path, LR, "--trials 20"))
+    assert len(study.trials) == 20
+    diverged = [trial for trial in study.trials if "diverged" in trial.user_attrs.get("cause", "")]
+    assert diverged and all(trial.state == TrialState.PRUNED for trial in diverged)
+    assert len(diverged) == sum(config.lr > 0.1 for config in trainer.configs)
+
+
+def test_an_error_of_the_disk_is_said_and_its_trial_kept_for_later(tmp_path, train, capsys):
+    def full(config: TrainingConfig) -> float:
+        raise OSError("No space left on device")
+
+    train(full)
+    flags = flags_of(tmp_path, LR, "--trials 2")
+    assert refusal(flags, capsys) == "No space left on device"
+    train()
+    assert len(values(search.main(flags))) == 2
+
+
+def test_timeout_ends_with_what_there_is(tmp_path, train, capsys):
+    train(pause=0.2)
+    study = search.main(flags_of(tmp_path, LR, "--trials 1000 --timeout 2"))
+    assert 1 <= len(study.trials) < 50
+    assert "the same command goes on" in capsys.readouterr().out and (tmp_path / "out" / "best_config.json").exists()
+
+
+# -- the end
+
+
+def test_the_best_is_repeated_with_its_test_fold_in_the_end_only(tmp_path, train, monkeypatch):
+    trainer = train()
+    asked: list[TrainingConfig] = []
+
+    def run_all(config: TrainingConfig, run: Any, folder: Path, runtime: Any) -> dict[str, Any]:
+        assert len(trainer.configs) == 8 and folder == tmp_path / "out" / "best"
+        asked.append(config)
+        folder.mkdir(exist_ok=True)
+        (folder / "protocol.json").write_text(json.dumps(protocol.options(config)))
+        return {}
+
+    monkeypatch.setattr(protocol, "run_all", run_all)
+    flags = [*flags_of(tmp_path), "--seeds", "3"]
+    study = search.main(flags)
+    assert [(config.repeats, config.test, config.overwrite) for config in asked] == [(3, True, False)]
+    assert asked[0].lr == study.best_params["lr"]
+    assert not any(config.test for config in trainer.configs)
+    search.main([*flags, "--seeds", "5"])
+    assert (asked[-1].repeats, asked[-1].overwrite) == (5, False)
+    (tmp_path / "out" / "best" / "protocol.json").write_text(json.dumps(protocol.options(replace(asked[0], lr=0.5))))
+    search.main(flags)
+    assert asked[-1].overwrite  # another trial is the best now
+
+
+# -- what matters
+
+
+def trials_of(options: Mapping[str, Any], scores: Any) -> list[sensitivity.Scored]:
+    """Trials with these values of options and scores."""
+    rows = pd.DataFrame(options).to_dict("records")
+    return [sensitivity.Scored(row, score) for row, score in zip(rows, scores, strict=True)]
+
+
+def test_importance_and_spread_of_a_known_function():
+    rng = np.random.default_rng(0)
+    drawn = {
+        "lr": 10 ** rng.uniform(-6, 0, 80),
+        "dropout": rng.uniform(0, 1, 80),
+        "batch_size": rng.choice([16, 32, 64], 80).tolist(),
+    }
+    scores = 0.5 + 0.3 * (np.log10(drawn["lr"]) > -3) + 0.1 * (np.array(drawn["batch_size"]) == 32)
+    axes = {
+        "lr": space.Dimension("lr", low=1e-6, high=1.0, log=True),
+        "dropout": space.Dimension("dropout", low=0.0, high=1.0),
+        "batch_size": space.Dimension("batch_size", choices=(16, 32, 64)),
+    }
+    best = {"lr": 0.1, "dropout": 0.5, "batch_size": 32}
+    table = sensitivity.importance_table(trials_of(drawn, scores.tolist()), axes, best, 0).set_index("option")
+    assert list(table.index[:2]) == ["lr", "batch_size"] and table["importance"].sum() == pytest.approx(1)
+    # Variances of two independent steps: .3 / 2 squared against .1 squared * 2 / 9.
+    share = 0.15**2 / (0.15**2 + 0.01 * 2 / 9)
+    assert table["importance"]["lr"] == pytest.approx(share, abs=0.07)
+    assert table["spread"]["lr"] == pytest.approx(0.3, abs=0.06)
+    assert table["spread"]["batch_size"] == pytest.approx(0.1, abs=0.03)
+    assert table["spread"]["dropout"] < 0.03
+    assert table["best_in"]["batch_size"] == "32" and table["best_value"]["lr"] == 0.1
+    low, high = map(float, table["worst_in"]["lr"].split(".."))
+    assert 1e-6 <= low < high <= 1e-3 * 1.01
+
+
+@pytest.mark.parametrize(
+    ("dimension", "given", "places", "titles"),
+    [
+        (space.Dimension("lr", low=1e-4, high=1.0, log=True), [1e-4, 2e-3, 0.5, 1.0], [0, 1, 3, 3], 4),
+        (space.Dimension("dropout", low=0.0, high=0.8), [0.0, 0.3, 0.8], [0, 1, 3], 4),
+        (space.Dimension("freeze_layers", low=16, high=22, step=2), [16, 22, 20], [0, 3, 2], ["16", "18", "20", "22"]),
+        (space.Dimension("freeze_layers", low=8, high=11), [8, 11], [0, 3], ["8", "9", "10", "11"]),
+        (space.Dimension("loss", choices=("mse", "l1")), ["l1", "mse"], [1, 0], ["mse", "l1"]),
+        (space.Dimension("mos_range_q", choices=((1, 5), (0, 5))), ["[0, 5]"], [1], ["[1, 5]", "[0, 5]"]),
+    ],
+)
+def test_values_fall_into_bins(dimension, given, places, titles):
+    found = sensitivity.bins(np.array([sensitivity.coded(value, dimension) for value in given]), dimension)
+    assert found[0].tolist() == places
+    assert len(found[1]) == titles if isinstance(titles, int) else found[1] == titles
+
+
+def test_a_stopped_trial_counts_as_if_it_had_risen_like_the_others():
+    lr = {"params": {"lr": 0.1}, "distributions": {"lr": optuna.distributions.FloatDistribution(0.01, 1)}}
+    made = [
+        optuna.create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.4, 2: 0.3}, **lr),
+        optuna.create_trial(state=TrialState.PRUNED, **lr),  # broken down before its first epoch was over
+        optuna.create_trial(state=TrialState.FAIL, intermediate_values={1: 0.9}, **lr),
+        optuna.create_trial(value=0.7, intermediate_values={1: 0.6, 2: 0.5, 3: 0.7}, **lr),
+        optuna.create_trial(value=0.8, intermediate_values={1: 0.2, 2: 0.3, 3: 0.8}, **lr),
+        optuna.create_trial(value=0.9, intermediate_values={1: 0.5, 2: 0.7, 3: 0.9}, **lr),
+    ]
+    found = sensitivity.scored_trials(made)  # the others gained .1, .5 and .2 after the second epoch
+    assert [trial.score for trial in found] == pytest.approx([0.7, 0.8, 0.9, 0.4 + 0.2])
+
+
+def test_too_few_or_equal_trials_say_nothing():
+    axes = {"dropout": space.Dimension("dropout", low=0.0, high=1.0)}
+    for scores in ([0.1, 0.2], [0.5] * 10):
+        trials = trials_of({"dropout": np.linspace(0, 1, len(scores))}, scores)
+        table = sensitivity.importance_table(trials, axes, {"dropout": 0.5}, 0)
+        assert table.empty and "too few trials" in sensitivity.table_lines(table)[0]
+
+
+# -- with real runs
+
+
+def test_help_answers_without_torch_and_optuna(tmp_path):
+    code = "raise ImportError('not wanted')"
+    for name in ("torch", "optuna", "numpy"):
+        (tmp_path / f"{name}.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "search.py")]
+    done = subprocess.run([*command, "--help"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--trials N" in done.stdout and "--residual_scale_q" in done.stdout, done.stderr
+    assert "--parent" not in done.stdout
+    done = subprocess.run([*command, "--trials", "0"], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: --trials 0: must be at least 1\n")
+
+
+def test_without_optuna_it_says_what_to_install(tmp_path):
+    code = (
+        "import importlib.util, runpy, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'optuna' else find(name, *rest)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.argv = ['search.py', '--output_dir', {str(tmp_path)!r}]\n"
+        f"runpy.run_path({str(ROOT / 'search.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: search.py needs Optuna: pip install -r requirements-extra.txt\n"
+
+
+def test_trials_share_what_they_do_not_change_and_score_as_single_runs_do(make_dataset, tmp_path, monkeypatch):
+    files = make_dataset(scored_rows())
+    read, loaded, folds = [], [], []
+    originals = baseline.sources.read_examples, baseline.backbones.load_backbone, baseline.evaluate
+    monkeypatch.setattr(baseline.sources, "read_examples", lambda *a: read.append(1) or originals[0](*a))
+    monkeypatch.setattr(baseline.backbones, "load_backbone", lambda *a, **k: loaded.append(1) or originals[1](*a, **k))
+    monkeypatch.setattr(baseline, "evaluate", lambda s, fold, *a: folds.append(fold) or originals[2](s, fold, *a))
+    content = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "dropout": {"low": 0, "high": 0.5}}
+    trained = ["--no_freeze_clip", "--partial_freeze", "--freeze_layers", "22"]  # what a trial trains is its own
+    flags = ["--cache_dir", str(tmp_path / "cache"), *TINY, *trained, *files.flags]
+    study = search.main([*flags_of(tmp_path, content, "--trials 3 --epochs 2"), *flags])
+    assert (len(read), len(loaded)) == (1, 1)
+    assert set(folds) == {"val"}
+    assert not list((tmp_path / "out").rglob("*.safetensors"))  # weights of trials are not kept
+    monkeypatch.undo()
+    for trial in study.trials:
+        alone = parse_args([*flags, "--epochs", "2", "--no_test", "--no_report"])
+        alone = replace(alone, **trial.params, output_dir=str(tmp_path / f"alone{trial.number}"))
+        assert baseline.run(alone)["val"]["main"] == trial.value
+
+
+@pytest.mark.slow
+def test_a_stopped_run_leaves_no_half_file(make_dataset, tmp_path):
+    files = make_dataset(scored_rows())
+    config = parse_args([*TINY, *files.flags, "--epochs", "4", "--cache_dir", str(tmp_path / "cache"), "--no_test"])
+
+    def stop(row: Mapping[str, float]) -> None:
+        if row["epoch"] == 2:
+            raise optuna.TrialPruned
+
+    with pytest.raises(optuna.TrialPruned):
+        baseline.run(replace(config, output_dir=str(tmp_path / "run")), after_epoch=stop)
+    found = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert not any(".tmp" in name for name in found) and "results.json" not in found
+    assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) == 2
+
+
+@pytest.mark.slow
+def test_workers_share_a_real_search_and_the_best_is_repeated(make_dataset, tmp_path):
+    files = make_dataset(scored_rows())
+    flags = ["--cache_dir", str(tmp_path / "cache"), *TINY, *files.flags, "--workers", "2", "--seeds", "2"]
+    content = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    command = [sys.executable, str(ROOT / "search.py"), *flags_of(tmp_path, content, "--trials 5 --epochs 1"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("^trial ", done.stdout, re.MULTILINE)) == 5
+    assert len(pd.read_csv(tmp_path / "out" / "trials.csv")) == 5
+    summary = json.loads((tmp_path / "out" / "best" / "summary.json").read_text())
+    assert summary["runs"] == ["seed42", "seed43"] and "srocc_q" in summary["test"]
+
+
+@pytest.mark.slow
+def test_the_measured_optimum_of_the_demo_is_found(tmp_path, train):
+    """Heads without calibration on the frozen tiny CLIP: docs/search.md has the grid, good from 3e-3 to 3e-1."""
+    content = {"lr": {"low": 1e-7, "high": 1.0, "log": True}, "w_exp": {"low": 0.05, "high": 0.3}}
+    flags = shlex.split(f"--demo --freeze_clip --no_calibration --epochs 2 --trials 24 --cache_dir {tmp_path / 'c'}")
+    study = search.main([*flags_of(tmp_path, content), *flags])
+    trials = pd.read_csv(tmp_path / "out" / "trials.csv")
+    assert len(trials) == 24
+    assert 3e-3 <= study.best_params["lr"] <= 0.32
+    random = trials["score"][: search.STARTUP_TRIALS]
+    assert study.best_value > random.median() + 0.1
+    table = pd.read_csv(tmp_path / "out" / "importance.csv")
+    assert table["option"][0] == "lr" and table["importance"][0] > 0.7
+
+
+def test_every_option_that_may_be_searched_is_an_option():
+    assert set(space.NOT_SEARCHED) <= set(OPTIONS)
