@@ -34,12 +34,11 @@ MIN_SWINGS = 2  # rises beyond noise, each with a fall beyond noise behind it: a
 GRADIENT_JUMP = 10.0  # times the median norm of the epochs before: noise does not even double it
 MIN_TRAIN_FALL = 0.1  # of the training loss, without which worse validation is not over-fitting
 SLOW_FALL = 0.05  # of either loss over the whole run: what a few good steps reach
-POOR_SCORE = 0.5  # mean of SROCC and PLCC, which most frozen CLIPs reach on scores that CLIP can judge at all
-MAX_UNDER_GAP = (
-    0.25  # validation loss above training loss: with more, the training images are fitted better than others
-)
+POOR_SCORE = 0.5  # mean of SROCC and PLCC; a convention: half of agreement, and hardly of use
+# Of validation loss above training loss, to which few images add by chance; with more, the fit to training is better.
+MAX_UNDER_GAP = 0.25
 STARVED_SHARE = 0.3  # of both weights: the lowest that is recommended
-STARVED_RATIO = 2.0  # one score's training loss to the other's: harder scores seldom reach it, starved ones do
+STARVED_RATIO = 2.0  # one score's training loss to the other's: above what most scores differ by in difficulty
 FED_FALL = 0.2  # of the other score's training loss: it must have learnt what the starved one has not
 
 RATE_STEP = 3.0  # of the learning rate, up or down: a smaller one is often lost in noise

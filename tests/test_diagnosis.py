@@ -228,6 +228,7 @@ def test_two_epochs_say_nothing(name, rows, config, num_epochs):
         (history(score=line(20, 0.8, 0.82)), CONFIG, facts()),
         (history(score=line(20, 0.7, 0.8)), CONFIG, facts(num_val=9)),
         (AT_END[:15], CONFIG, facts()),
+        (history(val_loss=line(20, 0.30, 0.31), score=line(20, 0.3, 0.7)), CONFIG, facts()),
         (history(score=[*line(17, 0.4, 0.8), 0.79, 0.79, 0.79]), CONFIG, facts()),
         # The first epoch is the best by little, or the second one is.
         (history(score=[0.8, *settle(19, 0.79, 0.789)]), CONFIG, facts()),
@@ -239,6 +240,7 @@ def test_two_epochs_say_nothing(name, rows, config, num_epochs):
         (history(loss_q=0.4, loss_c=0.1), LOPSIDED, facts()),
         (CONFLICT, replace(CONFIG, partial_freeze=False, freeze_clip=True, lr=1e-3), facts()),
         (CONFLICT, CONFIG, facts(num_val=9)),
+        (CONFLICT, replace(CONFIG, lr=0.03), facts()),
         (CONFLICT, replace(CONFIG, task_gradients="stop_q"), facts()),
     ],
 )
@@ -301,6 +303,19 @@ def test_findings_are_few_and_over_and_under_fitting_exclude_each_other():
         loss=line(20, 0.6, 0.1), val_loss=line(20, 0.4, 0.6), score_q=line(20, 0.4, 0.1), score_c=line(20, 0.3, 0.2)
     )
     assert names(rows) == ["best epoch at the very start", "over-fitting"]
+    rising = history(loss=line(20, 0.6, 0.1), val_loss=line(20, 0.4, 0.5), score=line(20, 0.1, 0.3))
+    assert names(rising) == ["over-fitting"]
+    # Poor on one score that is fitted nowhere, over-fitted on the other.
+    mixed = {"loss_c": 0.5, "val_loss_c": 0.5, "score_c": 0.1}
+    assert names(history(loss_q=line(20, 0.3, 0.03), val_loss_q=line(20, 0.2, 0.3), **mixed)) == ["over-fitting"]
+    # The validation loss of both together falls, and so does not tell that the best epoch is the last.
+    both = history(
+        loss_c=line(20, 0.3, 0.03),
+        val_loss_c=line(20, 0.2, 0.25),
+        val_loss_q=line(20, 0.5, 0.3),
+        score=line(20, 0.3, 0.7),
+    )
+    assert names(both) == ["over-fitting"]
     everything = history(loss=[0.5, 0.9] * 10, val_loss=[0.5, 0.9] * 10, score=line(20, 0.4, 0.1))
     assert names(everything) == ["unstable"]
 
