@@ -595,7 +595,9 @@ def test_the_best_is_repeated_with_its_test_fold_in_the_end_only(tmp_path, train
         (folder / "protocol.json").write_text(json.dumps(protocol.options(config)))
         return {}
 
+    pages: list[Path] = []
     monkeypatch.setattr(protocol, "run_all", run_all)
+    monkeypatch.setattr(baseline, "write_report", lambda config, folder, runtime: pages.append(folder))
     flags = [*flags_of(tmp_path), "--seeds", "3"]
     study = search.main(flags)
     assert [(config.repeats, config.test, config.overwrite) for config in asked] == [(3, True, False)]
@@ -606,6 +608,7 @@ def test_the_best_is_repeated_with_its_test_fold_in_the_end_only(tmp_path, train
     (tmp_path / "out" / "best" / "protocol.json").write_text(json.dumps(protocol.options(replace(asked[0], lr=0.5))))
     search.main(flags)
     assert asked[-1].overwrite  # another trial is the best now
+    assert pages == [tmp_path / "out" / "best"] * 3
 
 
 # -- what matters
