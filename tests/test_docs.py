@@ -46,6 +46,12 @@ def commands_of(page: Path) -> list[str]:
     return found
 
 
+def spaces() -> list[str]:
+    """The space files that the docs show."""
+    text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    return ["\n".join(lines) for lines in blocks(text) if lines[0].startswith('{"lr"')]
+
+
 ALL = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 
 
@@ -74,6 +80,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unseen[["name", "prompt"]].to_csv(place / "prompts.csv", index=False)
     for name, image in zip("ab", sorted((place / "images").iterdir()), strict=False):
         shutil.copy(image, place / f"{name}.png")
+    (place / "space.json").write_text(spaces()[-1], encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for folder, lr in (("runs/demo", "3e-4"), ("runs/a", "1e-3"), ("runs/b", "3e-3")):
@@ -132,7 +139,8 @@ def test_a_command_in_the_docs_works(command: str, world: Path, monkeypatch: pyt
         done = subprocess.run(compared, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     elif script == "search.py":
-        module.main([*words, "--trials", "2", "--seeds", "0", *fitted([], world)])
+        small = [word for word in fitted(words, world) if word != "--overwrite"]
+        module.main([*small, "--trials", "2", "--seeds", "0"])
     elif script == "baseline.py":
         with pytest.raises(SystemExit, match="0") if "list" in words else nullcontext():
             module.main(fitted(words, world))
@@ -164,6 +172,16 @@ def test_what_sets_up_names_what_is_there(command: str) -> None:
         assert words[1].startswith(".venv/")
 
 
+def test_the_space_files_in_the_docs_can_be_read(tmp_path: Path) -> None:
+    assert len(spaces()) == 2
+    for number, text in enumerate(spaces()):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text, encoding="utf-8")
+        words = ["--space", str(path), "--output_dir", str(tmp_path / "out"), "--demo"]
+        found = space.parse_search_args(words).space
+        assert found is not None and found["lr"].log
+
+
 def test_the_python_in_the_readme_runs(world: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(world)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -173,7 +191,7 @@ def test_the_python_in_the_readme_runs(world: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_flag_in_the_docs_exists() -> None:
-    known = {"--with_flags", "--seeds"}  # of tools/compare_options.py
+    known = {"--with_flags", "--seeds"} | {"--model", "--num_images", "--cases", "--ours_only"}  # of tools/ and bench/
     parsers = (
         *(configs.build_parser(), space.build_search_parser()),
         *(commands.build_predict_parser(), commands.build_app_parser()),
@@ -182,7 +200,7 @@ def test_every_flag_in_the_docs_exists() -> None:
         known |= set(parser._option_string_actions)
     for page in PAGES:
         flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", page.read_text(encoding="utf-8")))
-        assert flags - known - {"--nproc_per_node", "--logdir", "--model", "--num_images"} == set(), page.name
+        assert flags - known - {"--nproc_per_node", "--logdir"} == set(), page.name
 
 
 def anchors(page: Path) -> set[str]:
