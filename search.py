@@ -67,6 +67,8 @@ MANY_ALIKE = 3  # first trials that all fail the same way end the search
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 FAILURES = (ValueError, engine.OutOfMemory, torch.OutOfMemoryError)
 TRIALS_DIR = "trials"
+SEARCH_FILE = "search.json"  # tells the folder of a search
+STUDY_FILE = "study.db"
 JOURNAL = "journal:"
 
 
@@ -105,6 +107,26 @@ class Search:
 
 
 # -- the study
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise ValueError unless the folder is absent, empty, or that of a search, which may go on."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
+    runs = (checkpoint.CONFIG_FILE, f"{checkpoint.BEST_DIR}/{checkpoint.DESCRIPTION_FILE}")
+    if any((folder / name).exists() for name in runs):
+        raise ValueError(f"--output_dir {folder}: holds a run; choose a new or empty folder")
+    is_search = any((folder / name).exists() for name in (SEARCH_FILE, STUDY_FILE))
+    if not is_search and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--output_dir {folder}: holds other things than a search; choose a new or empty folder")
+
+
+def make_folder(request: Request) -> None:
+    """Make the folder and say in it, before anything else is there, that it is a search's, wherever its study is."""
+    request.folder.mkdir(parents=True, exist_ok=True)
+    if not (request.folder / SEARCH_FILE).exists():
+        kept_in = {"study_name": request.study_name, "storage": without_password(request.storage)}
+        checkpoint.write_json(request.folder / SEARCH_FILE, kept_in)
 
 
 def open_study(request: Request) -> optuna.Study:
@@ -507,11 +529,12 @@ def prepare(request: Request, kept: Kept) -> Search:
     """Open the study, having made sure that what is asked for can be run at all. Raises ValueError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("search.py: every trial is one process; leave torchrun out, --workers starts several")
+    refuse_occupied(request.folder)
     began = datetime.now()
     config = sources.draw_demo(request.config) if request.config.demo else request.config
     depth = baseline.num_blocks(config)
     space = request.space or default_space(config, depth, request.given)
-    request.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(request)
     study = open_study(request)
     agree_with(study, request, space)
     search = Search(study, request, space, kept, began)

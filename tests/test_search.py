@@ -184,7 +184,8 @@ def test_a_space_that_cannot_be_searched_is_refused_in_one_line(content, flags, 
         ("--storage mysqll://me:secret@h/db --output_dir a", "--storage mysqll://me:***@h/db"),
     ],
 )
-def test_flags_that_cannot_work_are_refused_in_one_line(flags, words, train, capsys):
+def test_flags_that_cannot_work_are_refused_in_one_line(flags, words, train, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     train()
     assert words in refusal(shlex.split(flags), capsys)
 
@@ -344,6 +345,60 @@ def test_it_maximises_what_selects_the_epoch(tmp_path, train):
 
 
 # -- going on
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["config.json", "splits.csv"], "holds a run"),
+        (["config.json", "study.db", "search.json"], "holds a run"),  # one that a search has begun to fill
+        (["best/scorer.json"], "holds a run"),
+        (["protocol.json", "seed42/config.json"], "holds other things than a search"),
+        (["trials/notes.txt"], "holds other things than a search"),
+    ],
+)
+@pytest.mark.parametrize("storage", ["", "--storage journal:elsewhere/journal.log"])
+def test_a_folder_with_anything_but_a_search_is_refused_untouched(
+    files, words, storage, tmp_path, train, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    trainer = train()
+    for name in files:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("{}")
+    flags = flags_of(tmp_path, LR, storage)
+    before = sorted(tmp_path.rglob("*"))
+    assert f"--output_dir {tmp_path / 'out'}: {words}" in refusal(flags, capsys)
+    assert sorted(tmp_path.rglob("*")) == before and not trainer.configs
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path, train, capsys):
+    train()
+    (tmp_path / "out").write_text("")
+    assert "is a file" in refusal(flags_of(tmp_path), capsys)
+
+
+@pytest.mark.parametrize(
+    "storage", ["", "journal:elsewhere/journal.log", "journal:out/journal.log", "sqlite:///elsewhere.db"]
+)
+def test_a_search_is_known_again_even_if_it_has_not_begun_its_first_trial(storage, tmp_path, train, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = flags_of(tmp_path, LR, f"--trials 3 --storage {storage}" if storage else "--trials 3")
+    train()
+    (tmp_path / "out").mkdir()  # empty
+    monkeypatch.setattr(search, "check_plan", interrupt)
+    with pytest.raises(SystemExit):
+        search.main(flags)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    trainer = train()
+    for count in (3, 5):
+        search.main([*flags, "--trials", str(count)])
+        assert len(trainer.configs) == count
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_search_that_was_stopped_goes_on_as_if_it_never_had(tmp_path, train, capsys):
