@@ -67,6 +67,7 @@ MANY_ALIKE = 3  # first trials that all fail the same way end the search
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 FAILURES = (ValueError, engine.OutOfMemory, torch.OutOfMemoryError)
 TRIALS_DIR = "trials"
+BEST_RUNS = "best"
 SEARCH_FILE = "search.json"  # tells the folder of a search
 STUDY_FILE = "study.db"
 JOURNAL = "journal:"
@@ -85,6 +86,7 @@ class Search:
     space: Space
     kept: Kept
     began: datetime
+    draws_folds: bool = False  # whether other seeds have other test folds
 
     @property
     def score(self) -> str:
@@ -507,19 +509,40 @@ def trials_table(search: Search) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def repeat_best(request: Request, config: TrainingConfig) -> None:
+def repeat_best(search: Search, config: TrainingConfig) -> None:
     """Run the best options with --seeds seeds, each reading its test fold once; goes on where it was stopped."""
-    folder = request.folder / "best"
+    request = search.request
     config = replace(config, repeats=request.seeds)
     runtime = engine.start_runtime(config.device, config.amp)
-    try:
-        saved = json.loads((folder / compare.PROTOCOL_FILE).read_text(encoding="utf-8"))
-        others = protocol.options(replace(config, repeats=saved.get("repeats", 1))) != saved
-    except FileNotFoundError:
-        others = False
-    print(f"\nthe best {request.seeds} times, from seed {config.seed} on; this reads the test fold")
-    protocol.run_all(replace(config, overwrite=others), baseline.run, folder, runtime)
+    folder, before = place_of_best(request.folder, config, search.study.best_trial.number)
+    print(f"\nthe best {request.seeds} times, from seed {config.seed} on, in {folder}; this reads the test fold")
+    if before:
+        print(f"note      the test fold has been read before with other settings, kept in {', '.join(before)}")
+    if search.draws_folds and request.seeds > 1:
+        print(
+            "note      folds are drawn: seeds after the first test on images that helped to choose the settings; "
+            "fixed folds (--split_file) avoid that"
+        )
+    protocol.run_all(config, baseline.run, folder, runtime)
     baseline.write_report(config, folder, runtime)
+
+
+def place_of_best(folder: Path, config: TrainingConfig, number: int) -> tuple[Path, list[str]]:
+    """Where the repeated runs of the best trial go, and the names of the folders that hold those of other settings.
+
+    The first go to best/; if the best settings have changed since the test fold was read, to best-trial<number>/.
+    """
+    first, other = folder / BEST_RUNS, folder / f"{BEST_RUNS}-trial{number}"
+    own, before = first, []
+    for place in sorted(
+        {results.parent.parent for results in folder.glob(f"{BEST_RUNS}*/*/{checkpoint.RESULTS_FILE}")}
+    ):
+        saved = json.loads((place / compare.PROTOCOL_FILE).read_text(encoding="utf-8"))
+        if protocol.options(replace(config, repeats=saved.get("repeats", 1))) == saved:
+            own = place
+        else:
+            before.append(place.name)
+    return (other if own.name in before else own), before
 
 
 # -- the whole
@@ -537,8 +560,10 @@ def prepare(request: Request, kept: Kept) -> Search:
     make_folder(request)
     study = open_study(request)
     agree_with(study, request, space)
-    search = Search(study, request, space, kept, began)
-    agree_on_data(search, baseline.read_examples(config, kept).fingerprint)
+    examples = baseline.read_examples(config, kept)
+    drawn = not config.split_file and bool((examples.table["split"] == "").any())
+    search = Search(study, request, space, kept, began, drawn)
+    agree_on_data(search, examples.fingerprint)
     return search
 
 
@@ -566,7 +591,7 @@ def search_all(request: Request, argv: Sequence[str]) -> optuna.Study:
     config = write_findings(search)
     kept.kinds.clear()
     if request.seeds:
-        repeat_best(request, config)
+        repeat_best(search, config)
     return search.study
 
 

@@ -52,6 +52,11 @@ def parabola(config: TrainingConfig) -> float:
     return 0.9 - 0.05 * (math.log10(config.lr) - math.log10(BEST_LR)) ** 2 - 0.1 * config.dropout
 
 
+def examples(fingerprint: str, split: str = "") -> SimpleNamespace:
+    """As much of the data as a search looks at."""
+    return SimpleNamespace(fingerprint=fingerprint, table=pd.DataFrame({"split": [split]}))
+
+
 class Trainer:
     """Stands for `baseline.run`: scores by a formula, rising over the epochs, and keeps the options it was given."""
 
@@ -79,7 +84,7 @@ class Trainer:
     def install(self) -> None:
         """Take the place of everything that looks at data or a model."""
         baseline.run = lambda config, **how: {} if config.dry_run else self(config, **how)
-        baseline.read_examples = lambda config, kept: SimpleNamespace(fingerprint="same")
+        baseline.read_examples = lambda config, kept: examples("same")
         baseline.num_blocks = lambda config: 12
 
 
@@ -462,7 +467,7 @@ def test_changed_data_is_refused(tmp_path, train, capsys):
     search.main(flags_of(tmp_path, LR, "--trials 2"))
     capsys.readouterr()
     train()
-    baseline.read_examples = lambda config, kept: SimpleNamespace(fingerprint="other")
+    baseline.read_examples = lambda config, kept: examples("other")
     assert "the data has changed" in refusal(flags_of(tmp_path, LR, "--trials 20"), capsys)
 
 
@@ -639,31 +644,88 @@ def test_timeout_ends_with_what_there_is(tmp_path, train, capsys):
 # -- the end
 
 
-def test_the_best_is_repeated_with_its_test_fold_in_the_end_only(tmp_path, train, monkeypatch):
-    trainer = train()
-    asked: list[TrainingConfig] = []
+class Repeats:
+    """Stands for `protocol.run_all` and for the page: leaves a folder as repeated runs do, and keeps what was asked."""
 
-    def run_all(config: TrainingConfig, run: Any, folder: Path, runtime: Any) -> dict[str, Any]:
-        assert len(trainer.configs) == 8 and folder == tmp_path / "out" / "best"
-        asked.append(config)
-        folder.mkdir(exist_ok=True)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[str, TrainingConfig]] = []
+        self.pages: list[str] = []
+        monkeypatch.setattr(protocol, "run_all", self.run_all)
+        monkeypatch.setattr(baseline, "write_report", lambda config, folder, runtime: self.pages.append(folder.name))
+
+    def run_all(self, config: TrainingConfig, run: Any, folder: Path, runtime: Any) -> dict[str, Any]:
+        assert not config.overwrite
+        protocol.refuse_occupied(folder, config)
+        self.asked.append((folder.name, config))
+        (folder / "seed42").mkdir(parents=True, exist_ok=True)
         (folder / "protocol.json").write_text(json.dumps(protocol.options(config)))
+        (folder / "seed42" / "results.json").write_text(json.dumps({"lr": config.lr}))
         return {}
 
-    pages: list[Path] = []
-    monkeypatch.setattr(protocol, "run_all", run_all)
-    monkeypatch.setattr(baseline, "write_report", lambda config, folder, runtime: pages.append(folder))
+
+def test_the_best_is_repeated_with_its_test_fold_in_the_end_only(tmp_path, train, monkeypatch, capsys):
+    trainer, repeats = train(), Repeats(monkeypatch)
     flags = [*flags_of(tmp_path), "--seeds", "3"]
     study = search.main(flags)
-    assert [(config.repeats, config.test, config.overwrite) for config in asked] == [(3, True, False)]
-    assert asked[0].lr == study.best_params["lr"]
-    assert not any(config.test for config in trainer.configs)
+    assert [(name, config.repeats, config.test) for name, config in repeats.asked] == [("best", 3, True)]
+    assert repeats.asked[0][1].lr == study.best_params["lr"]
+    assert len(trainer.configs) == 8 and not any(config.test for config in trainer.configs)
     search.main([*flags, "--seeds", "5"])
-    assert (asked[-1].repeats, asked[-1].overwrite) == (5, False)
-    (tmp_path / "out" / "best" / "protocol.json").write_text(json.dumps(protocol.options(replace(asked[0], lr=0.5))))
+    assert [(name, config.repeats) for name, config in repeats.asked[1:]] == [("best", 5)]
+    assert repeats.pages == ["best"] * 2
+    assert "read before" not in capsys.readouterr().out
+
+
+def test_what_was_read_of_the_test_fold_before_is_kept_and_said(tmp_path, train, monkeypatch, capsys):
+    repeats = Repeats(monkeypatch)
+    train(lambda config: 0.5 * parabola(config))
+    flags = [*flags_of(tmp_path), "--seeds", "3"]
+    first = search.main([*flags, "--trials", "2"]).best_trial
+    capsys.readouterr()
+    train()  # what comes now scores higher
+    later = search.main([*flags, "--trials", "4"]).best_trial
+    said = capsys.readouterr().out
+    assert later.number > first.number
+    assert [(name, config.lr) for name, config in repeats.asked] == [
+        ("best", first.params["lr"]),
+        (f"best-trial{later.number}", later.params["lr"]),
+    ]
+    assert said.count("the test fold has been read before with other settings, kept in best\n") == 1
+    kept = json.loads((tmp_path / "out" / "best" / "seed42" / "results.json").read_text())
+    assert kept["lr"] == first.params["lr"]
+    search.main([*flags, "--trials", "4"])  # the same again goes where it was
+    assert repeats.asked[-1][0] == repeats.pages[-1] == f"best-trial{later.number}"
+
+
+def test_repeats_that_were_stopped_before_they_read_the_test_fold_make_room(tmp_path, train, monkeypatch, capsys):
+    repeats = Repeats(monkeypatch)
+    train()
+    flags = [*flags_of(tmp_path), "--seeds", "3", "--trials", "2"]
     search.main(flags)
-    assert asked[-1].overwrite  # another trial is the best now
-    assert pages == [tmp_path / "out" / "best"] * 3
+    (tmp_path / "out" / "best" / "seed42" / "results.json").unlink()
+    (tmp_path / "out" / "best" / "protocol.json").write_text(json.dumps({"lr": 0.5}))
+    capsys.readouterr()
+    search.main(flags)
+    assert repeats.asked[-1][0] == "best" and "read before" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("split", "flags", "is_said"),
+    [
+        ("", "--seeds 3", True),
+        ("", "--seeds 1", False),  # the fold that no trial has read
+        ("test", "--seeds 3", False),
+        ("", "--seeds 3 --split_file folds.csv", False),  # written by the first trial
+    ],
+)
+def test_drawn_folds_share_images_with_those_that_chose_the_settings(
+    split, flags, is_said, tmp_path, train, monkeypatch, capsys
+):
+    Repeats(monkeypatch)
+    train()
+    baseline.read_examples = lambda config, kept: examples("same", split)
+    search.main([*flags_of(tmp_path), "--trials", "2", *flags.split()])
+    assert ("test on images that helped to choose the settings" in capsys.readouterr().out) == is_said
 
 
 # -- what matters
