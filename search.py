@@ -54,9 +54,9 @@ import engine
 import protocol
 import sensitivity
 import sources
-from configs import NOT_SAVED, TrainingConfig, command_line, one_line_errors
+from configs import FREEZING, NOT_SAVED, TrainingConfig, command_line, one_line_errors
 from kept import Kept
-from space import Dimension, Request, Space, default_space, encode, options_of, parse_search_args
+from space import Dimension, Request, Space, default_space, options_of, parse_search_args
 
 STARTUP_TRIALS = 10  # drawn at random before TPE begins to learn
 PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
@@ -308,9 +308,9 @@ def check_hope(search: Search) -> None:
 
 
 def suggest(trial: optuna.Trial, dimension: Dimension) -> Any:
-    """A value for one option, as the study keeps it."""
+    """A value for one option."""
     if dimension.choices is not None:
-        return trial.suggest_categorical(dimension.name, [encode(choice) for choice in dimension.choices])
+        return trial.suggest_categorical(dimension.name, dimension.choices)
     low, high, step = dimension.low, dimension.high, dimension.step
     if dimension.is_whole:
         return trial.suggest_int(dimension.name, int(low), int(high), step=int(step or 1), log=dimension.log)
@@ -499,7 +499,8 @@ def trials_table(search: Search) -> pd.DataFrame:
         row = {
             "trial": trial.number,
             "state": trial.state.name.lower(),
-            "score": trial.value if trial.value is not None else max(seen.values(), default=None),
+            # Optuna takes what a stopped trial said last for its value.
+            "score": trial.value if trial.state == TrialState.COMPLETE else max(seen.values(), default=None),
             "epochs": max(seen, default=0),
             "best_epoch": max(seen, key=lambda epoch: seen[epoch], default=None),
             "seconds": trial.user_attrs.get("seconds"),
@@ -578,6 +579,7 @@ def search_all(request: Request, argv: Sequence[str]) -> optuna.Study:
     have = len(search.finished())
     if have < request.trials:
         print(f"search    {', '.join(dimension.describe() for dimension in search.space.values())}")
+        print(f"          CLIP: {freezing(search)}")
         finished = f", {have} of them finished" if have else ""
         print(f"          {request.trials} trials{finished}, by validation {search.score}")
         check_plan(search)
@@ -593,6 +595,12 @@ def search_all(request: Request, argv: Sequence[str]) -> optuna.Study:
     if request.seeds:
         repeat_best(search, config)
     return search.study
+
+
+def freezing(search: Search) -> str:
+    """How CLIP is frozen in the trials, in words."""
+    searched = [name for name in FREEZING if name in search.space]
+    return search.request.config.freezing + (f", but {' and '.join(searched)} searched" if searched else "")
 
 
 def check_plan(search: Search) -> None:

@@ -162,6 +162,10 @@ def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"w_q": {"low": 0.5, "high": 2}}, "", ["w_q", "w_c is 1 - w_q"]),
         ({"output_dir": {"choices": ["a", "b"]}}, "", ["output_dir", "cannot be searched"]),
         ({"test_size": {"low": 0.1, "high": 0.3}}, "", ["cannot be searched"]),
+        ({"quality_column": {"choices": ["mos_quality", "mos_align"]}}, "", ["quality_column", "cannot be searched"]),
+        ({"mos_range_q": {"choices": [[1, 5], [0, 6]]}}, "", ["mos_range_q", "cannot be searched"]),
+        ({"select_by": {"choices": ["main", "srocc_q"]}}, "", ["cannot be searched"]),
+        ({"dropout": {"choices": [0.1, [0.2]]}}, "", ["--dropout [0.2]", "must be a number"]),
         (LR, "--lr 1e-4", ["lr is also given as --lr"]),
         ({"freeze_layers": {"low": 1, "high": 4}}, "--freeze_clip", ["freeze_layers does nothing"]),
     ],
@@ -275,7 +279,8 @@ def test_w_c_is_what_w_q_leaves():
 
 def test_every_kind_of_option_comes_back_as_it_was_chosen(tmp_path, train):
     content = {
-        "mos_range_q": {"choices": [None, [1, 5], [0, 6]]},
+        "horizontal_flip": {"choices": [True, False]},
+        "head_lr": {"choices": [None, 1e-3]},
         "calibration": {"choices": [True, False]},
         "loss": {"choices": ["mse", "mse+plcc"]},
         "epochs": {"low": 2, "high": 6, "step": 2},
@@ -286,7 +291,7 @@ def test_every_kind_of_option_comes_back_as_it_was_chosen(tmp_path, train):
     trainer = train()
     search.main(flags_of(tmp_path, content, "--trials 30"))
     seen = {name: {getattr(config, name) for config in trainer.configs} for name in content}
-    assert seen["mos_range_q"] == {None, (1, 5), (0, 6)}
+    assert seen["horizontal_flip"] == {True, False} and seen["head_lr"] == {None, 1e-3}
     assert seen["calibration"] == {True, False} and seen["loss"] == {"mse", "mse+plcc"}
     assert seen["epochs"] == {2, 4, 6} and seen["dropout"] == {0.0, 0.25, 0.5} and seen["cache_views"] == {None, 0, 2}
     assert min(seen["hidden_dim_q"]) >= 8 and len(seen["hidden_dim_q"]) > 10
@@ -391,11 +396,9 @@ def test_a_search_is_known_again_even_if_it_has_not_begun_its_first_trial(storag
     flags = flags_of(tmp_path, LR, f"--trials 3 --storage {storage}" if storage else "--trials 3")
     train()
     (tmp_path / "out").mkdir()  # empty
-    monkeypatch.setattr(search, "check_plan", interrupt)
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(search, "check_plan", interrupt)
         search.main(flags)
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     trainer = train()
     for count in (3, 5):
         search.main([*flags, "--trials", str(count)])
@@ -772,7 +775,7 @@ def test_importance_and_spread_of_a_known_function():
         (space.Dimension("freeze_layers", low=16, high=22, step=2), [16, 22, 20], [0, 3, 2], ["16", "18", "20", "22"]),
         (space.Dimension("freeze_layers", low=8, high=11), [8, 11], [0, 3], ["8", "9", "10", "11"]),
         (space.Dimension("loss", choices=("mse", "l1")), ["l1", "mse"], [1, 0], ["mse", "l1"]),
-        (space.Dimension("mos_range_q", choices=((1, 5), (0, 5))), ["[0, 5]"], [1], ["[1, 5]", "[0, 5]"]),
+        (space.Dimension("head_lr", choices=(None, 0.1)), [0.1, None], [1, 0], ["None", "0.1"]),
     ],
 )
 def test_values_fall_into_bins(dimension, given, places, titles):
@@ -899,5 +902,49 @@ def test_the_measured_optimum_of_the_demo_is_found(tmp_path, train):
     assert table["option"][0] == "lr" and table["importance"][0] > 0.7
 
 
-def test_every_option_that_may_be_searched_is_an_option():
-    assert set(space.NOT_SEARCHED) <= set(OPTIONS)
+def test_of_the_data_only_the_views_may_be_searched():
+    """What is compared is the same in all trials: images, scores, their ranges, folds."""
+    searched = {name for name in OPTIONS if space.may_be_searched(name)}
+    for name, option in OPTIONS.items():
+        if option.metadata["group"] in ("data", "meta"):
+            assert (name in searched) == (name in space.VIEWS), name
+        else:
+            assert (name in searched) == (name != "select_by"), name
+    assert not any(name.endswith("_column") or name.startswith("mos_range") for name in searched)
+    assert set(space.VIEWS) <= set(OPTIONS) and not searched & {"seed", "fold", "dataset", "demo", "test", "output_dir"}
+    assert not any(OPTIONS[name].pair for name in searched)  # which a study could not keep as they are
+
+
+def test_a_stopped_trial_is_written_down_with_the_best_it_reached(tmp_path, train):
+    """Not with what it said last, which Optuna takes for its value."""
+    heights = {1: 0.4, 2: 0.3, 3: 0.1, 4: 0.1}
+    trainer = train()
+    search.main(flags_of(tmp_path, LR, "--trials 5"))
+
+    def falling(config: TrainingConfig, *, kept: Kept, after_epoch: Any = None) -> dict[str, Any]:
+        for epoch, height in () if config.dry_run else heights.items():
+            after_epoch({"epoch": epoch, "val_main": -10 + height})
+        return {}
+
+    baseline.run = falling
+    study = search.main(flags_of(tmp_path, LR, "--trials 6"))
+    stopped = study.trials[-1]
+    assert stopped.state == TrialState.PRUNED and stopped.value == pytest.approx(-9.7) and len(trainer.configs) == 5
+    last = pd.read_csv(tmp_path / "out" / "trials.csv").iloc[-1]
+    assert (last["score"], last["epochs"], last["best_epoch"]) == (pytest.approx(-9.6), 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        (LR, "", "partial8"),
+        (LR, "--freeze_clip", "frozen"),
+        (LR, "--no_partial_freeze", "full"),
+        (LR, "--lora_rank 4", "full-lora4"),
+        ({"freeze_layers": {"low": 8, "high": 11}}, "", "partial8, but freeze_layers searched"),
+    ],
+)
+def test_it_says_how_clip_is_frozen(content, flags, words, tmp_path, train, capsys):
+    train()
+    search.main(flags_of(tmp_path, content, f"--trials 1 {flags}"))
+    assert f"          CLIP: {words}\n" in capsys.readouterr().out
