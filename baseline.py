@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -57,16 +57,38 @@ from kept import NOTHING, Kept
 
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
-# What the options of a run decide, for runs that share it: of some groups all but a few, and a few others.
-VIEWS = ("image_size", "crop_scale_min", "crops", "test_crops", "global_view", "horizontal_flip")
-LOADED_BY = ((), (), ("clip_model", "clip_pretrained", "image_size", "seed"))
-READ_BY = (("data",), VIEWS, ("demo", "cache_dir"))
-KNOWN_BY = (
-    ("data", "backbone", "speed"),
-    (),
-    ("demo", "cache_dir", "test", "prompt_levels", "amp", "device", "batch_size"),
-)
 BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
+
+
+@dataclass(frozen=True)
+class DecidedBy:
+    """The options that decide a value which runs may share: all of some groups but a few, and a few others."""
+
+    groups: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        """The options, in a fixed order."""
+        of_groups = [name for name, spec in OPTIONS.items() if spec.metadata["group"] in self.groups]
+        return [*(name for name in of_groups if name not in self.without), *self.others]
+
+    def values(self, config: TrainingConfig) -> tuple[Any, ...]:
+        """Their values, to be a key."""
+        return tuple(getattr(config, name) for name in self.names())
+
+
+# The CLIP that is loaded; the data that is read, and the store of its images; what the untrained CLIP makes of them.
+LOADED_BY = DecidedBy(others=("clip_model", "clip_pretrained", "image_size", "seed"))
+READ_BY = DecidedBy(
+    groups=("data",),
+    without=("image_size", "crop_scale_min", "crops", "test_crops", "global_view", "horizontal_flip"),
+    others=("demo", "cache_dir"),
+)
+KNOWN_BY = DecidedBy(
+    groups=("data", "backbone", "speed"),
+    others=("demo", "cache_dir", "test", "prompt_levels", "use_explanations", "amp", "device", "batch_size"),
+)
 
 AfterEpoch = Callable[[Mapping[str, float]], None]
 
@@ -291,14 +313,6 @@ def heed_advice(config: TrainingConfig, facts: advice.Facts, runtime: engine.Run
     return remarks
 
 
-def values_of(
-    config: TrainingConfig, groups: Sequence[str], without: Sequence[str], others: Sequence[str]
-) -> tuple[Any, ...]:
-    """The values of some options: those of `groups` but not `without`, and `others`."""
-    names = [name for name, spec in OPTIONS.items() if spec.metadata["group"] in groups and name not in without]
-    return tuple(getattr(config, name) for name in (*names, *others))
-
-
 def start_model(
     config: TrainingConfig, examples: data.Examples, kept: Kept = NOTHING
 ) -> tuple[backbones.Backbone, models.ScoreModel, dict[str, Any]]:
@@ -326,7 +340,7 @@ def load_clip(config: TrainingConfig, kept: Kept) -> backbones.Backbone:
         backbone = backbones.load_backbone(config.clip_model, config.clip_pretrained, image_size=config.image_size)
         return backbone, torch.get_rng_state()
 
-    backbone, random_state = kept.value("CLIP", values_of(config, *LOADED_BY), load)
+    backbone, random_state = kept.value("CLIP", LOADED_BY.values(config), load)
     if kept is NOTHING:
         return backbone
     torch.set_rng_state(random_state)  # loading draws from it, and the heads are drawn next
@@ -360,7 +374,7 @@ def learn_base(
         known = {fold: predict(model, fold, models.embed_batch) for fold in folds if fold != "train"}
         return known, reporting.fit_base(known, examples)
 
-    return kept.value("known", values_of(config, *KNOWN_BY), learn, most=16)
+    return kept.value("known", KNOWN_BY.values(config), learn, most=16)
 
 
 def set_base(model: models.ScoreModel, base: reporting.Base) -> None:
@@ -532,7 +546,7 @@ def fingerprints(config: TrainingConfig, model: models.ScoreModel, kept: Kept) -
         return caching.fingerprint
 
     def find(tower: torch.nn.Module, num_stages: int) -> str:
-        key = (values_of(config, *LOADED_BY), tower is model.clip.visual, num_stages)
+        key = (LOADED_BY.values(config), tower is model.clip.visual, num_stages)
         return kept.value("weights", key, lambda: caching.fingerprint(tower, num_stages), most=64)
 
     return find
@@ -580,7 +594,7 @@ class Progress:
 
 def read_examples(config: TrainingConfig, kept: Kept = NOTHING) -> data.Examples:
     """The data that the options name, fit for them. Raises ValueError."""
-    examples = kept.value("data", values_of(config, *READ_BY), lambda: sources.read_examples(config))
+    examples = kept.value("data", READ_BY.values(config), lambda: sources.read_examples(config))
     check_examples(config, examples)
     return examples
 
@@ -666,7 +680,7 @@ def build_feed(
         "max_file": config.cache_max_gb * 1e9 / runtime.local_world,
         "spill_dir": Path(config.cache_dir),
     }
-    key = (values_of(config, *READ_BY), *settings.values())
+    key = (READ_BY.values(config), *settings.values())
     store = kept.value("images", key, lambda: images.ImageStore(examples.files, **settings))
     views = images.Views(
         image_size=config.image_size,

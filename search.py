@@ -54,9 +54,9 @@ import engine
 import protocol
 import sensitivity
 import sources
-from configs import NOT_SAVED, TrainingConfig, command_line, one_line_errors
+from configs import FREEZING, NOT_SAVED, TrainingConfig, command_line, one_line_errors
 from kept import Kept
-from space import Dimension, Request, Space, default_space, encode, options_of, parse_search_args
+from space import Dimension, Request, Space, default_space, options_of, parse_search_args
 
 STARTUP_TRIALS = 10  # drawn at random before TPE begins to learn
 PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
@@ -67,6 +67,9 @@ MANY_ALIKE = 3  # first trials that all fail the same way end the search
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 FAILURES = (ValueError, engine.OutOfMemory, torch.OutOfMemoryError)
 TRIALS_DIR = "trials"
+BEST_RUNS = "best"
+SEARCH_FILE = "search.json"  # tells the folder of a search
+STUDY_FILE = "study.db"
 JOURNAL = "journal:"
 
 
@@ -83,6 +86,7 @@ class Search:
     space: Space
     kept: Kept
     began: datetime
+    draws_folds: bool = False  # whether other seeds have other test folds
 
     @property
     def score(self) -> str:
@@ -105,6 +109,26 @@ class Search:
 
 
 # -- the study
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise ValueError unless the folder is absent, empty, or that of a search, which may go on."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
+    runs = (checkpoint.CONFIG_FILE, f"{checkpoint.BEST_DIR}/{checkpoint.DESCRIPTION_FILE}")
+    if any((folder / name).exists() for name in runs):
+        raise ValueError(f"--output_dir {folder}: holds a run; choose a new or empty folder")
+    is_search = any((folder / name).exists() for name in (SEARCH_FILE, STUDY_FILE))
+    if not is_search and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--output_dir {folder}: holds other things than a search; choose a new or empty folder")
+
+
+def make_folder(request: Request) -> None:
+    """Make the folder and say in it, before anything else is there, that it is a search's, wherever its study is."""
+    request.folder.mkdir(parents=True, exist_ok=True)
+    if not (request.folder / SEARCH_FILE).exists():
+        kept_in = {"study_name": request.study_name, "storage": without_password(request.storage)}
+        checkpoint.write_json(request.folder / SEARCH_FILE, kept_in)
 
 
 def open_study(request: Request) -> optuna.Study:
@@ -284,9 +308,9 @@ def check_hope(search: Search) -> None:
 
 
 def suggest(trial: optuna.Trial, dimension: Dimension) -> Any:
-    """A value for one option, as the study keeps it."""
+    """A value for one option."""
     if dimension.choices is not None:
-        return trial.suggest_categorical(dimension.name, [encode(choice) for choice in dimension.choices])
+        return trial.suggest_categorical(dimension.name, dimension.choices)
     low, high, step = dimension.low, dimension.high, dimension.step
     if dimension.is_whole:
         return trial.suggest_int(dimension.name, int(low), int(high), step=int(step or 1), log=dimension.log)
@@ -475,7 +499,8 @@ def trials_table(search: Search) -> pd.DataFrame:
         row = {
             "trial": trial.number,
             "state": trial.state.name.lower(),
-            "score": trial.value if trial.value is not None else max(seen.values(), default=None),
+            # Optuna takes what a stopped trial said last for its value.
+            "score": trial.value if trial.state == TrialState.COMPLETE else max(seen.values(), default=None),
             "epochs": max(seen, default=0),
             "best_epoch": max(seen, key=lambda epoch: seen[epoch], default=None),
             "seconds": trial.user_attrs.get("seconds"),
@@ -485,19 +510,40 @@ def trials_table(search: Search) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def repeat_best(request: Request, config: TrainingConfig) -> None:
+def repeat_best(search: Search, config: TrainingConfig) -> None:
     """Run the best options with --seeds seeds, each reading its test fold once; goes on where it was stopped."""
-    folder = request.folder / "best"
+    request = search.request
     config = replace(config, repeats=request.seeds)
     runtime = engine.start_runtime(config.device, config.amp)
-    try:
-        saved = json.loads((folder / compare.PROTOCOL_FILE).read_text(encoding="utf-8"))
-        others = protocol.options(replace(config, repeats=saved.get("repeats", 1))) != saved
-    except FileNotFoundError:
-        others = False
-    print(f"\nthe best {request.seeds} times, from seed {config.seed} on; this reads the test fold")
-    protocol.run_all(replace(config, overwrite=others), baseline.run, folder, runtime)
+    folder, before = place_of_best(request.folder, config, search.study.best_trial.number)
+    print(f"\nthe best {request.seeds} times, from seed {config.seed} on, in {folder}; this reads the test fold")
+    if before:
+        print(f"note      the test fold has been read before with other settings, kept in {', '.join(before)}")
+    if search.draws_folds and request.seeds > 1:
+        print(
+            "note      folds are drawn: seeds after the first test on images that helped to choose the settings; "
+            "fixed folds (--split_file) avoid that"
+        )
+    protocol.run_all(config, baseline.run, folder, runtime)
     baseline.write_report(config, folder, runtime)
+
+
+def place_of_best(folder: Path, config: TrainingConfig, number: int) -> tuple[Path, list[str]]:
+    """Where the repeated runs of the best trial go, and the names of the folders that hold those of other settings.
+
+    The first go to best/; if the best settings have changed since the test fold was read, to best-trial<number>/.
+    """
+    first, other = folder / BEST_RUNS, folder / f"{BEST_RUNS}-trial{number}"
+    own, before = first, []
+    for place in sorted(
+        {results.parent.parent for results in folder.glob(f"{BEST_RUNS}*/*/{checkpoint.RESULTS_FILE}")}
+    ):
+        saved = json.loads((place / compare.PROTOCOL_FILE).read_text(encoding="utf-8"))
+        if protocol.options(replace(config, repeats=saved.get("repeats", 1))) == saved:
+            own = place
+        else:
+            before.append(place.name)
+    return (other if own.name in before else own), before
 
 
 # -- the whole
@@ -507,15 +553,18 @@ def prepare(request: Request, kept: Kept) -> Search:
     """Open the study, having made sure that what is asked for can be run at all. Raises ValueError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("search.py: every trial is one process; leave torchrun out, --workers starts several")
+    refuse_occupied(request.folder)
     began = datetime.now()
     config = sources.draw_demo(request.config) if request.config.demo else request.config
     depth = baseline.num_blocks(config)
     space = request.space or default_space(config, depth, request.given)
-    request.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(request)
     study = open_study(request)
     agree_with(study, request, space)
-    search = Search(study, request, space, kept, began)
-    agree_on_data(search, baseline.read_examples(config, kept).fingerprint)
+    examples = baseline.read_examples(config, kept)
+    drawn = not config.split_file and bool((examples.table["split"] == "").any())
+    search = Search(study, request, space, kept, began, drawn)
+    agree_on_data(search, examples.fingerprint)
     return search
 
 
@@ -530,6 +579,7 @@ def search_all(request: Request, argv: Sequence[str]) -> optuna.Study:
     have = len(search.finished())
     if have < request.trials:
         print(f"search    {', '.join(dimension.describe() for dimension in search.space.values())}")
+        print(f"          CLIP: {freezing(search)}")
         finished = f", {have} of them finished" if have else ""
         print(f"          {request.trials} trials{finished}, by validation {search.score}")
         check_plan(search)
@@ -543,8 +593,14 @@ def search_all(request: Request, argv: Sequence[str]) -> optuna.Study:
     config = write_findings(search)
     kept.kinds.clear()
     if request.seeds:
-        repeat_best(request, config)
+        repeat_best(search, config)
     return search.study
+
+
+def freezing(search: Search) -> str:
+    """How CLIP is frozen in the trials, in words."""
+    searched = [name for name in FREEZING if name in search.space]
+    return search.request.config.freezing + (f", but {' and '.join(searched)} searched" if searched else "")
 
 
 def check_plan(search: Search) -> None:

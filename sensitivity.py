@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 from sklearn.ensemble import RandomForestRegressor
 
-from space import Dimension, Space, encode
+from space import Dimension, Space
 
 NUM_BINS = 4
 MIN_PER_BIN = 2  # trials, below which a mean says little
@@ -88,7 +88,7 @@ def importance_table(trials: Sequence[Scored], space: Space, best: Mapping[str, 
 def coded(value: Any, dimension: Dimension) -> float:
     """A value on the scale that it was searched on: the logarithm, the place among the choices, or the number."""
     if dimension.choices is not None:
-        return [encode(choice) for choice in dimension.choices].index(value)
+        return dimension.choices.index(value)
     return math.log(value) if dimension.log else float(value)
 
 
@@ -145,7 +145,7 @@ def spread(model: RandomForestRegressor, table_ND: np.ndarray, column: int, dime
 def bins(values: np.ndarray, dimension: Dimension) -> tuple[np.ndarray, list[str]]:
     """The bin of each value of `coded`, and what each bin is called: one for each of few values, else equal parts."""
     if dimension.choices is not None:
-        return values.astype(int), [str(encode(choice)) for choice in dimension.choices]
+        return values.astype(int), [str(choice) for choice in dimension.choices]
     step = dimension.step or (1 if dimension.is_whole else 0)
     count = round((dimension.high - dimension.low) / step) + 1 if step else math.inf
     if count <= 2 * NUM_BINS and not dimension.log:

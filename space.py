@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from configs import (
-    NOT_SAVED,
     OPTIONS,
     OneLineParser,
     TrainingConfig,
@@ -22,13 +21,10 @@ from configs import (
     parse_unfreeze_schedule,
 )
 
-# What a search itself sets, and what decides which scores are compared.
-NOT_SEARCHED = (
-    *NOT_SAVED,
-    *("preset", "demo", "test", "report", "cache_dir", "device", "tracker", "tensorboard", "advice"),
-    *("dataset", "data_root", "data_csv_path", "image_base_dir", "extra_scores", "select_by", "seed"),
-    *("test_size", "val_size", "split_by", "split_file", "kfold", "fold", "repeats", "strict_splits"),
-)
+# Of these groups an option says what is compared (images, scores, folds), or is the search's own to set ...
+COMPARED = ("data", "meta")
+# ... but for how the images are looked at.
+VIEWS = ("image_size", "crop_scale_min", "crops", "test_crops", "global_view", "horizontal_flip")
 KEYS = {"low", "high", "log", "step", "choices"}
 DEEP = 20  # blocks, from which freeze_layers goes in steps of two
 
@@ -52,7 +48,7 @@ class Dimension:
     def to_json(self) -> dict[str, Any]:
         """As in a space file, with every key that says something."""
         if self.choices is not None:
-            return {"choices": [list(value) if isinstance(value, tuple) else value for value in self.choices]}
+            return {"choices": list(self.choices)}
         found: dict[str, Any] = {"low": self.low, "high": self.high}
         return found | ({"log": True} if self.log else {}) | ({"step": self.step} if self.step else {})
 
@@ -67,14 +63,9 @@ class Dimension:
 Space = dict[str, Dimension]
 
 
-def encode(choice: Any) -> Any:
-    """A choice as a study keeps it: pairs of numbers as text."""
-    return json.dumps(choice) if isinstance(choice, tuple) else choice
-
-
-def decode(name: str, value: Any) -> Any:
-    """The value of an option that a study keeps as `value`."""
-    return tuple(json.loads(value)) if OPTIONS[name].pair and value is not None else value
+def may_be_searched(name: str) -> bool:
+    """Whether trials with other values of this option can be compared with each other."""
+    return name in VIEWS or (OPTIONS[name].metadata["group"] not in COMPARED and name != "select_by")
 
 
 @dataclass(frozen=True)
@@ -264,7 +255,7 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_dimension(name: str, raw: Any) -> Dimension:
     """One entry of a space file. Raises ValueError."""
     spec = OPTIONS[name]
-    if name in NOT_SEARCHED:
+    if not may_be_searched(name):
         raise ValueError("cannot be searched: the search sets it, or it decides which scores are compared")
     if not isinstance(raw, Mapping):
         raise ValueError('must be {"low": ..., "high": ...} or {"choices": [...]}')
@@ -272,7 +263,7 @@ def read_dimension(name: str, raw: Any) -> Dimension:
         raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(sorted(KEYS))}")
     if "choices" in raw:
         return read_choices(name, raw)
-    if spec.pair or spec.kind not in (int, float):
+    if spec.kind not in (int, float):
         raise ValueError('is no number: give {"choices": [...]}')
     if not {"low", "high"} <= set(raw):
         raise ValueError('needs "low" and "high", or "choices"')
@@ -302,16 +293,15 @@ def read_choices(name: str, raw: Mapping[str, Any]) -> Dimension:
         raise ValueError('"choices" stand alone, without low, high, log and step')
     if not isinstance(values, list) or len(values) < 2:
         raise ValueError("choices must be a list of two values or more")
-    choices = tuple(tuple(value) if isinstance(value, list) else value for value in values)
-    for value in choices:
+    for value in values:
         OPTIONS[name].check(value)
         if name == "loss":
             parse_loss(str(value))
         if name == "unfreeze_schedule" and value is not None:
             parse_unfreeze_schedule(str(value))
-    if len({repr(value) for value in choices}) < len(choices):
+    if len({repr(value) for value in values}) < len(values):
         raise ValueError("choices has a value twice")
-    return Dimension(name, choices=choices)
+    return Dimension(name, choices=tuple(values))
 
 
 def check_used(space: Space, config: TrainingConfig) -> None:
@@ -329,7 +319,7 @@ def options_of(
     config: TrainingConfig, space: Space, values: Mapping[str, Any], given: frozenset[str]
 ) -> TrainingConfig:
     """The options of a trial with these values, as a study keeps them. Raises ValueError where some exclude others."""
-    values = {name: decode(name, value) for name, value in values.items()}
+    values = dict(values)
     if "w_q" in space and "w_c" not in space and "w_c" not in given:
         values["w_c"] = round(1 - values["w_q"], 12)  # 0.7, not 0.7000000000000001
     return replace(config, **values)

@@ -52,6 +52,11 @@ def parabola(config: TrainingConfig) -> float:
     return 0.9 - 0.05 * (math.log10(config.lr) - math.log10(BEST_LR)) ** 2 - 0.1 * config.dropout
 
 
+def examples(fingerprint: str, split: str = "") -> SimpleNamespace:
+    """As much of the data as a search looks at."""
+    return SimpleNamespace(fingerprint=fingerprint, table=pd.DataFrame({"split": [split]}))
+
+
 class Trainer:
     """Stands for `baseline.run`: scores by a formula, rising over the epochs, and keeps the options it was given."""
 
@@ -79,7 +84,7 @@ class Trainer:
     def install(self) -> None:
         """Take the place of everything that looks at data or a model."""
         baseline.run = lambda config, **how: {} if config.dry_run else self(config, **how)
-        baseline.read_examples = lambda config, kept: SimpleNamespace(fingerprint="same")
+        baseline.read_examples = lambda config, kept: examples("same")
         baseline.num_blocks = lambda config: 12
 
 
@@ -157,6 +162,10 @@ def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"w_q": {"low": 0.5, "high": 2}}, "", ["w_q", "w_c is 1 - w_q"]),
         ({"output_dir": {"choices": ["a", "b"]}}, "", ["output_dir", "cannot be searched"]),
         ({"test_size": {"low": 0.1, "high": 0.3}}, "", ["cannot be searched"]),
+        ({"quality_column": {"choices": ["mos_quality", "mos_align"]}}, "", ["quality_column", "cannot be searched"]),
+        ({"mos_range_q": {"choices": [[1, 5], [0, 6]]}}, "", ["mos_range_q", "cannot be searched"]),
+        ({"select_by": {"choices": ["main", "srocc_q"]}}, "", ["cannot be searched"]),
+        ({"dropout": {"choices": [0.1, [0.2]]}}, "", ["--dropout [0.2]", "must be a number"]),
         (LR, "--lr 1e-4", ["lr is also given as --lr"]),
         ({"freeze_layers": {"low": 1, "high": 4}}, "--freeze_clip", ["freeze_layers does nothing"]),
     ],
@@ -184,7 +193,8 @@ def test_a_space_that_cannot_be_searched_is_refused_in_one_line(content, flags, 
         ("--storage mysqll://me:secret@h/db --output_dir a", "--storage mysqll://me:***@h/db"),
     ],
 )
-def test_flags_that_cannot_work_are_refused_in_one_line(flags, words, train, capsys):
+def test_flags_that_cannot_work_are_refused_in_one_line(flags, words, train, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     train()
     assert words in refusal(shlex.split(flags), capsys)
 
@@ -269,7 +279,8 @@ def test_w_c_is_what_w_q_leaves():
 
 def test_every_kind_of_option_comes_back_as_it_was_chosen(tmp_path, train):
     content = {
-        "mos_range_q": {"choices": [None, [1, 5], [0, 6]]},
+        "horizontal_flip": {"choices": [True, False]},
+        "head_lr": {"choices": [None, 1e-3]},
         "calibration": {"choices": [True, False]},
         "loss": {"choices": ["mse", "mse+plcc"]},
         "epochs": {"low": 2, "high": 6, "step": 2},
@@ -280,7 +291,7 @@ def test_every_kind_of_option_comes_back_as_it_was_chosen(tmp_path, train):
     trainer = train()
     search.main(flags_of(tmp_path, content, "--trials 30"))
     seen = {name: {getattr(config, name) for config in trainer.configs} for name in content}
-    assert seen["mos_range_q"] == {None, (1, 5), (0, 6)}
+    assert seen["horizontal_flip"] == {True, False} and seen["head_lr"] == {None, 1e-3}
     assert seen["calibration"] == {True, False} and seen["loss"] == {"mse", "mse+plcc"}
     assert seen["epochs"] == {2, 4, 6} and seen["dropout"] == {0.0, 0.25, 0.5} and seen["cache_views"] == {None, 0, 2}
     assert min(seen["hidden_dim_q"]) >= 8 and len(seen["hidden_dim_q"]) > 10
@@ -346,6 +357,59 @@ def test_it_maximises_what_selects_the_epoch(tmp_path, train):
 # -- going on
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["config.json", "splits.csv"], "holds a run"),
+        (["config.json", "study.db", "search.json"], "holds a run"),  # one that a search has begun to fill
+        (["best/scorer.json"], "holds a run"),
+        (["protocol.json", "seed42/config.json"], "holds other things than a search"),
+        (["trials/notes.txt"], "holds other things than a search"),
+    ],
+)
+@pytest.mark.parametrize("storage", ["", "--storage journal:elsewhere/journal.log"])
+def test_a_folder_with_anything_but_a_search_is_refused_untouched(
+    files, words, storage, tmp_path, train, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    trainer = train()
+    for name in files:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("{}")
+    flags = flags_of(tmp_path, LR, storage)
+    before = sorted(tmp_path.rglob("*"))
+    assert f"--output_dir {tmp_path / 'out'}: {words}" in refusal(flags, capsys)
+    assert sorted(tmp_path.rglob("*")) == before and not trainer.configs
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path, train, capsys):
+    train()
+    (tmp_path / "out").write_text("")
+    assert "is a file" in refusal(flags_of(tmp_path), capsys)
+
+
+@pytest.mark.parametrize(
+    "storage", ["", "journal:elsewhere/journal.log", "journal:out/journal.log", "sqlite:///elsewhere.db"]
+)
+def test_a_search_is_known_again_even_if_it_has_not_begun_its_first_trial(storage, tmp_path, train, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = flags_of(tmp_path, LR, f"--trials 3 --storage {storage}" if storage else "--trials 3")
+    train()
+    (tmp_path / "out").mkdir()  # empty
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "check_plan", interrupt)
+        with pytest.raises(SystemExit):
+            search.main(flags)
+    trainer = train()
+    for count in (3, 5):
+        search.main([*flags, "--trials", str(count)])
+        assert len(trainer.configs) == count
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_search_that_was_stopped_goes_on_as_if_it_never_had(tmp_path, train, capsys):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     train()
@@ -407,7 +471,7 @@ def test_changed_data_is_refused(tmp_path, train, capsys):
     search.main(flags_of(tmp_path, LR, "--trials 2"))
     capsys.readouterr()
     train()
-    baseline.read_examples = lambda config, kept: SimpleNamespace(fingerprint="other")
+    baseline.read_examples = lambda config, kept: examples("other")
     assert "the data has changed" in refusal(flags_of(tmp_path, LR, "--trials 20"), capsys)
 
 
@@ -584,31 +648,88 @@ def test_timeout_ends_with_what_there_is(tmp_path, train, capsys):
 # -- the end
 
 
-def test_the_best_is_repeated_with_its_test_fold_in_the_end_only(tmp_path, train, monkeypatch):
-    trainer = train()
-    asked: list[TrainingConfig] = []
+class Repeats:
+    """Stands for `protocol.run_all` and for the page: leaves a folder as repeated runs do, and keeps what was asked."""
 
-    def run_all(config: TrainingConfig, run: Any, folder: Path, runtime: Any) -> dict[str, Any]:
-        assert len(trainer.configs) == 8 and folder == tmp_path / "out" / "best"
-        asked.append(config)
-        folder.mkdir(exist_ok=True)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[str, TrainingConfig]] = []
+        self.pages: list[str] = []
+        monkeypatch.setattr(protocol, "run_all", self.run_all)
+        monkeypatch.setattr(baseline, "write_report", lambda config, folder, runtime: self.pages.append(folder.name))
+
+    def run_all(self, config: TrainingConfig, run: Any, folder: Path, runtime: Any) -> dict[str, Any]:
+        assert not config.overwrite
+        protocol.refuse_occupied(folder, config)
+        self.asked.append((folder.name, config))
+        (folder / "seed42").mkdir(parents=True, exist_ok=True)
         (folder / "protocol.json").write_text(json.dumps(protocol.options(config)))
+        (folder / "seed42" / "results.json").write_text(json.dumps({"lr": config.lr}))
         return {}
 
-    pages: list[Path] = []
-    monkeypatch.setattr(protocol, "run_all", run_all)
-    monkeypatch.setattr(baseline, "write_report", lambda config, folder, runtime: pages.append(folder))
+
+def test_the_best_is_repeated_with_its_test_fold_in_the_end_only(tmp_path, train, monkeypatch, capsys):
+    trainer, repeats = train(), Repeats(monkeypatch)
     flags = [*flags_of(tmp_path), "--seeds", "3"]
     study = search.main(flags)
-    assert [(config.repeats, config.test, config.overwrite) for config in asked] == [(3, True, False)]
-    assert asked[0].lr == study.best_params["lr"]
-    assert not any(config.test for config in trainer.configs)
+    assert [(name, config.repeats, config.test) for name, config in repeats.asked] == [("best", 3, True)]
+    assert repeats.asked[0][1].lr == study.best_params["lr"]
+    assert len(trainer.configs) == 8 and not any(config.test for config in trainer.configs)
     search.main([*flags, "--seeds", "5"])
-    assert (asked[-1].repeats, asked[-1].overwrite) == (5, False)
-    (tmp_path / "out" / "best" / "protocol.json").write_text(json.dumps(protocol.options(replace(asked[0], lr=0.5))))
+    assert [(name, config.repeats) for name, config in repeats.asked[1:]] == [("best", 5)]
+    assert repeats.pages == ["best"] * 2
+    assert "read before" not in capsys.readouterr().out
+
+
+def test_what_was_read_of_the_test_fold_before_is_kept_and_said(tmp_path, train, monkeypatch, capsys):
+    repeats = Repeats(monkeypatch)
+    train(lambda config: 0.5 * parabola(config))
+    flags = [*flags_of(tmp_path), "--seeds", "3"]
+    first = search.main([*flags, "--trials", "2"]).best_trial
+    capsys.readouterr()
+    train()  # what comes now scores higher
+    later = search.main([*flags, "--trials", "4"]).best_trial
+    said = capsys.readouterr().out
+    assert later.number > first.number
+    assert [(name, config.lr) for name, config in repeats.asked] == [
+        ("best", first.params["lr"]),
+        (f"best-trial{later.number}", later.params["lr"]),
+    ]
+    assert said.count("the test fold has been read before with other settings, kept in best\n") == 1
+    kept = json.loads((tmp_path / "out" / "best" / "seed42" / "results.json").read_text())
+    assert kept["lr"] == first.params["lr"]
+    search.main([*flags, "--trials", "4"])  # the same again goes where it was
+    assert repeats.asked[-1][0] == repeats.pages[-1] == f"best-trial{later.number}"
+
+
+def test_repeats_that_were_stopped_before_they_read_the_test_fold_make_room(tmp_path, train, monkeypatch, capsys):
+    repeats = Repeats(monkeypatch)
+    train()
+    flags = [*flags_of(tmp_path), "--seeds", "3", "--trials", "2"]
     search.main(flags)
-    assert asked[-1].overwrite  # another trial is the best now
-    assert pages == [tmp_path / "out" / "best"] * 3
+    (tmp_path / "out" / "best" / "seed42" / "results.json").unlink()
+    (tmp_path / "out" / "best" / "protocol.json").write_text(json.dumps({"lr": 0.5}))
+    capsys.readouterr()
+    search.main(flags)
+    assert repeats.asked[-1][0] == "best" and "read before" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("split", "flags", "is_said"),
+    [
+        ("", "--seeds 3", True),
+        ("", "--seeds 1", False),  # the fold that no trial has read
+        ("test", "--seeds 3", False),
+        ("", "--seeds 3 --split_file folds.csv", False),  # written by the first trial
+    ],
+)
+def test_drawn_folds_share_images_with_those_that_chose_the_settings(
+    split, flags, is_said, tmp_path, train, monkeypatch, capsys
+):
+    Repeats(monkeypatch)
+    train()
+    baseline.read_examples = lambda config, kept: examples("same", split)
+    search.main([*flags_of(tmp_path), "--trials", "2", *flags.split()])
+    assert ("test on images that helped to choose the settings" in capsys.readouterr().out) == is_said
 
 
 # -- what matters
@@ -655,7 +776,7 @@ def test_importance_and_spread_of_a_known_function():
         (space.Dimension("freeze_layers", low=16, high=22, step=2), [16, 22, 20], [0, 3, 2], ["16", "18", "20", "22"]),
         (space.Dimension("freeze_layers", low=8, high=11), [8, 11], [0, 3], ["8", "9", "10", "11"]),
         (space.Dimension("loss", choices=("mse", "l1")), ["l1", "mse"], [1, 0], ["mse", "l1"]),
-        (space.Dimension("mos_range_q", choices=((1, 5), (0, 5))), ["[0, 5]"], [1], ["[1, 5]", "[0, 5]"]),
+        (space.Dimension("head_lr", choices=(None, 0.1)), [0.1, None], [1, 0], ["None", "0.1"]),
     ],
 )
 def test_values_fall_into_bins(dimension, given, places, titles):
@@ -782,5 +903,97 @@ def test_the_measured_optimum_of_the_demo_is_found(tmp_path, train):
     assert table["option"][0] == "lr" and table["importance"][0] > 0.7
 
 
-def test_every_option_that_may_be_searched_is_an_option():
-    assert set(space.NOT_SEARCHED) <= set(OPTIONS)
+def test_of_the_data_only_the_views_may_be_searched():
+    """What is compared is the same in all trials: images, scores, their ranges, folds."""
+    searched = {name for name in OPTIONS if space.may_be_searched(name)}
+    for name, option in OPTIONS.items():
+        if option.metadata["group"] in ("data", "meta"):
+            assert (name in searched) == (name in space.VIEWS), name
+        else:
+            assert (name in searched) == (name != "select_by"), name
+    assert not any(name.endswith("_column") or name.startswith("mos_range") for name in searched)
+    assert set(space.VIEWS) <= set(OPTIONS) and not searched & {"seed", "fold", "dataset", "demo", "test", "output_dir"}
+    assert not any(OPTIONS[name].pair for name in searched)  # which a study could not keep as they are
+
+
+def test_a_stopped_trial_is_written_down_with_the_best_it_reached(tmp_path, train):
+    """Not with what it said last, which Optuna takes for its value."""
+    heights = {1: 0.4, 2: 0.3, 3: 0.1, 4: 0.1}
+    trainer = train()
+    search.main(flags_of(tmp_path, LR, "--trials 5"))
+
+    def falling(config: TrainingConfig, *, kept: Kept, after_epoch: Any = None) -> dict[str, Any]:
+        for epoch, height in () if config.dry_run else heights.items():
+            after_epoch({"epoch": epoch, "val_main": -10 + height})
+        return {}
+
+    baseline.run = falling
+    study = search.main(flags_of(tmp_path, LR, "--trials 6"))
+    stopped = study.trials[-1]
+    assert stopped.state == TrialState.PRUNED and stopped.value == pytest.approx(-9.7) and len(trainer.configs) == 5
+    last = pd.read_csv(tmp_path / "out" / "trials.csv").iloc[-1]
+    assert (last["score"], last["epochs"], last["best_epoch"]) == (pytest.approx(-9.6), 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        (LR, "", "partial8"),
+        (LR, "--freeze_clip", "frozen"),
+        (LR, "--no_partial_freeze", "full"),
+        (LR, "--lora_rank 4", "full-lora4"),
+        ({"freeze_layers": {"low": 8, "high": 11}}, "", "partial8, but freeze_layers searched"),
+    ],
+)
+def test_it_says_how_clip_is_frozen(content, flags, words, tmp_path, train, capsys):
+    train()
+    search.main(flags_of(tmp_path, content, f"--trials 1 {flags}"))
+    assert f"          CLIP: {words}\n" in capsys.readouterr().out
+
+
+# Options that change nothing of what the untrained CLIP makes of the images ...
+NOT_FOR_KNOWN = (
+    "use_residual_learning calibration residual_scale_q residual_scale_c hidden_dim_q hidden_dim_c "
+    "dropout use_refinement refinement_layers refinement_heads refinement_dim w_q w_c w_extra "
+    "task_gradients w_exp label_smoothing loss epochs lr head_lr layer_decay weight_decay warmup_ratio "
+    "scheduler max_grad_norm gradient_accumulation_steps early_stopping_patience early_stopping_min_delta "
+    "select_by ema_decay preset output_dir overwrite config dry_run advice report tensorboard tracker"
+)
+# ... nor, with these, of what is read of the data before it becomes batches ...
+NOT_FOR_DATA = (
+    "prompt_levels use_explanations batch_size amp test device freeze_clip "
+    "partial_freeze freeze_layers unfreeze_schedule lora_rank init_from cache cache_views cache_dtype "
+    "cache_max_gb image_memory_gb num_workers compile gradient_checkpointing dynamic_batch_size "
+    "max_memory_usage crop_scale_min crops test_crops global_view horizontal_flip"
+)
+# ... (and these, which name the CLIP) ...
+OF_CLIP = "clip_model clip_pretrained image_size"
+# ... nor, with NOT_FOR_DATA and these, of the CLIP that is loaded.
+NOT_FOR_CLIP = (
+    "dataset data_root extra_scores data_csv_path image_base_dir test_size val_size split_by split_file "
+    "kfold fold repeats strict_splits mos_range_q mos_range_c name_column prompt_column quality_column "
+    "consistency_column explanation_column quality_std_column consistency_std_column group_column "
+    "cache_dir demo"
+)
+
+
+@pytest.mark.parametrize(
+    ("decided", "free"),
+    [
+        (baseline.KNOWN_BY, NOT_FOR_KNOWN),
+        (baseline.READ_BY, f"{NOT_FOR_KNOWN} {NOT_FOR_DATA} {OF_CLIP}"),
+        (baseline.LOADED_BY, f"{NOT_FOR_KNOWN} {NOT_FOR_DATA} {NOT_FOR_CLIP}"),
+    ],
+)
+def test_of_every_option_it_is_settled_whether_what_is_kept_depends_on_it(decided, free):
+    """A new option is on no list: decide whether it changes what runs share, lest they share a stale value."""
+    names = decided.names()
+    assert sorted([*names, *free.split()]) == sorted(OPTIONS)
+
+
+def test_what_is_kept_is_told_apart_by_the_values_that_decide_it():
+    decided = baseline.DecidedBy(groups=("backbone",), without=("init_from",), others=("seed",))
+    plain = TrainingConfig()
+    assert decided.values(plain) == decided.values(replace(plain, init_from="a", lr=0.1))
+    for name, value in {"freeze_layers": 9, "clip_model": "tiny", "seed": 1}.items():
+        assert decided.values(replace(plain, **{name: value})) != decided.values(plain), name
