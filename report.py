@@ -16,7 +16,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,10 +40,27 @@ FIGURES_DIR = "figures"
 COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
 TITLES = {"q": "quality", "c": "consistency"}
 MEASURES = {"srocc": "SROCC", "plcc": "PLCC", "plcc_fit": "PLCC fitted", "krocc": "KROCC", "rmse": "RMSE, MOS"}
-RESULT_PARTS: dict[str, type | tuple[type, ...]] = {  # of results.json, without which there is nothing to show
+NUMBER = compare.NUMBER
+MEASURED = {str: NUMBER}
+CERTAINTY = {
+    "intervals": {str: [NUMBER, NUMBER]},
+    "within_prompt": {"accuracy": (*NUMBER, type(None)), "pairs": int},
+    **dict.fromkeys(("slope", "bias"), NUMBER),
+}
+GENERATOR = {"generator": str, "images": int, **dict.fromkeys(("srocc", "plcc", "mos", "pred"), NUMBER)}
+FINDINGS = {  # of one data set
+    "certainty": {str: CERTAINTY},
+    "generators": {str: {"by_generator": [GENERATOR, ...], "ranking": NUMBER}},
+}
+RESULTS = {  # what the pages show of results.json
     **dict.fromkeys(("best_epoch", "epochs"), int),
-    "seconds": (int, float),
-    **dict.fromkeys(("val", "test", "base", "floors", "certainty", "generators", "leakage", "images", "sets"), dict),
+    "seconds": NUMBER,
+    **dict.fromkeys(("val", "test"), MEASURED),
+    **dict.fromkeys(("base", "floors"), {str: MEASURED}),
+    **FINDINGS,
+    "leakage": {str: {str: int}},
+    "images": dict.fromkeys(("train", "val", "test", str), int),
+    "sets": {str: {"test": MEASURED, **FINDINGS}},
 }
 NUM_EXAMPLES = 8  # worst, and best, images of each score
 THUMBNAIL = 160  # pixels of its longer side
@@ -177,17 +194,6 @@ def missing(path: Path, folder: Path) -> str:
     return f"{folder}: {kind}, {path.name} is missing"
 
 
-@contextlib.contextmanager
-def as_written(folder: Path) -> Iterator[None]:
-    """Raise ValueError where a part of a folder's JSON files is missing or of another kind than this version writes."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        name = compare.SUMMARY_FILE if (folder / compare.PROTOCOL_FILE).exists() else "results.json"
-        kind = type(error).__name__
-        raise ValueError(f"{folder}: {name} is not as this version writes it ({kind}: {one_line(error)})") from error
-
-
 def one_line(error: Exception) -> str:
     """An error's message without line breaks, clipped."""
     return clip(" ".join(str(error).split()), 200)
@@ -195,13 +201,8 @@ def one_line(error: Exception) -> str:
 
 def check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     """The same, if it has every part that a page shows. Raises ValueError."""
-    for name, kind in RESULT_PARTS.items():
-        if not isinstance(results.get(name), kind):
-            raise ValueError(f"{path}: has no {name!r}, or another kind of it; run it again with this version")
-    measured = [results["val"], results["test"], *results["floors"].values(), *results["base"].values()]
-    for part in measured:
-        if not isinstance(part, dict) or not all(isinstance(value, int | float) for value in part.values()):
-            raise ValueError(f"{path}: holds a score that is no number")
+    if said := compare.mismatch(results, RESULTS):
+        raise ValueError(f"{path}: {said}; run it again with this version")
     if not tasks_of(results["val"]):
         raise ValueError(f"{path}: holds no validation score")
     return results
@@ -337,8 +338,7 @@ def write_report(folder: Path) -> Path:
     pictures = Pictures()
     is_repeated = (folder / compare.PROTOCOL_FILE).exists()
     with figures.style():
-        with as_written(folder):
-            content = repeated_content(folder, pictures) if is_repeated else run_content(read_run(folder), pictures)
+        content = repeated_content(folder, pictures) if is_repeated else run_content(read_run(folder), pictures)
         template = "repeated.html.j2" if is_repeated else "report.html.j2"
         write_page(folder / REPORT_FILE, template, title=folder.resolve().name, **content)
         write_pictures(folder / FIGURES_DIR, pictures.drawn)
@@ -516,7 +516,8 @@ def curves(run: Run, pictures: Pictures) -> list[Picture]:
         ]
         draw("loss-of-scores", "The loss of each score", "loss", parts)
     draw("learning-rate", "Learning rate at the start of each epoch", "learning rate", [("lr", "", 2, 0)])
-    limit = run.options.get("max_grad_norm") or None
+    limit = run.options.get("max_grad_norm")
+    limit = limit if isinstance(limit, int | float) else None
     norms = table["grad_norm"] if "grad_norm" in table else pd.Series(dtype=float)
     shown = limit if limit and np.isfinite(norms).any() and limit < 3 * norms.max() else None
     caption = "Gradient norm, before it is clipped" + (f" at {limit:g} (dashed)" if shown else "")
@@ -1019,10 +1020,9 @@ def compare_folders(folders: Sequence[Path], out: Path) -> list[str]:
             raise ValueError(f"{folder}: is named twice")
     parent = common_parent(folders)
     # A folder inside another that is named too has a name of its own: relative to what they share.
-    entries = []
-    for folder, place in zip(folders, places, strict=True):
-        with as_written(folder):
-            entries.append(read_entry(folder, str(place.relative_to(parent))))
+    entries = [
+        read_entry(folder, str(place.relative_to(parent))) for folder, place in zip(folders, places, strict=True)
+    ]
     entries.sort(key=lambda entry: (entry.main is None, -(entry.main or 0.0), entry.name))
     table = comparison_table(entries)
     found, notes = paired_differences(entries)

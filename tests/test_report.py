@@ -557,9 +557,65 @@ def test_a_broken_run_is_refused_in_one_line(run, capsys, name, content, said):
     assert not (run / "report.html").exists()
 
 
-def test_parts_of_another_shape_are_refused(run, capsys):
-    change(run, "results.json", lambda results: results.update(certainty={"q": {"other": 1}}))
-    assert "results.json is not as this version writes it (KeyError: 'intervals')" in refused([str(run)], capsys)
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"images": {"train": 1}}, "'images' has no 'val'"),
+        ({"certainty": {"q": {"other": 1}}}, "'certainty.q' has no 'intervals'"),
+        ({"generators": {"q": {"by_generator": [], "ranking": 1.0}}}, "'generators.q.by_generator' is no list of any"),
+        ({"sets": {"a": 1}}, "'sets.a' is no object"),
+        ({"leakage": {"prompt": 1}}, "'leakage.prompt' is no object"),
+        ({"floors": {"mean": {"srocc_q": None}}}, "'floors.mean.srocc_q' is no number"),
+    ],
+)
+def test_parts_of_another_shape_are_refused_by_name(run, capsys, edit, said):
+    change(run, "results.json", lambda results: results.update(edit))
+    assert f"{run / 'results.json'}: {said}; run it again with this version" in refused([str(run)], capsys)
+
+
+def places_in(part: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every part of a JSON value."""
+    keys = list(part) if isinstance(part, dict) else range(len(part)) if isinstance(part, list) else []
+    return [found for key in keys for found in ((*place, key), *places_in(part[key], (*place, key)))]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["results.json", "summary.json", "config.json", "protocol.json"])
+def test_no_damage_to_a_file_is_worse_than_one_line(tmp_path, name, monkeypatch):
+    """Every part in turn is taken away or is something else: the page is written, or the file is named."""
+    for kind in ("scatter", "residuals", "chart", "generator_means"):  # most of the time, and not of these files
+        monkeypatch.setattr(figures, kind, lambda *_, **__: matplotlib.figure.Figure())
+    of_one = name in ("results.json", "config.json")
+    folder = write_run(tmp_path / "run") if of_one else write_repeated(tmp_path / "run")
+    whole = (folder / name).read_text()
+    refusals = 0
+    for place in places_in(json.loads(whole)):
+        for other in ("x", None, 1, [], {}, [1], {"x": 1}, "absent"):
+            found = json.loads(whole)
+            part = found
+            for key in place[:-1]:
+                part = part[key]
+            part[place[-1]] = other
+            if other == "absent":
+                del part[place[-1]]
+            (folder / name).write_text(json.dumps(found))
+            try:
+                report.write_report(folder)
+            except ValueError as error:
+                refusals += 1
+                assert str(folder / name) in str(error), (place, other)
+    assert refusals > 100 or name in ("config.json", "protocol.json")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_bug_in_drawing_is_not_told_as_a_damaged_file(run, monkeypatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(figures, "scatter", broken)
+    with pytest.raises(KeyError, match="ours"):
+        report.write_report(run)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -570,7 +626,7 @@ def test_a_prompt_may_be_called_nan(run):
 
 def test_scores_that_are_no_numbers_are_refused(run, capsys):
     change(run, "results.json", lambda results: results["val"].update(srocc_q="high"))
-    assert "score that is no number" in refused([str(run)], capsys)
+    assert "'val.srocc_q' is no number" in refused([str(run)], capsys)
 
 
 def test_a_wrong_folder_or_flag_is_refused_in_one_line(run, tmp_path, capsys):
