@@ -221,12 +221,15 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     rows = {TRAINED: summary["test"], **summary["floors"]}
     width = max(map(len, rows)) + 1
     first = max(12, *(len(data.title_of(task)) for task in tasks_of(summary))) + 1
+    count = len(summary["runs"])
     what = "all on the same test fold: intervals are those of chance in training"
-    if summary["share"]:
+    if count == 1:
+        what = "no intervals: they take several"
+    elif summary["share"]:
         what = "intervals allow for shared training images"
-    sizes = ", ".join(f"{fold} {count}" for fold, count in summary["images"].items())
+    sizes = ", ".join(f"{fold} {size}" for fold, size in summary["images"].items())
     lines = [
-        f"{len(summary['runs'])} runs, {sizes} images in the first; {what}",
+        f"{count} run{'s' if count > 1 else ''}, {sizes} images{' in the first' if count > 1 else ''}; {what}",
         f"{'':<{width + first}}{'SROCC':>7}{'sd':>7}{'median':>8}{'95 % interval':>18}{'PLCC':>8}{'sd':>7}{'fitted':>8}"
         f"{'KROCC':>7}{'RMSE':>7}",
     ]
@@ -246,9 +249,10 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         for floor, found in summary["over"].items():
             if f"srocc_{task}" in found and floor != "mean":  # which orders nothing
                 over = found[f"srocc_{task}"]
+                ends = f" ({between(over['interval'], '+')})" if over["interval"] else ""
                 lines.append(
                     f"SROCC of {data.title_of(task)}, trained model minus {floor.replace('_', ' ')}: "
-                    f"{over['mean']:+.3f} ({between(over['interval'], '+')})"
+                    f"{over['mean']:+.3f}{ends}"
                 )
     return lines
 

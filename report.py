@@ -1,7 +1,9 @@
 """Show a run as one HTML file, or several beside each other.
 
     python report.py runs/a                # runs/a/report.html, and every picture in runs/a/figures
-    python report.py runs/a runs/b ...     # a table here, and comparison.html in the folder they share
+    python report.py runs/a runs/b ...     # a table here, and comparison.html in runs
+
+Runs that do not lie in one folder are compared in comparison.html of the current one.
 
 Run folders are only read, through their files. The pages need nothing but themselves: no network, no script.
 """
@@ -15,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -364,6 +367,7 @@ def run_content(run: Run, pictures: Pictures) -> dict[str, Any]:
         "folds": folds_table(run),
         "changed": options_table(run.options, changed=True),
         "unchanged": options_table(run.options, changed=False),
+        "again": shlex.join(["python", "baseline.py", "--config", str(run.folder / "config.json")]),
         "provenance": provenance_table(run),
         "timing": timing_table(run),
     }
@@ -453,7 +457,8 @@ def certainty_table(run: Run) -> Table | None:
             name = f"{title_of(task)} on {title}" if title else title_of(task)
             ends = [between(part["intervals"].get(key)) or NOTHING for key in ("srocc", "plcc")]
             pairs = part["within_prompt"]
-            share = f"{pairs['accuracy']:.1%} of {pairs['pairs']}" if pairs["pairs"] else NOTHING
+            known = pairs["accuracy"] is not None
+            share = f"{pairs['accuracy']:.1%} of {pairs['pairs']}" if known else NOTHING
             rows.append([name, *ends, share, number(part["slope"], 2), number(part["bias"], 2, "+")])
     head = ["score", "SROCC, 95 %", "PLCC, 95 %", "pairs of a prompt ordered right", "slope", "bias, MOS"]
     return Table(head, rows) if rows else None
@@ -840,6 +845,12 @@ def common_parent(folders: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
+def default_page(folders: Sequence[Path]) -> Path:
+    """Where the page goes: into the folder that all of these lie in directly, else into the current one."""
+    parents = {folder.resolve().parent for folder in folders}
+    return (parents.pop() if len(parents) == 1 else Path()) / COMPARISON_FILE
+
+
 def differing_options(entries: Sequence[Entry]) -> list[str]:
     """Names of the options that are not the same in all, beside those that only say where something is."""
     demo = all(entry.options.get("demo") for entry in entries)
@@ -881,7 +892,9 @@ def options_beside(entries: Sequence[Entry]) -> Table:
 def comparison_table(entries: Sequence[Entry]) -> Table:
     """A row for each entry, in their order."""
     names = differing_options(entries)
-    keys = [key for key in ("srocc_q", "plcc_q", "srocc_c", "plcc_c") if any(key in entry.test for entry in entries)]
+    found = list(dict.fromkeys(task for entry in entries for task in tasks_of(entry.test)))
+    tasks = [*(task for task in TITLES if task in found), *(task for task in found if task not in TITLES)]
+    keys = [f"{name}_{task}" for task in tasks for name in ("srocc", "plcc")]
     titles = {"srocc": "SROCC", "plcc": "PLCC"}
     heads = [f"{titles[name]} {title_of(task)}" for name, _, task in (key.partition("_") for key in keys)]
     rows = [
@@ -1065,7 +1078,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(
             "--out",
             metavar="FILE",
-            help=f"the page that compares several (default: {COMPARISON_FILE} in the folder they share)",
+            help=f"the page that compares several (default: {COMPARISON_FILE} in the folder they lie in, or here if in "
+            "several)",
         )
         args: argparse.Namespace = parser.parse_args(argv)
         folders = [Path(run) for run in args.runs]
@@ -1074,7 +1088,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(f"--out {args.out}: is for several runs; the page of one is {REPORT_FILE} in it")
             print(f"page: {write_report(folders[0])}")
             return
-        out = Path(args.out) if args.out else common_parent(folders) / COMPARISON_FILE
+        out = Path(args.out) if args.out else default_page(folders)
         if out.is_dir() or not out.parent.is_dir():
             raise ValueError(f"--out {out}: must be a file in a folder that exists")
         print("\n".join(compare_folders(folders, out)))

@@ -358,7 +358,9 @@ def test_a_single_run_has_no_interval():
     assert part == {"mean": 0.5, "sd": 0.0, "median": 0.5, "interval": None, "values": [0.5]}
     assert found["over"]["mean"]["srocc_q"]["mean"] == 0.25
     assert protocol.summary_table(found)[["low", "high"]].isna().all(axis=None)
-    assert ".." not in "\n".join(protocol.summary_lines(found))
+    text = "\n".join(protocol.summary_lines(found))
+    assert ".." not in text and "()" not in text and "chance in training" not in text
+    assert text.startswith("1 run, train 40, val 8, test 10 images; no intervals")
 
 
 def test_the_table_has_a_row_for_each_predictor_and_measure():
