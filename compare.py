@@ -19,12 +19,12 @@ import pandas as pd
 
 import metrics
 from configs import OneLineParser, one_line_errors
+from scores import MEASURES, stem_of, tasks_of, title_of_stem
 
 PREDICTIONS_FILE = "predictions.csv"
 PROTOCOL_FILE = "protocol.json"  # tells a folder of repeated runs
 SUMMARY_FILE = "summary.json"
 MIN_CLUSTERS = 20  # prompts, below which a bootstrap over them promises more than it holds
-TITLES = {"align": "consistency"}  # as every other table calls it
 NUMBER = (int, float)
 STATISTICS = {  # of a measure over repeated runs
     **dict.fromkeys(("mean", "sd", "median"), NUMBER),
@@ -37,9 +37,9 @@ SUMMARY = {  # of summary.json
     "share": NUMBER,
     "images": {"test": int, str: int},
     "test": {str: STATISTICS},
-    **dict.fromkeys(("floors", "over"), {str: {str: STATISTICS}}),
+    "floors": {str: {str: STATISTICS}},
+    "over": {str: {str: STATISTICS}},
 }
-EVERY_MEASURE = ("srocc", "plcc", "plcc_fit", "krocc", "rmse")  # that a score comes with
 COLUMNS = [
     "score",
     "set",
@@ -176,10 +176,9 @@ def first_mismatch(parts: Sequence[tuple[object, Any, str]], name: str) -> str:
     return next(filter(None, said), "")
 
 
-def score_mismatch(measured: Mapping[str, Any], measures: Sequence[str], name: str) -> str:
-    """What measures a score of "srocc_q", ... is without, in words; "" if each has them all."""
-    tasks = [key.removeprefix("srocc_") for key in measured if key.startswith("srocc_")]
-    absent = [key for task in tasks for part in measures if (key := f"{part}_{task}") not in measured]
+def score_mismatch(measured: Mapping[str, Any], name: str) -> str:
+    """What the scores of "srocc_q", ... are without, in words; "" if each has them all."""
+    absent = [key for task in tasks_of(measured) for part in MEASURES if (key := f"{part}_{task}") not in measured]
     return f"{name!r} has no {absent[0]!r}" if absent else ""
 
 
@@ -189,7 +188,7 @@ def summary_mismatch(found: Any) -> str:
         return said
     parts = {"test": found["test"], **{f"floors.{name}": row for name, row in found["floors"].items()}}
     for name, row in parts.items():
-        if said := score_mismatch(row, EVERY_MEASURE, name):
+        if said := score_mismatch(row, name):
             return said
     parts |= {f"over.{name}": row for name, row in found["over"].items()}
     for name, row in parts.items():
@@ -233,17 +232,13 @@ def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
                 f"{folder}: has other seeds, folds, images or scores than {folders[0]}; repeat it as there"
             )
     common = [key for key in first["test"] if all(key in summary["test"] for summary in summaries)]
-    tasks = [key.removeprefix("srocc_") for key in common if key.startswith("srocc_")]
+    tasks = tasks_of(common)
     if not tasks:
         raise ValueError(f"{folders[0]} and the others share no score: there is nothing to compare")
     rows = []
     for task in tasks:
         for folder, summary in zip(folders, summaries, strict=True):
-            row: dict[str, Any] = {
-                "score": {"q": "quality", "c": "align"}.get(task, task),
-                "set": "",
-                "run": str(folder),
-            }
+            row: dict[str, Any] = {"score": stem_of(task), "set": "", "run": str(folder)}
             row |= {"images": summary["images"]["test"]}
             found = {}
             for name in ("srocc", "plcc"):
@@ -263,7 +258,7 @@ def verdict(low: float, high: float) -> str:
 def table_lines(found: pd.DataFrame) -> list[str]:
     """The comparison as text."""
     width = max(len(run) for run in found["run"]) + 2
-    titles = found["score"].replace(TITLES)
+    titles = found["score"].map(title_of_stem)
     if found["set"].nunique() > 1:
         titles = found["set"] + " " + titles
     wide = titles.str.len().max() + 2

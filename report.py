@@ -35,14 +35,12 @@ from PIL import Image, ImageOps
 import compare
 import figures
 from configs import NOT_SAVED, OPTIONS, OneLineParser, one_line_errors
+from scores import MEASURES, columns_of, tasks_of, title_of, title_of_stem
 
 TEMPLATES = Path(__file__).resolve().parent / "assets" / "pages"
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"
 FIGURES_DIR = "figures"
-COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
-TITLES = {"q": "quality", "c": "consistency"}
-MEASURES = {"srocc": "SROCC", "plcc": "PLCC", "plcc_fit": "PLCC fitted", "krocc": "KROCC", "rmse": "RMSE, MOS"}
 NUMBER = compare.NUMBER
 MEASURED = {str: NUMBER}
 CERTAINTY = {
@@ -59,7 +57,8 @@ RESULTS = {  # what the pages show of results.json
     **dict.fromkeys(("best_epoch", "epochs"), int),
     "seconds": NUMBER,
     **dict.fromkeys(("val", "test"), MEASURED),
-    **dict.fromkeys(("base", "floors"), {str: MEASURED}),
+    "base": {str: MEASURED},
+    "floors": {str: MEASURED},
     **FINDINGS,
     "leakage": {str: {str: int}},
     "images": dict.fromkeys(("train", "val", "test", str), int),
@@ -116,21 +115,6 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{self.folder / compare.PREDICTIONS_FILE}: cannot be read ({error})") from None
         return table[np.isfinite(table["mos"]) & np.isfinite(table["pred"])]
-
-
-def tasks_of(measured: Mapping[str, Any]) -> list[str]:
-    """The scores that measures such as "srocc_q" are about."""
-    return [key.removeprefix("srocc_") for key in measured if key.startswith("srocc_")]
-
-
-def title_of(task: str) -> str:
-    """What a score is called: an extra one by its column."""
-    return TITLES.get(task, task)
-
-
-def columns_of(task: str) -> tuple[str, str]:
-    """The columns of human and predicted scores in predictions.csv."""
-    return COLUMNS.get(task) or (f"mos_{task.removeprefix('mos_')}", f"pred_{task.removeprefix('mos_')}")
 
 
 def read_run(folder: Path) -> Run:
@@ -754,7 +738,7 @@ def summary_table(rows: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -
             cells.append([title, name.replace("_", " "), *numbers])
             title = ""
     head = ["score", "predictor", "SROCC", "sd", "median", "95 % interval", "PLCC", "sd"]
-    return Table([*head, "PLCC fitted", "KROCC", "RMSE, MOS"], cells, words=2)
+    return Table([*head, *list(MEASURES.values())[2:]], cells, words=2)
 
 
 def over_table(summary: Mapping[str, Any], tasks: Sequence[str]) -> Table | None:
@@ -892,8 +876,7 @@ def options_beside(entries: Sequence[Entry]) -> Table:
 def comparison_table(entries: Sequence[Entry]) -> Table:
     """A row for each entry, in their order."""
     names = differing_options(entries)
-    found = list(dict.fromkeys(task for entry in entries for task in tasks_of(entry.test)))
-    tasks = [*(task for task in TITLES if task in found), *(task for task in found if task not in TITLES)]
+    tasks = tasks_of(dict.fromkeys(key for entry in entries for key in entry.test))
     keys = [f"{name}_{task}" for task in tasks for name in ("srocc", "plcc")]
     titles = {"srocc": "SROCC", "plcc": "PLCC"}
     heads = [f"{titles[name]} {title_of(task)}" for name, _, task in (key.partition("_") for key in keys)]
@@ -955,7 +938,7 @@ def paired_differences(entries: Sequence[Entry]) -> tuple[pd.DataFrame, list[str
 def score_name(found: pd.DataFrame, score: str, title: str) -> str:
     """What a score is called in a table of differences: with its data set, where there are several."""
     several = len({name for name in found["set"] if name}) > 1
-    return compare.TITLES.get(score, score) + (f" on {title}" if several and title else "")
+    return title_of_stem(score) + (f" on {title}" if several and title else "")
 
 
 def differences_table(found: pd.DataFrame) -> Table:

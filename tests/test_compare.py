@@ -17,6 +17,7 @@ from scipy import stats
 
 import compare
 import metrics
+from scores import MEASURES
 
 NUM_IMAGES = 60
 PER_PROMPT = 3
@@ -308,7 +309,7 @@ def repeated(tmp_path) -> Callable[..., str]:
         test = {}
         for task, values in of_task.items():
             own = [*values][: len(runs)]
-            test |= {f"{name}_{task}": {**of_all, "values": own} for name in compare.EVERY_MEASURE}
+            test |= {f"{name}_{task}": {**of_all, "values": own} for name in MEASURES}
             test[f"plcc_{task}"] = {**of_all, "values": [value - 0.1 for value in own]}
         (tmp_path / name).mkdir()
         (tmp_path / name / "protocol.json").write_text("{}")

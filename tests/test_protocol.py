@@ -24,7 +24,7 @@ import engine
 import protocol
 import sources
 from configs import TrainingConfig, parse_args
-from reporting import MEASURES
+from scores import MEASURES, tasks_of
 
 TINY = shlex.split("--clip_model tiny --clip_pretrained none --image_size 112 --freeze_clip --epochs 1 --batch_size 16")
 IMAGES = {"train": 40, "val": 8, "test": 10}  # 10 / 40 is what overlapping splits add to the variance
@@ -407,7 +407,7 @@ def test_extra_scores_are_summarised_by_their_names():
     for run in runs.values():
         run["test"] |= {f"{name}_authenticity": run["test"][f"{name}_q"] for name in MEASURES}
     summary = protocol.summarise(runs)
-    assert protocol.tasks_of(summary) == ["q", "c", "authenticity"]
+    assert tasks_of(summary["test"]) == ["q", "c", "authenticity"]
     assert summary["test"]["srocc_authenticity"] == summary["test"]["srocc_q"]
     assert any(line.startswith("authenticity trained model") for line in protocol.summary_lines(summary))
 

@@ -26,6 +26,7 @@ import figures
 import metrics
 import report
 from configs import TrainingConfig
+from scores import COLUMNS
 
 NUM_IMAGES = 48
 MOS = {task: np.random.default_rng(seed).uniform(1, 5, NUM_IMAGES) for task, seed in (("q", 0), ("c", 1))}
@@ -59,7 +60,7 @@ def write_run(folder: Path, *, tasks: str = "qc", spread: float = 0.7, epochs: i
             "cluster": [i // 6 for i in range(NUM_IMAGES)],
         }
     )
-    for task, (mos, own) in report.COLUMNS.items():
+    for task, (mos, own) in COLUMNS.items():
         table[mos] = MOS[task] if task in tasks else np.nan
         table[own] = pred[task] if task in tasks else np.nan
     held = table.assign(name="val_" + table["name"], split="val")
