@@ -85,7 +85,7 @@ def usual_learning_rates(config: TrainingConfig, facts: Facts) -> tuple[float, f
         return 3e-5, 1e-3
     if config.stages[0][0] is None:
         return 1e-5, 3e-5
-    return (1e-5 if config.init_from else 2e-5), 1e-4  # a second stage goes on gently
+    return (1e-5 if config.init_from else 2e-5), 1e-4  # a second stage goes on gently; the preset max takes 2e-5
 
 
 def on_learning_rate(config: TrainingConfig, facts: Facts) -> Iterator[Remark]:

@@ -49,7 +49,14 @@ from images import first_five, load_image
 from predict import UNREADABLE, Scorer
 from scores import columns_of, title_of
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # and no other: some of Pillow's readers run programs
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+)  # told by the first bytes, before anything else opens a file: some of Pillow's readers run programs
 SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
 MAX_FILE_SIZE = "100mb"
 MAX_IMAGES = 500  # at once; more are for predict.py
@@ -408,9 +415,11 @@ def read_rows(sheet: Upload) -> tuple[list[str], list[str], list[str]]:
         raise ValueError(f"{sheet.name} row {empty[0]}: the image name is empty; {len(empty)} such row(s)")
     if len(table) > MAX_IMAGES:
         raise ValueError(f"{sheet.name}: {len(table)} rows, at most {MAX_IMAGES}; predict.py scores any number")
+    if "prompt" in table.columns and (long := table["prompt"].str.len() > MAX_PROMPT).any():
+        raise ValueError(f"{sheet.name} row {table.index[long][0]}: the prompt has more than {MAX_PROMPT} characters")
     if "prompt" not in table.columns:
         return names.tolist(), [""] * len(table), [f"{sheet.name} has no column 'prompt'."]
-    return names.tolist(), table["prompt"].str.strip().str[:MAX_PROMPT].tolist(), []
+    return names.tolist(), table["prompt"].str.strip().tolist(), []
 
 
 def match(names: Sequence[str], uploads: Sequence[Upload]) -> list[int]:

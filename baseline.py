@@ -80,7 +80,7 @@ def run(config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, k
         kept: holds what other runs of this process have read and computed, and takes what this one adds.
 
     Raises:
-        ValueError: data or options that cannot work; nothing has been written then.
+        ValueError: data or options that cannot work; nothing has been written then, unless a tracker cannot be opened.
         engine.NonFiniteLoss: training broke down.
     """
     started = time.perf_counter()
@@ -131,7 +131,7 @@ def run(config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, k
         constant=never_trained(model, optimizer),
     )
 
-    with open_trackers(config, writer) as trackers, newest_best:
+    with open_trackers(config, writer, runtime) as trackers, newest_best:
         for epoch in range(1, config.epochs + 1):
             if enter_stage(config, model, examples, epoch, runtime):
                 cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
@@ -168,21 +168,22 @@ def run(config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, k
             if stops_early(config, selection, runtime):
                 break
 
-    # The test fold's scores are looked at here, once, with the weights that validation has chosen.
-    best = load_best(average.weights, folder, runtime)
-    predictions |= {fold: predict(best, fold) for fold in orders if fold not in ("train", "val")}
-    outcome = measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all))
-    findings = diagnosis.diagnose(history, config, facts, known=outcome["base"]["val"].get(config.select_by))
-    results: dict[str, Any] = {
-        "best_epoch": engine.best_epoch(selection),
-        "epochs": len(history),
-        **outcome,
-        "advice": [asdict(remark) for remark in remarks],
-        "diagnosis": [asdict(finding) for finding in findings],
-        "seconds": round(time.perf_counter() - started, 3),
-        "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
-    }
-    trackers.finish({f"test_{name}": value for name, value in results["test"].items()}, len(history))
+        # The test fold's scores are looked at here, once, with the weights that validation has chosen.
+        newest_best.flush()
+        best = load_best(average.weights, folder, runtime)
+        predictions |= {fold: predict(best, fold) for fold in orders if fold not in ("train", "val")}
+        outcome = measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all))
+        findings = diagnosis.diagnose(history, config, facts, known=outcome["base"]["val"].get(config.select_by))
+        results: dict[str, Any] = {
+            "best_epoch": engine.best_epoch(selection),
+            "epochs": len(history),
+            **outcome,
+            "advice": [asdict(remark) for remark in remarks],
+            "diagnosis": [asdict(finding) for finding in findings],
+            "seconds": round(time.perf_counter() - started, 3),
+            "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
+        }
+        trackers.log({f"test_{name}": value for name, value in results["test"].items()}, len(history))
     writer.csv("predictions.csv", reporting.prediction_table(predictions, examples))
     writer.json(checkpoint.RESULTS_FILE, results)
     write_report(config, folder, runtime)
@@ -257,9 +258,10 @@ def tracker_names(config: TrainingConfig) -> list[str]:
     return ["tensorboard"] * config.tensorboard + ([config.tracker] if config.tracker else [])
 
 
-def open_trackers(config: TrainingConfig, writer: checkpoint.RunFolder) -> tracking.Trackers:
+def open_trackers(config: TrainingConfig, writer: checkpoint.RunFolder, runtime: engine.Runtime) -> tracking.Trackers:
     """What the scalars of every epoch are sent to, by the process that writes."""
-    return tracking.Trackers(tracker_names(config) if writer.active else [], writer.path, config.to_json())
+    names = tracker_names(config) if writer.active else []
+    return tracking.Trackers(names, writer.path, config.to_json(), runtime.say)
 
 
 def gather_facts(
@@ -889,8 +891,11 @@ def plan(
     notes = [*data.leakage_notes(examples), *backbone.notes]
     if num_truncated:
         notes.append(f"{num_truncated} text(s) exceed CLIP's context length and were cut")
-    if config.freeze_layers != TrainingConfig.freeze_layers and not config.partial_freeze:
-        notes.append("--freeze_layers does nothing without --partial_freeze")
+    if config.freeze_layers != TrainingConfig.freeze_layers:
+        if config.unfreeze_schedule:
+            notes.append("--freeze_layers does nothing beside --unfreeze_schedule")
+        elif not config.partial_freeze:
+            notes.append("--freeze_layers does nothing without --partial_freeze")
     if config.cache_views is not None and caches_nothing(config, model):
         notes.append("--cache_views does nothing here: no layers in front are frozen and cached")
     if config.crops and config.num_views == 0 and not caches_nothing(config, model):

@@ -928,6 +928,8 @@ def yielding(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
         dropped = ("freeze_clip",)
     elif above.get("partial_freeze") is False:
         dropped = ("freeze_layers",)
+    if any(name in above for name in ("partial_freeze", "freeze_layers", "lora_rank")):
+        dropped += ("unfreeze_schedule",)
     return {key: value for key, value in below.items() if key not in dropped}
 
 

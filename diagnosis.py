@@ -174,6 +174,8 @@ def find_unstable(run: Run) -> Finding | None:
             evidence = (
                 f"the gradient norm jumps to {grad_norm[epoch]:.3g} in epoch {epoch + 1}, from about {before:.3g}"
             )
+            if 0.5 < run.config.max_grad_norm <= 1:  # clipping as usual has not held it
+                changes["max_grad_norm"] = 0.5
             return run.finding("unstable", evidence, why, changes)
     train, val = run.curve("loss"), run.curve("val_loss")
     swings = [(low, high) for low, high in rises(val, run.val_rise) if min(val[high:]) * (1 + run.val_rise) < val[high]]

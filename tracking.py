@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,6 +16,8 @@ OF_SPEED = ("images_per_s", "data_wait", "seconds", "gpu_memory_gb")
 class Tracker(Protocol):
     """One place that scalars go to."""
 
+    failures: tuple[type[Exception], ...]  # what it raises when it cannot go on
+
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Take the scalars (by tag) of a step."""
 
@@ -25,6 +27,8 @@ class Tracker(Protocol):
 
 class TensorBoard:
     """Event files in the run folder."""
+
+    failures: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder / TENSORBOARD_DIR)
@@ -47,9 +51,10 @@ class WeightsAndBiases:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         wandb: Any = importlib.import_module("wandb")
+        self.failures: tuple[type[Exception], ...] = (wandb.Error,)
         try:
             self.run = wandb.init(name=folder.name, dir=str(folder), config=dict(settings))
-        except wandb.Error as error:  # nobody is logged in, nobody answers
+        except self.failures as error:  # nobody is logged in, nobody answers
             raise ValueError(f"--tracker wandb: {one_line(error)}") from error
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
@@ -66,10 +71,11 @@ class MLflow:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.mlflow: Any = importlib.import_module("mlflow")
+        self.failures: tuple[type[Exception], ...] = (self.mlflow.MlflowException,)
         try:
             self.mlflow.start_run(run_name=folder.name)
             self.mlflow.log_params(dict(settings))
-        except self.mlflow.MlflowException as error:
+        except self.failures as error:
             raise ValueError(f"--tracker mlflow: {one_line(error)}") from error
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
@@ -98,17 +104,28 @@ def check_installed(names: list[str]) -> None:
 
 
 class Trackers:
-    """All trackers that were asked for, which may be none; told if the block is left by an error, else `finish` them.
+    """All trackers that were asked for, which may be none, closed when the block is left.
+
+    One that cannot go on is given up, aloud: a tracker must not cost a long training.
+
+    Args:
+        say: prints a line.
 
     Raises:
         ValueError: a tracker cannot be opened.
     """
 
-    def __init__(self, names: list[str], folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, names: list[str], folder: Path, settings: Mapping[str, Any], say: Callable[[str], object] = print
+    ) -> None:
+        self.say = say
         self.trackers: list[Tracker] = []
         for name in names:
-            with self:
+            try:
                 self.trackers.append(KINDS[name](folder, settings))
+            except ValueError:
+                self.close(failed=True)
+                raise
 
     def __enter__(self) -> Trackers:
         return self
@@ -116,24 +133,26 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self.close(failed=True)
+        self.close(failed=error is not None)
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         """Send a row of metrics.csv, or "test_..." scores, as the scalars of an epoch."""
         scalars = {tag_of(name): value for name, value in row.items() if name != "epoch"}
-        for tracker in self.trackers:
-            tracker.log(scalars, step)
-
-    def finish(self, row: Mapping[str, float], step: int) -> None:
-        """Send the scores of the test fold, as `log` does, and close."""
-        self.log(row, step)
-        self.close(failed=False)
+        self.each(lambda tracker: tracker.log(scalars, step))
 
     def close(self, *, failed: bool) -> None:
         """Close all."""
-        for tracker in self.trackers:
-            tracker.close(failed=failed)
+        self.each(lambda tracker: tracker.close(failed=failed))
+        self.trackers.clear()
+
+    def each(self, act: Callable[[Tracker], object]) -> None:
+        """Do something with every tracker; those that fail are given up."""
+        for tracker in list(self.trackers):
+            try:
+                act(tracker)
+            except tracker.failures as error:
+                self.trackers.remove(tracker)
+                self.say(f"note      {type(tracker).__name__} gets nothing more: {one_line(error)}")
 
 
 def one_line(error: Exception) -> str:

@@ -16,23 +16,23 @@ begin() {
     shift
     if [ "$given" -eq 0 ]; then flags=(--demo "$@"); fi
     mkdir -p "$out"
-    if [ -f "$out/flags" ] && [ "$(cat "$out/flags")" != "${flags[*]}" ]; then
-        echo "error: the runs in $out were made with '$(cat "$out/flags")'; name another folder, as in OUT=runs/other" >&2
-        exit 2
-    fi
-    echo "${flags[*]}" >"$out/flags"
 }
 
 # train NAME FLAGS...: one run; its own flags come last and win.
 train() {
     local folder=$out/$1
     shift
+    local asked="${flags[*]} $*"
     runs+=("$folder")
-    if [ -f "$folder/results.json" ]; then
+    if [ ! -f "$folder/results.json" ]; then
+        echo "== $folder: $asked"
+        echo "$asked" >"$folder.flags"
+        "$python" "$here/baseline.py" "${flags[@]}" "$@" --output_dir "$folder" --overwrite
+    elif [ "$(cat "$folder.flags")" = "$asked" ]; then
         echo "== $folder is finished"
     else
-        echo "== $folder: ${flags[*]} $*"
-        "$python" "$here/baseline.py" "${flags[@]}" "$@" --output_dir "$folder" --overwrite
+        echo "error: $folder was made with '$(cat "$folder.flags")'; name another place, as in OUT=runs/other" >&2
+        exit 2
     fi
 }
 

@@ -488,6 +488,7 @@ def test_what_cannot_be_decoded_is_told_in_one_line(upload, content, reason):
         ("name,prompt\na.png,x\n", ["a.png", "a.png"], "1 image name(s) were uploaded more than once: a.png"),
         ("name,prompt\nx/a.png,x\ny/a.png,y\n", ["a.png"], "x/a.png and y/a.png: uploads have no folders"),
         ("name,prompt\n,x\n", ["a.png"], "rows.csv row 2: the image name is empty"),
+        (f"name,prompt\na.png,{'x' * 2001}\n", ["a.png"], "rows.csv row 2: the prompt has more than 2000 characters"),
         ("name,prompt\n", ["a.png"], "rows.csv: has a header but no rows"),
         ("name,name\na,b\n", ["a.png"], "the header has"),
         ("name,prompt\n" + "a.png,x\n" * 501, ["a.png"], "501 rows, at most 500"),

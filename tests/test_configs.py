@@ -431,6 +431,23 @@ def test_flags_win_over_a_preset_and_over_its_way_of_freezing(name, flags):
         assert getattr(found, option) == PRESETS[name][option]
 
 
+@pytest.mark.parametrize(
+    ("flags", "freezing"),
+    [
+        ("--partial_freeze --freeze_layers 18", "partial18"),
+        ("--freeze_layers 18 --partial_freeze", "partial18"),
+        ("--no_partial_freeze", "full"),
+        ("--lora_rank 4", "full-lora4"),
+        ("--freeze_clip", "frozen"),
+        ("--unfreeze_schedule 20@0", "partial20"),
+        ("--epochs 3", "partial22"),
+    ],
+)
+def test_flags_on_freezing_win_over_the_schedule_of_a_config(flags, freezing, tmp_path):
+    saved = write_json(tmp_path, {"unfreeze_schedule": "22@0,20@10"})
+    assert parse_args(["--config", saved, *flags.split()]).freezing == freezing
+
+
 def test_a_switch_turns_off_how_a_preset_freezes():
     assert parse_args(["--preset", "small", "--no_freeze_clip"]).freezing == "full"
     assert parse_args(["--preset", "medium", "--no_partial_freeze"]).freezing == "full"

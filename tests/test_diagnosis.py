@@ -379,6 +379,8 @@ def test_proposals_are_the_next_steps_of_the_guide():
     assert changes(only(AT_START)) == {"lr": 1e-5, "warmup_ratio": 0.1}
     assert changes(only(STARVED_Q, LOPSIDED), LOPSIDED) == {"w_q": 0.5, "w_c": 0.5}
     assert changes(only(CONFLICT)) == {"task_gradients": "stop_q"}
+    jump = only(history(grad_norm=[1.0] * 15 + [50.0] * 5))
+    assert changes(jump) == {"lr": 1e-5, "warmup_ratio": 0.1, "max_grad_norm": 0.5}
     rough = replace(CONFIG, lr=1e-3, max_grad_norm=0.0, scheduler="constant")
     assert changes(only(UNSTABLE_VAL, rough), rough) == {
         "lr": 1e-4,

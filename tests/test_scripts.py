@@ -103,6 +103,19 @@ def test_a_sweep_makes_its_runs_and_ends_with_one_table_of_them(name, demo_set, 
     assert other.returncode == 2 and "OUT=" in other.stderr and "Traceback" not in other.stderr
 
 
+@pytest.mark.slow
+def test_a_mistake_does_not_stand_in_the_way_of_the_next_call(demo_set, tmp_path):
+    wrong = run_script("sweep_lr.sh", tmp_path, "--data_csv_pth", "x", OUT="runs/here", LRS="1e-3")
+    assert wrong.returncode == 2 and "did you mean --data_csv_path" in wrong.stderr
+    right = run_script("sweep_lr.sh", tmp_path, *small_flags(demo_set, tmp_path), OUT="runs/here", LRS="1e-3")
+    assert right.returncode == 0, right.stderr
+    variables = {"OUT": "runs/two", "LAYERS": "23"}
+    for epochs, code in (("1 1", 0), ("1 2", 2)):
+        found = run_script("two_stage.sh", tmp_path, *small_flags(demo_set, tmp_path), EPOCHS=epochs, **variables)
+        assert found.returncode == code, found.stderr
+    assert "runs/two/stage-2 was made with" in found.stderr
+
+
 def test_the_ablation_crosses_freezing_heads_and_loss(tmp_path):
     stand_in = tmp_path / "python"  # writes down the flags of each run and calls it finished
     stand_in.write_text(

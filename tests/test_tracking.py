@@ -175,9 +175,9 @@ def test_an_older_runs_events_do_not_mix_with_those_of_the_next(train):
 
 def test_only_the_process_that_writes_sends_anything(service, tmp_path):
     config = TrainingConfig(tensorboard=True, tracker=service[0])
-    with baseline.open_trackers(config, checkpoint.RunFolder(tmp_path / "run", active=False)) as trackers:
+    other = checkpoint.RunFolder(tmp_path / "run", active=False)
+    with baseline.open_trackers(config, other, engine.start_runtime("cpu", "off")) as trackers:
         trackers.log({"loss": 1.0}, 1)
-    trackers.finish({}, 1)
     assert (service[1].started, service[1].logged) == ([], []) and not list(tmp_path.iterdir())
 
 
@@ -241,11 +241,35 @@ def test_a_column_becomes_a_tag_of_its_section(column, tag):
     assert tag_of(column) == tag
 
 
-def test_trackers_close_once_whichever_way_a_run_ends(tmp_path, service):
+def test_trackers_close_when_the_block_is_left(tmp_path, service):
     name, told = service
     with Trackers([name], tmp_path, {}) as trackers:
         trackers.log({"epoch": 1, "loss": math.nan}, 1)
-    assert told.ended == []
-    trackers.finish({}, 1)
+        assert told.ended == []
     assert told.ended == [OUTCOMES[name][False]]
     assert [list(scalars) for _, scalars in told.logged][:1] == [["train/loss"]]
+
+
+def test_a_run_that_fails_after_its_last_epoch_is_told_as_failed(train, service, monkeypatch):
+    name, told = service
+
+    def fail(*args: object) -> None:
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(baseline, "load_best", fail)
+    with pytest.raises(SystemExit, match="2"):
+        train(f"--tracker {name}")
+    assert told.ended == [OUTCOMES[name][True]]
+
+
+def test_a_tracker_that_fails_in_training_is_given_up_aloud_and_training_goes_on(train, service, monkeypatch, capsys):
+    name, told = service
+
+    def fail(self: object, scalars: object, step: int) -> None:
+        told.logged.append((step, {}))
+        raise RefusedError("nobody\nanswers")
+
+    monkeypatch.setattr(tracking.KINDS[name], "log", fail)
+    assert "best_epoch" in train(f"--tracker {name}")[1]
+    assert len(told.logged) == 1 and told.ended == []
+    assert "gets nothing more: nobody answers" in capsys.readouterr().out
