@@ -43,11 +43,11 @@ from PIL import Image, UnidentifiedImageError
 import checkpoint
 import data
 import explain
-import reporting
 from commands import parse_app_args
 from configs import one_line_errors
 from images import first_five, load_image
 from predict import UNREADABLE, Scorer
+from scores import columns_of, title_of
 
 FORMATS = (
     "JPEG",
@@ -241,7 +241,7 @@ class Answers:
             progress((done, len(uploads)), unit="images")
 
         table = self.scorer.score([upload.path for upload in uploads], prompts, progress=count)
-        columns = {task: table[reporting.columns_of(task)[1]].tolist() for task in self.scorer.scales}
+        columns = {task: table[columns_of(task)[1]].tolist() for task in self.scorer.scales}
         return [
             Scored(upload.name, prompt, as_link(image), {task: columns[task][row] for task in columns})
             for row, (upload, image, prompt) in enumerate(zip(uploads, images, prompts, strict=True))
@@ -284,9 +284,7 @@ class Answers:
             return EMPTY["score"]
         known = [task for task in self.scorer.scales if not np.isnan(rows[0].scores[task])]
         used = by if by in known else known[0]
-        note = (
-            "" if used == by else f"There is no {data.title_of(by)} without a prompt: ranked by {data.title_of(used)}."
-        )
+        note = "" if used == by else f"There is no {title_of(by)} without a prompt: ranked by {title_of(used)}."
         ranked = sorted(rows, key=lambda row: row.scores[used], reverse=True)
         return notes + note_html(note) + self.table_html(ranked, known)
 
@@ -296,7 +294,7 @@ class Answers:
         for number, row in enumerate(rows, start=1):
             said = f'<div class="prompt">{html.escape(row.prompt)}</div>' if with_prompt and row.prompt else ""
             scores = "".join(
-                f'<td data-title="{html.escape(data.title_of(task))}">'
+                f'<td data-title="{html.escape(title_of(task))}">'
                 f"{score_html(row.scores[task], self.scorer.scales[task], self.usual(task))}</td>"
                 for task in tasks
             )
@@ -304,7 +302,7 @@ class Answers:
                 f'<tr><td class="rank">{number}</td><td class="thumb"><img src="{row.thumb}" alt=""></td>'
                 f'<td class="name">{html.escape(row.name)}{said}</td>{scores}</tr>'
             )
-        titles = "".join(f"<th>{html.escape(data.title_of(task))}</th>" for task in tasks)
+        titles = "".join(f"<th>{html.escape(title_of(task))}</th>" for task in tasks)
         return (
             f'<table class="scores"><thead><tr><th></th><th></th><th>image</th>{titles}</tr></thead>'
             f"<tbody>{''.join(cells)}</tbody></table>"
@@ -329,7 +327,7 @@ class Answers:
             scores = self.scorer.score([path], text).iloc[0]
             notes = note_html(self.cut_note())
             figures = (
-                self.figure_html(picture, task, values, float(scores[reporting.columns_of(task)[1]]))
+                self.figure_html(picture, task, values, float(scores[columns_of(task)[1]]))
                 for task, values in maps.items()
             )
             return f'{notes}<div class="maps">{"".join(figures)}</div>'
@@ -340,7 +338,7 @@ class Answers:
         # Below a thousandth of the scale there is nothing to see, and colours should not make it look like much.
         limit = max(float(np.abs(values).max()), (scale.high - scale.low) / 1000)
         shown = explain.overlay(picture, values, explain.seen_box(self.scorer, picture.size), limit)
-        title = html.escape(data.title_of(task))
+        title = html.escape(title_of(task))
         row, column = np.unravel_index(np.abs(values).argmax(), values.shape)
         change = values[row, column]
         words = f"{'lowers' if change > 0 else 'raises'} it by {abs(change):.2f}"
@@ -384,7 +382,7 @@ class Answers:
         table = pd.DataFrame({"name": [row.name for row in rows], "prompt": [row.prompt for row in rows]})
         table = table.map(as_text_cell)
         for task in self.scorer.scales:
-            table[reporting.columns_of(task)[1]] = [row.scores[task] for row in rows]
+            table[columns_of(task)[1]] = [row.scores[task] for row in rows]
         path = Path(tempfile.mkdtemp(dir=self.folder)) / "scores.csv"
         checkpoint.write_csv(path, table)
         return str(path)
@@ -393,7 +391,7 @@ class Answers:
         """What the scores mean, in words that the checkpoint and its run can vouch for."""
         lines = []
         for task, scale in self.scorer.scales.items():
-            title = f"<b>{html.escape(data.title_of(task))}</b>"
+            title = f"<b>{html.escape(title_of(task))}</b>"
             line = f"{title}: {scale.low:g} to {scale.high:g}, the scale of the human scores that it learned from."
             if known := self.test.of(task):
                 line += (
@@ -505,7 +503,7 @@ def build_score_tab(answers: Answers, event: Mapping[str, Any]) -> None:
             hand_over_names(files)
             prompt = prompt_box("What the images should show. Without it: quality alone")
             by = gr.Radio(
-                [(data.title_of(task), task) for task in tasks], value=tasks[0], label="Rank by", visible=len(tasks) > 1
+                [(title_of(task), task) for task in tasks], value=tasks[0], label="Rank by", visible=len(tasks) > 1
             )
             button = gr.Button("Score", variant="primary")
         with gr.Column(scale=5, min_width=300):

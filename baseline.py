@@ -54,6 +54,7 @@ import sources
 import tracking
 from configs import OPTIONS, TrainingConfig, one_line_errors, parse_args
 from kept import NOTHING, Kept
+from scores import TASKS, title_of
 
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
@@ -602,21 +603,21 @@ def read_examples(config: TrainingConfig, kept: Kept = NOTHING) -> data.Examples
 def check_examples(config: TrainingConfig, examples: data.Examples) -> None:
     """Raise ValueError if the options ask for what the data has not."""
     task = config.select_by.rpartition("_")[2]
-    if task in data.TASKS and task not in examples.scales:
-        raise ValueError(f"--select_by {config.select_by}: the data has no {data.TASKS[task]} scores")
+    if task in TASKS and task not in examples.scales:
+        raise ValueError(f"--select_by {config.select_by}: the data has no {TASKS[task]} scores")
     if not any({"q": config.w_q, "c": config.w_c}.get(task, config.w_extra) for task in examples.scales):
-        raise ValueError(f"the data has {' and '.join(map(data.title_of, examples.scales))} scores only, weighted 0")
-    if not set(data.TASKS) & set(examples.scales):
+        raise ValueError(f"the data has {' and '.join(map(title_of, examples.scales))} scores only, weighted 0")
+    if not set(TASKS) & set(examples.scales):
         raise ValueError("the data has neither quality nor consistency scores: --extra_scores come beside them")
     stopped = config.task_gradients.removeprefix("stop_")
-    if stopped in data.TASKS and set(examples.scales) == {stopped}:
+    if stopped in TASKS and set(examples.scales) == {stopped}:
         raise ValueError(f"--task_gradients {config.task_gradients}: the data has no other scores to train CLIP by")
     if config.uses_spreads and set(examples.spreads) & set(examples.scales) != set(examples.scales):
         lacking = next(task for task in examples.scales if task not in examples.spreads)
         way = "which --extra_scores do not have"
-        if lacking in data.TASKS:
+        if lacking in TASKS:
             way = "name its column with --quality_std_column, --consistency_std_column"
-        raise ValueError(f"--loss {config.loss}: needs the opinions' std on {data.title_of(lacking)}; {way}")
+        raise ValueError(f"--loss {config.loss}: needs the opinions' std on {title_of(lacking)}; {way}")
     if config.strict_splits and (leaks := data.leakage_notes(examples)):
         raise ValueError(f"--strict_splits: {'; '.join(leaks)}")
     if config.use_explanations and (examples.table["prompt"] == "").all():
@@ -760,7 +761,7 @@ def score_terms(
 def leaves_unused(examples: data.Examples, model: models.ScoreModel) -> bool:
     """Whether some of what is trained may get no gradient: a head without labels, a part that a foreign tower skips."""
     plain = all(map(models.staged_blocks, (model.clip.visual, model.clip.text)))
-    return not plain or model.task_gradients != "shared" or not set(data.TASKS) <= set(examples.scales)
+    return not plain or model.task_gradients != "shared" or not set(TASKS) <= set(examples.scales)
 
 
 def build_losses(
@@ -877,7 +878,7 @@ def plan(
     """What is about to be trained, in a few lines."""
     table = examples.table
     scores = ", ".join(
-        f"{data.title_of(task)} {table[task].min():g}..{table[task].max():g} ({table[task].notna().sum()})"
+        f"{title_of(task)} {table[task].min():g}..{table[task].max():g} ({table[task].notna().sum()})"
         for task in examples.scales
     )
     counts = models.count_parameters(model)

@@ -19,12 +19,27 @@ import pandas as pd
 
 import metrics
 from configs import OneLineParser, one_line_errors
+from scores import MEASURES, stem_of, tasks_of, title_of_stem
 
 PREDICTIONS_FILE = "predictions.csv"
 PROTOCOL_FILE = "protocol.json"  # tells a folder of repeated runs
 SUMMARY_FILE = "summary.json"
 MIN_CLUSTERS = 20  # prompts, below which a bootstrap over them promises more than it holds
-TITLES = {"align": "consistency"}  # as every other table calls it
+NUMBER = (int, float)
+STATISTICS = {  # of a measure over repeated runs
+    **dict.fromkeys(("mean", "sd", "median"), NUMBER),
+    "interval": (list, type(None)),
+    "values": [NUMBER, ...],
+}
+SUMMARY = {  # of summary.json
+    "runs": [str, ...],
+    "tests": [str, ...],
+    "share": NUMBER,
+    "images": {"test": int, str: int},
+    "test": {str: STATISTICS},
+    "floors": {str: {str: STATISTICS}},
+    "over": {str: {str: STATISTICS}},
+}
 COLUMNS = [
     "score",
     "set",
@@ -128,16 +143,77 @@ def differences(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
     }
 
 
+def mismatch(found: object, shape: Any, name: str = "") -> str:
+    """What of a JSON value is not of a shape, in words; "" if it all is.
+
+    Args:
+        shape: a kind, or several in a tuple, numbers being finite; {name: shape, ...} for an object with at least these
+            parts, {str: shape} for one whose other parts are all alike; [shape, shape] for a list of so many, and
+            [shape, ...] with an ellipsis for one of any number but none.
+        name: what the value is called.
+    """
+    what = repr(name) if name else "it"
+    if isinstance(shape, dict):
+        if not isinstance(found, dict):
+            return f"{what} is no object"
+        absent = [key for key in shape if key is not str and key not in found]
+        parts = [
+            (found[key], shape.get(key, shape.get(str)), str(key)) for key in found if key in shape or str in shape
+        ]
+        return f"{what} has no {absent[0]!r}" if absent else first_mismatch(parts, name)
+    if isinstance(shape, list):
+        if not isinstance(found, list) or not found or (shape[-1] is not ... and len(found) != len(shape)):
+            return f"{what} is no list of {'any' if shape[-1] is ... else len(shape)}"
+        return first_mismatch([(part, shape[0], str(place)) for place, part in enumerate(found)], name)
+    if not isinstance(found, shape) or (isinstance(found, float) and not np.isfinite(found)):
+        return f"{what} is no number" if shape == NUMBER or shape is int else f"{what} is of another kind"
+    return ""
+
+
+def first_mismatch(parts: Sequence[tuple[object, Any, str]], name: str) -> str:
+    """The first of `mismatch` of the parts of an object or a list: value, shape, name."""
+    said = (mismatch(part, shape, f"{name}.{key}" if name else key) for part, shape, key in parts)
+    return next(filter(None, said), "")
+
+
+def score_mismatch(measured: Mapping[str, Any], name: str) -> str:
+    """What the scores of "srocc_q", ... are without, in words; "" if each has them all."""
+    absent = [key for task in tasks_of(measured) for part in MEASURES if (key := f"{part}_{task}") not in measured]
+    return f"{name!r} has no {absent[0]!r}" if absent else ""
+
+
+def summary_mismatch(found: Any) -> str:
+    """What of a summary is not as it is written, in words; "" if it all is."""
+    if said := mismatch(found, SUMMARY):
+        return said
+    parts = {"test": found["test"], **{f"floors.{name}": row for name, row in found["floors"].items()}}
+    for name, row in parts.items():
+        if said := score_mismatch(row, name):
+            return said
+    parts |= {f"over.{name}": row for name, row in found["over"].items()}
+    for name, row in parts.items():
+        for key, values in row.items():
+            if len(values["values"]) != len(found["runs"]):
+                return f"'{name}.{key}.values' are not as many as the runs"
+            if values["interval"] is not None and (
+                said := mismatch(values["interval"], [NUMBER, NUMBER], f"{name}.{key}.interval")
+            ):
+                return said
+    return ""
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary that repeated runs have left. Raises ValueError."""
+    """The summary that repeated runs have left, with every part it is written with. Raises ValueError."""
     try:
         found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder}: no finished repeated runs, {SUMMARY_FILE} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / SUMMARY_FILE}: cannot be read ({error})") from None
-    if not {"runs", "tests", "share", "test"} <= set(found):
-        raise ValueError(f"{folder / SUMMARY_FILE}: was made by another version; run the same command again")
+    if said := summary_mismatch(found):
+        raise ValueError(
+            f"{folder / SUMMARY_FILE}: {said}: it was made by another version, or changed; run the same command again"
+        )
     return found
 
 
@@ -156,17 +232,13 @@ def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
                 f"{folder}: has other seeds, folds, images or scores than {folders[0]}; repeat it as there"
             )
     common = [key for key in first["test"] if all(key in summary["test"] for summary in summaries)]
-    tasks = [key.removeprefix("srocc_") for key in common if key.startswith("srocc_")]
+    tasks = tasks_of(common)
     if not tasks:
         raise ValueError(f"{folders[0]} and the others share no score: there is nothing to compare")
     rows = []
     for task in tasks:
         for folder, summary in zip(folders, summaries, strict=True):
-            row: dict[str, Any] = {
-                "score": {"q": "quality", "c": "align"}.get(task, task),
-                "set": "",
-                "run": str(folder),
-            }
+            row: dict[str, Any] = {"score": stem_of(task), "set": "", "run": str(folder)}
             row |= {"images": summary["images"]["test"]}
             found = {}
             for name in ("srocc", "plcc"):
@@ -186,7 +258,7 @@ def verdict(low: float, high: float) -> str:
 def table_lines(found: pd.DataFrame) -> list[str]:
     """The comparison as text."""
     width = max(len(run) for run in found["run"]) + 2
-    titles = found["score"].replace(TITLES)
+    titles = found["score"].map(title_of_stem)
     if found["set"].nunique() > 1:
         titles = found["set"] + " " + titles
     wide = titles.str.len().max() + 2

@@ -19,9 +19,9 @@ import pandas as pd
 from sklearn.model_selection import GroupShuffleSplit
 
 from images import ImageFile, check_images, first_five
+from scores import TASKS, title_of
 
 FOLDS = ("train", "val", "test")
-TASKS = {"q": "quality", "c": "consistency"}
 
 # How pandas gives every cell as text, blank lines included, which count as rows.
 CSV_AS_TEXT: dict[str, Any] = {
@@ -52,11 +52,6 @@ class Columns:
     group: str | None = None
     quality_std: str = "std_quality"
     consistency_std: str = "std_align"
-
-
-def title_of(task: str) -> str:
-    """What a score is called: an extra one by its column."""
-    return TASKS.get(task, task)
 
 
 def read_table(

@@ -12,6 +12,7 @@ import pandas as pd
 import data
 import sources
 from configs import TrainingConfig, one_line_errors, parse_args
+from scores import title_of
 
 NUM_BINS = 10
 BAR_LENGTH = 40
@@ -89,7 +90,7 @@ def histogram(examples: data.Examples, task: str) -> list[str]:
         opinions = f", opinions differ by {np.median(spread) * (scale.high - scale.low):.2f} (median std)"
     missing = len(examples.table) - len(mos)
     lines = [
-        f"{data.title_of(task)}: {len(mos)} scores {mos.min():g} to {mos.max():g} on a scale of {scale.low:g} to "
+        f"{title_of(task)}: {len(mos)} scores {mos.min():g} to {mos.max():g} on a scale of {scale.low:g} to "
         f"{scale.high:g}, mean {mos.mean():.2f}, sd {mos.std():.2f}{opinions}" + f"; {missing} missing" * bool(missing)
     ]
     counts, edges = np.histogram(mos, bins=NUM_BINS)
@@ -106,7 +107,7 @@ def generators(examples: data.Examples) -> list[str]:
     tasks = list(examples.scales)
     rows = table.groupby("group")[tasks].mean()
     rows.insert(0, "images", table.groupby("group").size())
-    rows = rows.rename(columns={task: data.title_of(task) for task in tasks}).rename_axis("generator").reset_index()
+    rows = rows.rename(columns={task: title_of(task) for task in tasks}).rename_axis("generator").reset_index()
     return rows.to_string(index=False, float_format="%.2f").splitlines()
 
 

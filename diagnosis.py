@@ -15,8 +15,8 @@ from typing import Any
 import advice
 import configs
 from configs import OPTIONS, TrainingConfig
+from scores import TASKS
 
-TASKS = {"q": "quality", "c": "consistency"}
 MAX_FINDINGS = 3
 
 MIN_EPOCHS = 3  # two points make a line, but no curve

@@ -20,8 +20,9 @@ import labels
 import metrics
 import reporting
 from images import check_images
+from scores import MEASURES, columns_of, title_of
 
-COLUMNS = ["run", "set", "score", "images", *reporting.MEASURES, "srocc_low", "srocc_high", "generator_mean_srocc"]
+COLUMNS = ["run", "set", "score", "images", *MEASURES, "srocc_low", "srocc_high", "generator_mean_srocc"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def evaluate(
     if leaked := int(data.prompt_keys(table).isin(prompts_seen_by(Path(run))).sum()):
         lines.append(f"note: {leaked} of the {len(table)} others share their prompt with an image that {run} has seen")
     if not tasks:
-        had = ", ".join(data.title_of(task) for task in scales)
+        had = ", ".join(title_of(task) for task in scales)
         return [], [*lines, f"note: no unseen images of {labelled.title} with scores that {run} predicts ({had})"]
     predicted = score(table)
     clusters = data.clusters(table)
@@ -105,7 +106,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     found: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        pred = predicted[reporting.columns_of(task)[1]].to_numpy()
+        pred = predicted[columns_of(task)[1]].to_numpy()
         known = table[task].notna().to_numpy() & np.isfinite(pred)
         mos = table[task].to_numpy()[known]
         pred = pred[known]
@@ -114,7 +115,7 @@ def evaluate(
             {
                 "run": run,
                 "set": labelled.title,
-                "score": data.title_of(task),
+                "score": title_of(task),
                 "images": len(mos),
                 **metrics.agreement(pred, mos),
                 "srocc_low": ends[0],
@@ -148,12 +149,12 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     wide = {
         key: max(len(text) for text in (key, *(str(row[key]) for row in rows))) + 2 for key in ("run", "set", "score")
     }
-    titles = "".join(f"{title:>12}" for title in reporting.MEASURES.values())
+    titles = "".join(f"{title:>12}" for title in MEASURES.values())
     head = "".join(f"{key:<{width}}" for key, width in wide.items())
     lines = [f"{head}{'images':>7}{titles}{'95 % of SROCC':>18}{'generator':>11}"]
     for row in rows:
         cells = "".join(f"{row[key]:<{width}}" for key, width in wide.items())
-        numbers = "".join(f"{row[name]:>12.3f}" for name in reporting.MEASURES)
+        numbers = "".join(f"{row[name]:>12.3f}" for name in MEASURES)
         floor = f"{row['generator_mean_srocc']:.3f}" if np.isfinite(row["generator_mean_srocc"]) else ""
         ends = f"{row['srocc_low']:.3f} .. {row['srocc_high']:.3f}" if np.isfinite(row["srocc_low"]) else ""
         lines.append(f"{cells}{row['images']:>7}{numbers}{ends:>18}{floor:>11}")

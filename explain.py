@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-import reporting
 from images import load_image
 from predict import Scorer
+from scores import columns_of
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -90,7 +90,7 @@ def occlusion_map(
         if progress:
             progress(len(copies))
     scores = pd.concat(tables, ignore_index=True)
-    columns = {task: reporting.columns_of(task)[1] for task in scorer.scales}
+    columns = {task: columns_of(task)[1] for task in scorer.scales}
     known = {task: scores[column].to_numpy() for task, column in columns.items() if scores[column].notna().all()}
     return {task: (values[0] - values[1:]).reshape(grid, grid) for task, values in known.items()}
 

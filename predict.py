@@ -40,11 +40,11 @@ import engine
 import evaluation
 import inputs
 import models
-import reporting
 from commands import parse_predict_args
 from configs import one_line_errors, split_list
 from images import Views, decode, decode_all, first_five
 from parts import Parts
+from scores import TASKS, columns_of
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
@@ -162,7 +162,7 @@ class Scorer:
         texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(images):
             raise ValueError(f"{len(images)} images but {len(texts)} prompts: give one for each, one for all, or none")
-        columns = {task: reporting.columns_of(task)[1] for task in dict.fromkeys([*data.TASKS, *self.scales])}
+        columns = {task: columns_of(task)[1] for task in dict.fromkeys([*TASKS, *self.scales])}
         table = pd.DataFrame(np.nan, index=range(len(images)), columns=list(columns.values()))
         if not len(images):
             return table
@@ -414,7 +414,7 @@ def evaluate(args: argparse.Namespace) -> pd.DataFrame:
         group=args.group_column,
     )
     scorers = {run: Scorer.load(run, device=args.device) for run in args.checkpoints}
-    extra = sorted({task for scorer in scorers.values() for task in scorer.scales} - set(data.TASKS))
+    extra = sorted({task for scorer in scorers.values() for task in scorer.scales} - set(TASKS))
     named = list(zip(split_list(args.dataset), split_list(args.data_root), strict=True))
     sets = evaluation.read_sets(args.csv, image_folder(args), columns, named, extra)
     rows = []

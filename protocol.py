@@ -19,11 +19,10 @@ import pandas as pd
 
 import checkpoint
 import compare
-import data
 import metrics
 from configs import NOT_SAVED, OPTIONS, TrainingConfig, one_line_errors
 from engine import Runtime
-from reporting import MEASURES
+from scores import MEASURES, tasks_of, title_of
 
 SUMMARY_TABLE = "summary.csv"
 TRAINED = "trained_model"
@@ -200,11 +199,6 @@ def statistics(values: list[float], share: float) -> dict[str, Any]:
     }
 
 
-def tasks_of(summary: Mapping[str, Any]) -> list[str]:
-    """The scores that a summary is about."""
-    return [key.removeprefix("srocc_") for key in summary["test"] if key.startswith("srocc_")]
-
-
 def summary_table(summary: Mapping[str, Any]) -> pd.DataFrame:
     """A row for each predictor and measure: predictor, measure, mean, sd, median, low, high."""
     rows = []
@@ -220,18 +214,21 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary as a table of text."""
     rows = {TRAINED: summary["test"], **summary["floors"]}
     width = max(map(len, rows)) + 1
-    first = max(12, *(len(data.title_of(task)) for task in tasks_of(summary))) + 1
+    first = max(12, *(len(title_of(task)) for task in tasks_of(summary["test"]))) + 1
+    count = len(summary["runs"])
     what = "all on the same test fold: intervals are those of chance in training"
-    if summary["share"]:
+    if count == 1:
+        what = "no intervals: they take several"
+    elif summary["share"]:
         what = "intervals allow for shared training images"
-    sizes = ", ".join(f"{fold} {count}" for fold, count in summary["images"].items())
+    sizes = ", ".join(f"{fold} {size}" for fold, size in summary["images"].items())
     lines = [
-        f"{len(summary['runs'])} runs, {sizes} images in the first; {what}",
+        f"{count} run{'s' if count > 1 else ''}, {sizes} images{' in the first' if count > 1 else ''}; {what}",
         f"{'':<{width + first}}{'SROCC':>7}{'sd':>7}{'median':>8}{'95 % interval':>18}{'PLCC':>8}{'sd':>7}{'fitted':>8}"
         f"{'KROCC':>7}{'RMSE':>7}",
     ]
-    for task in tasks_of(summary):
-        title = data.title_of(task)
+    for task in tasks_of(summary["test"]):
+        title = title_of(task)
         for name, found in rows.items():
             if f"srocc_{task}" not in found:
                 continue
@@ -242,13 +239,14 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
                 f"{fitted['mean']:>8.3f}{krocc['mean']:>7.3f}{rmse['mean']:>7.3f}"
             )
             title = ""
-    for task in tasks_of(summary):
+    for task in tasks_of(summary["test"]):
         for floor, found in summary["over"].items():
             if f"srocc_{task}" in found and floor != "mean":  # which orders nothing
                 over = found[f"srocc_{task}"]
+                ends = f" ({between(over['interval'], '+')})" if over["interval"] else ""
                 lines.append(
-                    f"SROCC of {data.title_of(task)}, trained model minus {floor.replace('_', ' ')}: "
-                    f"{over['mean']:+.3f} ({between(over['interval'], '+')})"
+                    f"SROCC of {title_of(task)}, trained model minus {floor.replace('_', ' ')}: "
+                    f"{over['mean']:+.3f}{ends}"
                 )
     return lines
 

@@ -1,7 +1,9 @@
 """Show a run as one HTML file, or several beside each other.
 
     python report.py runs/a                # runs/a/report.html, and every picture in runs/a/figures
-    python report.py runs/a runs/b ...     # a table here, and comparison.html in the folder they share
+    python report.py runs/a runs/b ...     # a table here, and comparison.html in runs
+
+Runs that do not lie in one folder are compared in comparison.html of the current one.
 
 Run folders are only read, through their files. The pages need nothing but themselves: no network, no script.
 """
@@ -15,8 +17,9 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,18 +35,34 @@ from PIL import Image, ImageOps
 import compare
 import figures
 from configs import NOT_SAVED, OPTIONS, OneLineParser, one_line_errors
+from scores import MEASURES, columns_of, tasks_of, title_of, title_of_stem
 
 TEMPLATES = Path(__file__).resolve().parent / "assets" / "pages"
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"
 FIGURES_DIR = "figures"
-COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
-TITLES = {"q": "quality", "c": "consistency"}
-MEASURES = {"srocc": "SROCC", "plcc": "PLCC", "plcc_fit": "PLCC fitted", "krocc": "KROCC", "rmse": "RMSE, MOS"}
-RESULT_PARTS: dict[str, type | tuple[type, ...]] = {  # of results.json, without which there is nothing to show
+NUMBER = compare.NUMBER
+MEASURED = {str: NUMBER}
+CERTAINTY = {
+    "intervals": {str: [NUMBER, NUMBER]},
+    "within_prompt": {"accuracy": (*NUMBER, type(None)), "pairs": int},
+    **dict.fromkeys(("slope", "bias"), NUMBER),
+}
+GENERATOR = {"generator": str, "images": int, **dict.fromkeys(("srocc", "plcc", "mos", "pred"), NUMBER)}
+FINDINGS = {  # of one data set
+    "certainty": {str: CERTAINTY},
+    "generators": {str: {"by_generator": [GENERATOR, ...], "ranking": NUMBER}},
+}
+RESULTS = {  # what the pages show of results.json
     **dict.fromkeys(("best_epoch", "epochs"), int),
-    "seconds": (int, float),
-    **dict.fromkeys(("val", "test", "base", "floors", "certainty", "generators", "leakage", "images", "sets"), dict),
+    "seconds": NUMBER,
+    **dict.fromkeys(("val", "test"), MEASURED),
+    "base": {str: MEASURED},
+    "floors": {str: MEASURED},
+    **FINDINGS,
+    "leakage": {str: {str: int}},
+    "images": dict.fromkeys(("train", "val", "test", str), int),
+    "sets": {str: {"test": MEASURED, **FINDINGS}},
 }
 NUM_EXAMPLES = 8  # worst, and best, images of each score
 THUMBNAIL = 160  # pixels of its longer side
@@ -96,21 +115,6 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{self.folder / compare.PREDICTIONS_FILE}: cannot be read ({error})") from None
         return table[np.isfinite(table["mos"]) & np.isfinite(table["pred"])]
-
-
-def tasks_of(measured: Mapping[str, Any]) -> list[str]:
-    """The scores that measures such as "srocc_q" are about."""
-    return [key.removeprefix("srocc_") for key in measured if key.startswith("srocc_")]
-
-
-def title_of(task: str) -> str:
-    """What a score is called: an extra one by its column."""
-    return TITLES.get(task, task)
-
-
-def columns_of(task: str) -> tuple[str, str]:
-    """The columns of human and predicted scores in predictions.csv."""
-    return COLUMNS.get(task) or (f"mos_{task.removeprefix('mos_')}", f"pred_{task.removeprefix('mos_')}")
 
 
 def read_run(folder: Path) -> Run:
@@ -177,17 +181,6 @@ def missing(path: Path, folder: Path) -> str:
     return f"{folder}: {kind}, {path.name} is missing"
 
 
-@contextlib.contextmanager
-def as_written(folder: Path) -> Iterator[None]:
-    """Raise ValueError where a part of a folder's JSON files is missing or of another kind than this version writes."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        name = compare.SUMMARY_FILE if (folder / compare.PROTOCOL_FILE).exists() else "results.json"
-        kind = type(error).__name__
-        raise ValueError(f"{folder}: {name} is not as this version writes it ({kind}: {one_line(error)})") from error
-
-
 def one_line(error: Exception) -> str:
     """An error's message without line breaks, clipped."""
     return clip(" ".join(str(error).split()), 200)
@@ -195,13 +188,8 @@ def one_line(error: Exception) -> str:
 
 def check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     """The same, if it has every part that a page shows. Raises ValueError."""
-    for name, kind in RESULT_PARTS.items():
-        if not isinstance(results.get(name), kind):
-            raise ValueError(f"{path}: has no {name!r}, or another kind of it; run it again with this version")
-    measured = [results["val"], results["test"], *results["floors"].values(), *results["base"].values()]
-    for part in measured:
-        if not isinstance(part, dict) or not all(isinstance(value, int | float) for value in part.values()):
-            raise ValueError(f"{path}: holds a score that is no number")
+    if said := compare.mismatch(results, RESULTS):
+        raise ValueError(f"{path}: {said}; run it again with this version")
     if not tasks_of(results["val"]):
         raise ValueError(f"{path}: holds no validation score")
     return results
@@ -337,8 +325,7 @@ def write_report(folder: Path) -> Path:
     pictures = Pictures()
     is_repeated = (folder / compare.PROTOCOL_FILE).exists()
     with figures.style():
-        with as_written(folder):
-            content = repeated_content(folder, pictures) if is_repeated else run_content(read_run(folder), pictures)
+        content = repeated_content(folder, pictures) if is_repeated else run_content(read_run(folder), pictures)
         template = "repeated.html.j2" if is_repeated else "report.html.j2"
         write_page(folder / REPORT_FILE, template, title=folder.resolve().name, **content)
         write_pictures(folder / FIGURES_DIR, pictures.drawn)
@@ -364,6 +351,7 @@ def run_content(run: Run, pictures: Pictures) -> dict[str, Any]:
         "folds": folds_table(run),
         "changed": options_table(run.options, changed=True),
         "unchanged": options_table(run.options, changed=False),
+        "again": shlex.join(["python", "baseline.py", "--config", str(run.folder / "config.json")]),
         "provenance": provenance_table(run),
         "timing": timing_table(run),
     }
@@ -453,7 +441,8 @@ def certainty_table(run: Run) -> Table | None:
             name = f"{title_of(task)} on {title}" if title else title_of(task)
             ends = [between(part["intervals"].get(key)) or NOTHING for key in ("srocc", "plcc")]
             pairs = part["within_prompt"]
-            share = f"{pairs['accuracy']:.1%} of {pairs['pairs']}" if pairs["pairs"] else NOTHING
+            known = pairs["accuracy"] is not None
+            share = f"{pairs['accuracy']:.1%} of {pairs['pairs']}" if known else NOTHING
             rows.append([name, *ends, share, number(part["slope"], 2), number(part["bias"], 2, "+")])
     head = ["score", "SROCC, 95 %", "PLCC, 95 %", "pairs of a prompt ordered right", "slope", "bias, MOS"]
     return Table(head, rows) if rows else None
@@ -516,7 +505,8 @@ def curves(run: Run, pictures: Pictures) -> list[Picture]:
         ]
         draw("loss-of-scores", "The loss of each score", "loss", parts)
     draw("learning-rate", "Learning rate at the start of each epoch", "learning rate", [("lr", "", 2, 0)])
-    limit = run.options.get("max_grad_norm") or None
+    limit = run.options.get("max_grad_norm")
+    limit = limit if isinstance(limit, int | float) else None
     norms = table["grad_norm"] if "grad_norm" in table else pd.Series(dtype=float)
     shown = limit if limit and np.isfinite(norms).any() and limit < 3 * norms.max() else None
     caption = "Gradient norm, before it is clipped" + (f" at {limit:g} (dashed)" if shown else "")
@@ -748,7 +738,7 @@ def summary_table(rows: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -
             cells.append([title, name.replace("_", " "), *numbers])
             title = ""
     head = ["score", "predictor", "SROCC", "sd", "median", "95 % interval", "PLCC", "sd"]
-    return Table([*head, "PLCC fitted", "KROCC", "RMSE, MOS"], cells, words=2)
+    return Table([*head, *list(MEASURES.values())[2:]], cells, words=2)
 
 
 def over_table(summary: Mapping[str, Any], tasks: Sequence[str]) -> Table | None:
@@ -839,6 +829,12 @@ def common_parent(folders: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
+def default_page(folders: Sequence[Path]) -> Path:
+    """Where the page goes: into the folder that all of these lie in directly, else into the current one."""
+    parents = {folder.resolve().parent for folder in folders}
+    return (parents.pop() if len(parents) == 1 else Path()) / COMPARISON_FILE
+
+
 def differing_options(entries: Sequence[Entry]) -> list[str]:
     """Names of the options that are not the same in all, beside those that only say where something is."""
     demo = all(entry.options.get("demo") for entry in entries)
@@ -880,7 +876,8 @@ def options_beside(entries: Sequence[Entry]) -> Table:
 def comparison_table(entries: Sequence[Entry]) -> Table:
     """A row for each entry, in their order."""
     names = differing_options(entries)
-    keys = [key for key in ("srocc_q", "plcc_q", "srocc_c", "plcc_c") if any(key in entry.test for entry in entries)]
+    tasks = tasks_of(dict.fromkeys(key for entry in entries for key in entry.test))
+    keys = [f"{name}_{task}" for task in tasks for name in ("srocc", "plcc")]
     titles = {"srocc": "SROCC", "plcc": "PLCC"}
     heads = [f"{titles[name]} {title_of(task)}" for name, _, task in (key.partition("_") for key in keys)]
     rows = [
@@ -941,7 +938,7 @@ def paired_differences(entries: Sequence[Entry]) -> tuple[pd.DataFrame, list[str
 def score_name(found: pd.DataFrame, score: str, title: str) -> str:
     """What a score is called in a table of differences: with its data set, where there are several."""
     several = len({name for name in found["set"] if name}) > 1
-    return compare.TITLES.get(score, score) + (f" on {title}" if several and title else "")
+    return title_of_stem(score) + (f" on {title}" if several and title else "")
 
 
 def differences_table(found: pd.DataFrame) -> Table:
@@ -1019,10 +1016,9 @@ def compare_folders(folders: Sequence[Path], out: Path) -> list[str]:
             raise ValueError(f"{folder}: is named twice")
     parent = common_parent(folders)
     # A folder inside another that is named too has a name of its own: relative to what they share.
-    entries = []
-    for folder, place in zip(folders, places, strict=True):
-        with as_written(folder):
-            entries.append(read_entry(folder, str(place.relative_to(parent))))
+    entries = [
+        read_entry(folder, str(place.relative_to(parent))) for folder, place in zip(folders, places, strict=True)
+    ]
     entries.sort(key=lambda entry: (entry.main is None, -(entry.main or 0.0), entry.name))
     table = comparison_table(entries)
     found, notes = paired_differences(entries)
@@ -1065,7 +1061,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(
             "--out",
             metavar="FILE",
-            help=f"the page that compares several (default: {COMPARISON_FILE} in the folder they share)",
+            help=f"the page that compares several (default: {COMPARISON_FILE} in the folder they lie in, or here if in "
+            "several)",
         )
         args: argparse.Namespace = parser.parse_args(argv)
         folders = [Path(run) for run in args.runs]
@@ -1074,7 +1071,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(f"--out {args.out}: is for several runs; the page of one is {REPORT_FILE} in it")
             print(f"page: {write_report(folders[0])}")
             return
-        out = Path(args.out) if args.out else common_parent(folders) / COMPARISON_FILE
+        out = Path(args.out) if args.out else default_page(folders)
         if out.is_dir() or not out.parent.is_dir():
             raise ValueError(f"--out {out}: must be a file in a folder that exists")
         print("\n".join(compare_folders(folders, out)))

@@ -17,18 +17,12 @@ from numpy.typing import ArrayLike
 import calibration
 import data
 import metrics
+from scores import MEASURES, TASKS, columns_of, title_of
 
 Scores = Mapping[str, np.ndarray]  # task -> scores of a fold's images
 
-MOS_COLUMNS = {"q": ("mos_quality", "pred_quality"), "c": ("mos_align", "pred_align")}
-MEASURES = {"srocc": "SROCC", "plcc": "PLCC", "plcc_fit": "PLCC fitted", "krocc": "KROCC", "rmse": "RMSE (MOS)"}
 MIN_PER_GENERATOR = 8  # labelled test images, below which a correlation says nothing
 MAX_GENERATORS_SHOWN = 20
-
-
-def columns_of(task: str) -> tuple[str, str]:
-    """How a table of predictions names the human and the predicted score of a task."""
-    return MOS_COLUMNS.get(task) or (f"mos_{task.removeprefix('mos_')}", f"pred_{task.removeprefix('mos_')}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ def agreements(in_mos: Scores, fold: str, examples: data.Examples) -> dict[str, 
             for name, value in metrics.agreement(scores[task][known], mos[known]).items():
                 found.setdefault(f"{name}_{task}", []).append(value)
     means = {name: float(np.mean(values)) for name, values in found.items()}
-    two = {key: means[key] for task in data.TASKS for key in (f"srocc_{task}", f"plcc_{task}") if key in means}
+    two = {key: means[key] for task in TASKS for key in (f"srocc_{task}", f"plcc_{task}") if key in means}
     return {**means, "main": metrics.main_score(two)} if two else means
 
 
@@ -299,12 +293,12 @@ def prediction_table(scores: Mapping[str, Scores], examples: data.Examples) -> p
                 "cluster": data.clusters(examples.table)[rows],
             }
         )
-        for task in dict.fromkeys([*data.TASKS, *examples.scales]):
+        for task in dict.fromkeys([*TASKS, *examples.scales]):
             mos_column, pred_column = columns_of(task)
             part[mos_column] = examples.mos(task, fold)
             known = task in examples.scales
             part[pred_column] = examples.scales[task].to_mos(predicted[task]) if known else np.nan
-        part.loc[(table["prompt"] == "").to_numpy(), MOS_COLUMNS["c"][1]] = np.nan
+        part.loc[(table["prompt"] == "").to_numpy(), columns_of("c")[1]] = np.nan
         tables.append(part)
     return pd.concat(tables).sort_values("row").drop(columns="row")
 
@@ -339,7 +333,7 @@ def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
     for title, part in results["sets"].items():
         lines += [f"{title}: {line}" for line in certainty_lines(part["certainty"])]
     added = ", ".join(
-        f"{data.title_of(task)} {results[fold][key] - results['base'][fold][key]:+.3f}"
+        f"{title_of(task)} {results[fold][key] - results['base'][fold][key]:+.3f}"
         for task in examples.scales
         for key in [f"srocc_{task}"]
     )
@@ -352,10 +346,10 @@ def results_table(results: Mapping[str, Any], examples: data.Examples) -> str:
 def score_table(rows: Mapping[str, Mapping[str, float]], tasks: list[str]) -> list[str]:
     """Lines of a table: for each task the measures of every row that has them."""
     width = max(len(name) for name in rows) + 1
-    first = max(12, *(len(data.title_of(task)) for task in tasks)) + 1
+    first = max(12, *(len(title_of(task)) for task in tasks)) + 1
     lines = [f"{'':<{width + first}}" + "".join(f"{title:>12}" for title in MEASURES.values())]
     for task in tasks:
-        title = data.title_of(task)
+        title = title_of(task)
         for name, row in rows.items():
             if f"srocc_{task}" in row:
                 cells = "".join(f"{row[f'{key}_{task}']:>12.3f}" for key in MEASURES)
@@ -373,7 +367,7 @@ def certainty_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if part["within_prompt"]["pairs"]:
             words.append(f"pairs of one prompt ordered right: {part['within_prompt']['accuracy']:.1%}")
         words.append(f"slope {part['slope']:.2f}, bias {part['bias']:+.2f}")
-        lines.append(f"{data.title_of(task)}: {'; '.join(words)}")
+        lines.append(f"{title_of(task)}: {'; '.join(words)}")
     return lines
 
 
@@ -384,7 +378,7 @@ def generator_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     first = next(iter(found.values()))["by_generator"]
     of_task = {task: {row["generator"]: row for row in part["by_generator"]} for task, part in found.items()}
     width = max(len(row["generator"]) for row in first[:MAX_GENERATORS_SHOWN]) + 2
-    titles = [f"{data.title_of(task)[:11]:>12} {'MOS':>6} {'pred':>6}" for task in found]
+    titles = [f"{title_of(task)[:11]:>12} {'MOS':>6} {'pred':>6}" for task in found]
     lines = [f"{'SROCC by generator':<{max(width, 20)}}{'images':>6}{''.join(titles)}"]
     for row in first[:MAX_GENERATORS_SHOWN]:
         name = row["generator"]
@@ -395,5 +389,5 @@ def generator_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         lines.append(f"{name:<{max(width, 20)}}{row['images']:>6}{''.join(cells)}")
     if len(first) > MAX_GENERATORS_SHOWN:
         lines.append(f"... and {len(first) - MAX_GENERATORS_SHOWN} more in results.json")
-    ranks = ", ".join(f"{data.title_of(task)} {part['ranking']:.3f}" for task, part in found.items())
+    ranks = ", ".join(f"{title_of(task)} {part['ranking']:.3f}" for task, part in found.items())
     return [*lines, f"SROCC of the generators' means: {ranks}"]

@@ -36,6 +36,7 @@ import inputs
 import models
 import reporting
 from configs import TrainingConfig, parse_args
+from scores import TASKS
 
 EVALUATION = -1  # the view of an image that is not augmented
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -48,7 +49,7 @@ class ScoredImages(Dataset):
         self, config: TrainingConfig, examples: data.Examples, tokens: Tensor, preprocess: dict[str, Any]
     ) -> None:
         self.files, self.tokens = examples.files, tokens
-        self.targets = np.stack([examples.unit_targets[task] for task in data.TASKS], axis=1).astype(np.float32)
+        self.targets = np.stack([examples.unit_targets[task] for task in TASKS], axis=1).astype(np.float32)
         self.view = torch.full((), EVALUATION).share_memory_()  # of training; reading processes see it change
         self.size = config.image_size
         self.normalise = v2.Compose(
@@ -162,7 +163,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         for pixels, ids, targets in batches("train", view):
             with runtime.autocast():
                 found = forward(model, pixels, ids)
-                loss_q, loss_c = (F.mse_loss(found[task], targets[:, i]) for i, task in enumerate(data.TASKS))
+                loss_q, loss_c = (F.mse_loss(found[task], targets[:, i]) for i, task in enumerate(TASKS))
                 loss = config.w_q * loss_q + config.w_c * loss_c
             optimizer.zero_grad()
             runtime.scaler.scale(loss).backward()

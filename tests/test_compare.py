@@ -17,6 +17,7 @@ from scipy import stats
 
 import compare
 import metrics
+from scores import MEASURES
 
 NUM_IMAGES = 60
 PER_PROMPT = 3
@@ -304,10 +305,12 @@ def repeated(tmp_path) -> Callable[..., str]:
     """A function that writes the folder of repeated runs with these SROCC; every PLCC is 0.1 below."""
 
     def write(name: str, *, runs: Sequence[str] = ("seed1", "seed2", "seed3"), images: Any = IMAGES, **of_task) -> str:
+        of_all = {"mean": 0.0, "sd": 0.0, "median": 0.0, "interval": None}
         test = {}
         for task, values in of_task.items():
-            test[f"srocc_{task}"] = {"values": list(values)}
-            test[f"plcc_{task}"] = {"values": [value - 0.1 for value in values]}
+            own = [*values][: len(runs)]
+            test |= {f"{name}_{task}": {**of_all, "values": own} for name in MEASURES}
+            test[f"plcc_{task}"] = {**of_all, "values": [value - 0.1 for value in own]}
         (tmp_path / name).mkdir()
         (tmp_path / name / "protocol.json").write_text("{}")
         summary = {
@@ -315,7 +318,9 @@ def repeated(tmp_path) -> Callable[..., str]:
             "images": images,
             "tests": [f"{run} {images}" for run in runs],
             "share": images["test"] / images["train"],
-            "test": {**test, "main": {"values": [0.0] * len(runs)}},
+            "test": {**test, "main": {**of_all, "values": [0.0] * len(runs)}},
+            "floors": {},
+            "over": {},
         }
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
         return str(tmp_path / name)
@@ -367,6 +372,46 @@ def test_unfinished_repeated_runs_and_single_ones_are_refused(repeated, run, ref
     assert f"{Path(other) / 'summary.json'}: cannot be read" in refused(one, other)
     (Path(other) / "summary.json").unlink()
     assert f"{other}: no finished repeated runs" in refused(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"runs": []}, "'runs' is no list of any"),
+        ({"test": {"srocc_q": 1}}, "'test.srocc_q' is no object"),
+        ({"images": {"train": 48}}, "'images' has no 'test'"),
+        ({"share": "a quarter"}, "'share' is no number"),
+        ({"runs": ["seed1"], "tests": ["x"]}, "'test.srocc_q.values' are not as many as the runs"),
+    ],
+)
+def test_a_summary_of_another_shape_is_refused_by_name(repeated, refused, change, said):
+    one, other = repeated("one", q=[0.1, 0.2, 0.3]), repeated("other", q=[0.1, 0.2, 0.3])
+    path = Path(other) / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert f"{path}: {said}: it was made by another version" in refused(one, other)
+    path.write_text("1")
+    assert f"{path}: it is no object" in refused(one, other)
+
+
+@pytest.mark.parametrize(
+    ("found", "shape", "said"),
+    [
+        ({"a": 1}, {"a": int}, ""),
+        ({"a": 1, "b": "x"}, {"a": int}, ""),
+        ({"a": 1, "b": "x"}, {"a": int, str: int}, "'b' is no number"),
+        ({}, {"a": int}, "it has no 'a'"),
+        ([], {}, "it is no object"),
+        ({"a": {"b": [1, "x"]}}, {"a": {str: [int, int]}}, "'a.b.1' is no number"),
+        ({"a": [1]}, {"a": [int, int]}, "'a' is no list of 2"),
+        ({"a": [1]}, {"a": [int, ...]}, ""),
+        ({"a": []}, {"a": [int, ...]}, "'a' is no list of any"),
+        (float("nan"), (int, float), "it is no number"),
+        (None, (list, type(None)), ""),
+        ("x", (list, type(None)), "it is of another kind"),
+    ],
+)
+def test_a_mismatch_is_told_by_its_place(found, shape, said):
+    assert compare.mismatch(found, shape) == said
 
 
 def test_joined_sets_are_compared_each_by_itself(run, capsys):

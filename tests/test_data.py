@@ -17,6 +17,7 @@ from PIL import Image
 
 import data
 import images
+from scores import TASKS
 
 USUAL = data.Columns()
 SPLIT = {"split_by": "prompt", "test_size": 0.25, "val_size": 0.25, "seed": 0}
@@ -545,7 +546,7 @@ def test_every_fold_needs_two_scores_of_each_task(task):
     scores = np.arange(8.0)
     scores[5] = np.nan
     message = refusal(data.assign_folds, table_of(["a"] * 8, split=split, **{task: scores}), **SPLIT)
-    assert f"the val fold has 1 image(s) with a score of {data.TASKS[task]}, needs at least 2" in message
+    assert f"the val fold has 1 image(s) with a score of {TASKS[task]}, needs at least 2" in message
     assert data.assign_folds(table_of(["a"] * 8, split=split, **{task: np.nan}), **SPLIT).tolist() == split
 
 
@@ -848,7 +849,7 @@ def test_scores_are_brought_to_the_scale_of_the_first_data_set_in_their_order(tw
 
 def test_without_ranges_the_training_folds_are_laid_over_each_other(two_tables):
     examples = data.build_examples([labelled(two_tables[0], "one"), labelled(two_tables[1], "two")], **SPLIT)
-    for task in data.TASKS:
+    for task in TASKS:
         for title in examples.sets:
             train, scale = examples.only(title).mos(task, "train"), examples.scales[task]
             np.testing.assert_allclose([train.min(), train.max()], [scale.low, scale.high])

@@ -22,7 +22,7 @@ import evaluation
 import metrics
 import predict
 from commands import parse_predict_args
-from reporting import MEASURES
+from scores import MEASURES
 
 TINY = shlex.split("--clip_model tiny --clip_pretrained none --image_size 112 --freeze_clip --epochs 1 --batch_size 16")
 SIZE = 24

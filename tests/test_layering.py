@@ -42,13 +42,14 @@ LAYOUT = {
     "images": Place(0, outside=names("numpy PIL torch torchvision")),
     "features": Place(0, outside=names("safetensors torch")),
     "kept": Place(0, outside=names("")),
+    "scores": Place(0, outside=names("")),
     # None of these knows CLIP, and the engine and checkpoints know nothing of images either.
-    "data": Place(1, names("images"), outside=names("numpy pandas sklearn")),
+    "data": Place(1, names("images scores"), outside=names("numpy pandas sklearn")),
     "commands": Place(1, names("configs"), outside=names("")),
     "advice": Place(1, names("configs"), outside=names("")),
-    "diagnosis": Place(2, names("advice configs"), outside=names("")),
+    "diagnosis": Place(2, names("advice configs scores"), outside=names("")),
     "tracking": Place(0, outside=names("mlflow torch wandb")),
-    "compare": Place(1, names("configs metrics"), outside=names("numpy pandas")),
+    "compare": Place(1, names("configs metrics scores"), outside=names("numpy pandas")),
     "inputs": Place(1, names("features images"), outside=names("numpy pandas torch")),
     "engine": Place(1, names("metrics"), outside=names("numpy torch")),
     "checkpoint": Place(1, names("configs"), outside=names("pandas safetensors torch")),
@@ -57,19 +58,26 @@ LAYOUT = {
         2, names("engine features images inputs models simple_statistics"), outside=names("numpy torch tqdm")
     ),
     "sources": Place(2, names("configs data demo labels"), outside=names("pandas")),
-    "reporting": Place(2, names("calibration data metrics"), outside=names("numpy pandas")),
-    "describe": Place(3, names("configs data sources"), outside=names("numpy pandas")),
+    "reporting": Place(2, names("calibration data metrics scores"), outside=names("numpy pandas")),
+    "describe": Place(3, names("configs data scores sources"), outside=names("numpy pandas")),
     "protocol": Place(
-        3, names("checkpoint compare configs data engine metrics reporting"), outside=names("numpy pandas")
+        3, names("checkpoint compare configs data engine metrics reporting scores"), outside=names("numpy pandas")
     ),
     "figures": Place(1, names("metrics"), outside=names("matplotlib numpy")),
-    "report": Place(2, names("compare configs figures metrics"), outside=names("jinja2 matplotlib numpy pandas PIL")),
-    "evaluation": Place(3, names("checkpoint data images labels metrics reporting"), outside=names("numpy pandas")),
+    "report": Place(
+        2, names("compare configs figures metrics scores"), outside=names("jinja2 matplotlib numpy pandas PIL")
+    ),
+    "evaluation": Place(
+        3, names("checkpoint data images labels metrics reporting scores"), outside=names("numpy pandas")
+    ),
 }
 LAYOUT |= {
     "baseline": Place(4, frozenset(LAYOUT)),
     "predict": Place(
-        4, names("commands configs checkpoint data engine evaluation backbones models images inputs parts reporting")
+        4,
+        names(
+            "backbones checkpoint commands configs data engine evaluation images inputs models parts reporting scores"
+        ),
     ),
 }
 LAYOUT |= {
@@ -80,11 +88,22 @@ LAYOUT |= {
         names("baseline checkpoint compare configs engine kept protocol sensitivity sources space"),
         outside=names("numpy optuna pandas sqlalchemy torch"),
     ),
-    "explain": Place(5, names("images predict reporting"), outside=names("numpy pandas PIL")),
-    "app": Place(6, names("checkpoint commands configs data explain images predict reporting")),
+    "explain": Place(5, names("images predict reporting scores"), outside=names("numpy pandas PIL")),
+    "app": Place(6, names("checkpoint commands configs data explain images predict reporting scores")),
 }
 HANDS_OVER = {("data", "describe")}  # what a file's last lines may call, being the name of a program
-FREE_OF_TORCH = ["configs", "commands", "advice", "diagnosis", "metrics", "demo", "calibration", "figures", "report"]
+FREE_OF_TORCH = [
+    "configs",
+    "scores",
+    "commands",
+    "advice",
+    "diagnosis",
+    "metrics",
+    "demo",
+    "calibration",
+    "figures",
+    "report",
+]
 LONGEST = 60  # lines of a function, docstring included
 LONGEST_RUN = 120  # lines of baseline.run, the one visible path
 KNOWS_CUDA = {("engine", "start_runtime")}  # beside the choices of --device, which are in configs

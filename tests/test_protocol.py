@@ -24,7 +24,7 @@ import engine
 import protocol
 import sources
 from configs import TrainingConfig, parse_args
-from reporting import MEASURES
+from scores import MEASURES, tasks_of
 
 TINY = shlex.split("--clip_model tiny --clip_pretrained none --image_size 112 --freeze_clip --epochs 1 --batch_size 16")
 IMAGES = {"train": 40, "val": 8, "test": 10}  # 10 / 40 is what overlapping splits add to the variance
@@ -358,7 +358,9 @@ def test_a_single_run_has_no_interval():
     assert part == {"mean": 0.5, "sd": 0.0, "median": 0.5, "interval": None, "values": [0.5]}
     assert found["over"]["mean"]["srocc_q"]["mean"] == 0.25
     assert protocol.summary_table(found)[["low", "high"]].isna().all(axis=None)
-    assert ".." not in "\n".join(protocol.summary_lines(found))
+    text = "\n".join(protocol.summary_lines(found))
+    assert ".." not in text and "()" not in text and "chance in training" not in text
+    assert text.startswith("1 run, train 40, val 8, test 10 images; no intervals")
 
 
 def test_the_table_has_a_row_for_each_predictor_and_measure():
@@ -405,7 +407,7 @@ def test_extra_scores_are_summarised_by_their_names():
     for run in runs.values():
         run["test"] |= {f"{name}_authenticity": run["test"][f"{name}_q"] for name in MEASURES}
     summary = protocol.summarise(runs)
-    assert protocol.tasks_of(summary) == ["q", "c", "authenticity"]
+    assert tasks_of(summary["test"]) == ["q", "c", "authenticity"]
     assert summary["test"]["srocc_authenticity"] == summary["test"]["srocc_q"]
     assert any(line.startswith("authenticity trained model") for line in protocol.summary_lines(summary))
 

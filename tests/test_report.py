@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import io
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -24,6 +26,7 @@ import figures
 import metrics
 import report
 from configs import TrainingConfig
+from scores import COLUMNS
 
 NUM_IMAGES = 48
 MOS = {task: np.random.default_rng(seed).uniform(1, 5, NUM_IMAGES) for task, seed in (("q", 0), ("c", 1))}
@@ -57,7 +60,7 @@ def write_run(folder: Path, *, tasks: str = "qc", spread: float = 0.7, epochs: i
             "cluster": [i // 6 for i in range(NUM_IMAGES)],
         }
     )
-    for task, (mos, own) in report.COLUMNS.items():
+    for task, (mos, own) in COLUMNS.items():
         table[mos] = MOS[task] if task in tasks else np.nan
         table[own] = pred[task] if task in tasks else np.nan
     held = table.assign(name="val_" + table["name"], split="val")
@@ -373,6 +376,29 @@ def test_figures_take_the_colours_of_the_page(run):
         assert re.search(r'<svg role="img" aria-label="[^"]{10,}" viewBox="[\d. ]+"', svg)
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_the_command_for_the_same_run_names_the_folder_as_a_shell_reads_it(tmp_path):
+    folder = write_run(tmp_path / "it's; a run")
+    (command,) = re.findall(r"<code>(python baseline.py .*?)</code>", page_of(folder).source)
+    assert shlex.split(html.unescape(command))[2:] == ["--config", str(folder / "config.json")]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_page_of_one_repeated_run_promises_no_intervals(tmp_path):
+    folder = write_repeated(tmp_path / "one")
+
+    def single(summary: dict[str, Any]) -> None:
+        summary["runs"] = summary["runs"][:1]
+        floors = [*summary["floors"].values(), *summary["over"].values()]
+        for part in (summary["test"], *floors):
+            for values in part.values():
+                values |= {"values": values["values"][:1], "interval": None}
+
+    change(folder, "summary.json", single)
+    page = page_of(folder)
+    assert "mean of 1 run " in page.text and "1 run; images:" in page.text and "no intervals" in page.text
+
+
 # -- runs that are not as usual
 
 
@@ -557,9 +583,66 @@ def test_a_broken_run_is_refused_in_one_line(run, capsys, name, content, said):
     assert not (run / "report.html").exists()
 
 
-def test_parts_of_another_shape_are_refused(run, capsys):
-    change(run, "results.json", lambda results: results.update(certainty={"q": {"other": 1}}))
-    assert "results.json is not as this version writes it (KeyError: 'intervals')" in refused([str(run)], capsys)
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"images": {"train": 1}}, "'images' has no 'val'"),
+        ({"certainty": {"q": {"other": 1}}}, "'certainty.q' has no 'intervals'"),
+        ({"generators": {"q": {"by_generator": [], "ranking": 1.0}}}, "'generators.q.by_generator' is no list of any"),
+        ({"sets": {"a": 1}}, "'sets.a' is no object"),
+        ({"leakage": {"prompt": 1}}, "'leakage.prompt' is no object"),
+        ({"floors": {"mean": {"srocc_q": None}}}, "'floors.mean.srocc_q' is no number"),
+    ],
+)
+def test_parts_of_another_shape_are_refused_by_name(run, capsys, edit, said):
+    change(run, "results.json", lambda results: results.update(edit))
+    assert f"{run / 'results.json'}: {said}; run it again with this version" in refused([str(run)], capsys)
+
+
+def places_in(part: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every part of a JSON value."""
+    keys = list(part) if isinstance(part, dict) else range(len(part)) if isinstance(part, list) else []
+    return [found for key in keys for found in ((*place, key), *places_in(part[key], (*place, key)))]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["results.json", "summary.json"])
+def test_no_damage_to_a_file_is_worse_than_one_line(tmp_path, name, monkeypatch):
+    """Every part in turn is taken away or is something else: the page is written, or the file is named."""
+    for kind in ("scatter", "residuals", "chart"):  # most of the time, and not of these files
+        monkeypatch.setattr(figures, kind, lambda *_, **__: matplotlib.figure.Figure())
+    folder = (write_run if name == "results.json" else write_repeated)(tmp_path / "run")
+    whole = (folder / name).read_text()
+    refusals = 0
+    for place in places_in(json.loads(whole)):
+        for other in ("x", None, [], "absent"):
+            found = json.loads(whole)
+            part = found
+            for key in place[:-1]:
+                part = part[key]
+            part[place[-1]] = other
+            if other == "absent":
+                del part[place[-1]]
+            (folder / name).write_text(json.dumps(found))
+            try:
+                report.write_report(folder)
+                said = str(folder / name)
+            except ValueError as error:
+                refusals += 1
+                said = str(error)
+            assert str(folder / name) in said, (place, other)
+    assert refusals > 100
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_bug_in_drawing_is_not_told_as_a_damaged_file(run, monkeypatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(figures, "scatter", broken)
+    with pytest.raises(KeyError, match="ours"):
+        report.write_report(run)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -570,7 +653,7 @@ def test_a_prompt_may_be_called_nan(run):
 
 def test_scores_that_are_no_numbers_are_refused(run, capsys):
     change(run, "results.json", lambda results: results["val"].update(srocc_q="high"))
-    assert "score that is no number" in refused([str(run)], capsys)
+    assert "'val.srocc_q' is no number" in refused([str(run)], capsys)
 
 
 def test_a_wrong_folder_or_flag_is_refused_in_one_line(run, tmp_path, capsys):
@@ -650,11 +733,30 @@ def test_what_cannot_be_paired_is_said_in_one_line(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_runs_in_different_folders_have_different_names(tmp_path, capsys):
+def test_runs_in_different_folders_have_different_names_and_their_page_is_here(tmp_path, capsys, monkeypatch):
     runs = [write_run(tmp_path / folder / "run", spread=spread) for folder, spread in (("a", 0.3), ("b", 2.0))]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     report.main(list(map(str, runs)))
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["a/run", "b/run"]
-    assert (tmp_path / "comparison.html").exists()
+    assert (tmp_path / "here" / "comparison.html").exists() and not (tmp_path / "comparison.html").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_score_that_a_run_has_is_compared_the_two_first(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, spread=spread) for name, spread in (("more", 0.3), ("two", 2.0))]
+
+    def add(results: dict[str, Any]) -> dict[str, Any]:
+        extra = {f"{key[:-2]}_authenticity": 0.5 for key in results["test"] if key.endswith("_q")}
+        return {**results, "test": {**extra, **results["test"]}}
+
+    change(runs[0], "results.json", add)
+    report.main(list(map(str, runs)))
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[:3]]
+    titles = [f"{name} {title}" for title in ("quality", "consistency", "authenticity") for name in ("SROCC", "PLCC")]
+    assert lines[0][2:8] == titles
+    assert lines[1][6:8] == ["0.500", "0.500"] and lines[2][6:8] == ["–", "–"]
+    assert Page(tmp_path / "comparison.html").tables["runs"][0][2:8] == titles
 
 
 # -- repeated runs

@@ -19,7 +19,9 @@ import calibration
 import data
 import metrics
 import reporting
+import scores
 from images import ImageFile
+from scores import TASKS
 
 MOS = data.LabelScale(1.0, 5.0)
 MEASURES = ("srocc", "plcc", "plcc_fit", "krocc", "rmse")
@@ -549,7 +551,7 @@ def row_of(seed: int, *tasks: str) -> dict[str, float]:
 def test_the_table_of_scores_has_a_line_for_each_predictor_that_gives_the_score():
     rows = {"trained model": row_of(0, "q", "c"), "zero_shot_cosine": row_of(1, "c"), "mean": row_of(2, "q", "c")}
     lines = reporting.score_table(rows, ["q", "c"])
-    assert lines[0].split() == " ".join(reporting.MEASURES.values()).split()
+    assert lines[0].split() == " ".join(scores.MEASURES.values()).split()
     expected = []
     for title, task, names in (
         ("quality", "q", ["trained model", "mean"]),
@@ -580,7 +582,7 @@ def test_the_table_of_generators_has_both_scores_of_each():
     assert [line.split() for line in lines[1:-1]] == expected
     assert [len(row) for row in expected] == [8, 5, 8] and expected[0][0] == "bad"
     assert " ".join(lines[0].split()) == "SROCC by generator images quality MOS pred consistency MOS pred"
-    rankings = ", ".join(f"{title} {found[task]['ranking']:.3f}" for task, title in data.TASKS.items())
+    rankings = ", ".join(f"{title} {found[task]['ranking']:.3f}" for task, title in TASKS.items())
     assert lines[-1] == f"SROCC of the generators' means: {rankings}"
     assert reporting.generator_lines({}) == []
 
