@@ -52,7 +52,7 @@ import report
 import reporting
 import sources
 import tracking
-from configs import OPTIONS, TrainingConfig, one_line_errors, parse_args
+from configs import OPTIONS, VIEWS, TrainingConfig, one_line_errors, parse_args
 from kept import NOTHING, Kept
 from scores import TASKS, title_of
 
@@ -81,11 +81,7 @@ class DecidedBy:
 
 # The CLIP that is loaded; the data that is read, and the store of its images; what the untrained CLIP makes of them.
 LOADED_BY = DecidedBy(others=("clip_model", "clip_pretrained", "image_size", "seed"))
-READ_BY = DecidedBy(
-    groups=("data",),
-    without=("image_size", "crop_scale_min", "crops", "test_crops", "global_view", "horizontal_flip"),
-    others=("demo", "cache_dir"),
-)
+READ_BY = DecidedBy(groups=("data",), without=VIEWS, others=("demo", "cache_dir"))
 KNOWN_BY = DecidedBy(
     groups=("data", "backbone", "speed"),
     others=("demo", "cache_dir", "test", "prompt_levels", "use_explanations", "amp", "device", "batch_size"),

@@ -48,6 +48,9 @@ GROUPS = {
     "meta": "about the run itself",
 }
 
+# Of the options in the group data, those that say how an image is looked at.
+VIEWS = ("image_size", "crop_scale_min", "crops", "test_crops", "global_view", "horizontal_flip")
+
 # Columns of the data that mean something else already.
 NOT_EXTRA = (
     *("name", "path", "prompt", "explanation", "q", "c", "q_std", "c_std", "split", "reference", "row", "group", "set"),

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 import checkpoint
+from writing import write_whole
 
 
 class Parts:
@@ -82,7 +83,7 @@ class Parts:
                             part.readline()  # the header
                         shutil.copyfileobj(part, whole)
 
-        checkpoint.write_whole(self.out, fill)
+        write_whole(self.out, fill)
         for number in range(num_pieces):  # the job goes last, so that pieces never lie there without it
             self.path(number).unlink()
         shutil.rmtree(self.folder)

@@ -36,6 +36,7 @@ import compare
 import figures
 from configs import NOT_SAVED, OPTIONS, OneLineParser, one_line_errors
 from scores import MEASURES, columns_of, tasks_of, title_of, title_of_stem
+from writing import write_whole
 
 TEMPLATES = Path(__file__).resolve().parent / "assets" / "pages"
 REPORT_FILE = "report.html"
@@ -291,13 +292,8 @@ def write_page(path: Path, template: str, **content: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"clip": clip, "number": number, "between": between}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        text = environment.get_template(template).render(**content)
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = environment.get_template(template).render(**content)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="replace"))
 
 
 def write_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
@@ -789,19 +785,23 @@ def read_entry(folder: Path, name: str) -> Entry:
         return read_repeated(folder, name)
     run = read_run(folder)
     test = run.results["test"]
-    keys = [key for key in test if key.startswith(("srocc_", "plcc_")) and not key.startswith("plcc_fit_")]
     ends = {f"{key}_{task}": found for task in run.tasks for key, found in intervals_of(run, task).items()}
     return Entry(
         folder=folder,
         name=name,
         options=run.options,
         main=run.results["val"].get("main"),
-        test={key: figures.Estimate(name, test[key], ends.get(key)) for key in keys},
+        test={key: figures.Estimate(name, test[key], ends.get(key)) for key in correlations(test)},
         best_epoch=f"{run.results['best_epoch']}/{run.results['epochs']}",
         seconds=run.results["seconds"],
         is_repeated=False,
         epochs=[run.epochs],
     )
+
+
+def correlations(measured: Mapping[str, Any]) -> list[str]:
+    """The SROCC and raw PLCC of every score, by their keys in results.json."""
+    return [key for key in measured if key.startswith(("srocc_", "plcc_")) and not key.startswith("plcc_fit_")]
 
 
 def read_repeated(folder: Path, name: str) -> Entry:
@@ -810,13 +810,12 @@ def read_repeated(folder: Path, name: str) -> Entry:
     runs = [read_run(folder / part) for part in summary["runs"]]
     mains = [run.results["val"].get("main") for run in runs]
     epochs = sorted({run.results["best_epoch"] for run in runs})
-    keys = [key for key in summary["test"] if key.startswith(("srocc_", "plcc_")) and not key.startswith("plcc_fit_")]
     return Entry(
         folder=folder,
         name=name,
         options=read_json(folder / compare.PROTOCOL_FILE, folder),
         main=None if None in mains else float(np.mean([main for main in mains if main is not None])),
-        test={key: figures.Estimate(name, *spread(summary["test"][key])) for key in keys},
+        test={key: figures.Estimate(name, *spread(summary["test"][key])) for key in correlations(summary["test"])},
         best_epoch=f"{epochs[0]}-{epochs[-1]}/{max(run.results['epochs'] for run in runs)}",
         seconds=sum(run.results["seconds"] for run in runs),
         is_repeated=True,

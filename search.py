@@ -57,6 +57,7 @@ import sources
 from configs import FREEZING, NOT_SAVED, TrainingConfig, command_line, one_line_errors
 from kept import Kept
 from space import Dimension, Request, Space, default_space, options_of, parse_search_args
+from writing import write_whole
 
 STARTUP_TRIALS = 10  # drawn at random before TPE begins to learn
 PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
@@ -474,7 +475,7 @@ def write_findings(search: Search) -> TrainingConfig:
     table = sensitivity.importance_table(scored, search.space, study.best_params, search.request.config.seed)
     checkpoint.write_csv(folder / "importance.csv", table)
     figure = folder / "importance.png"
-    checkpoint.write_whole(figure, lambda path: sensitivity.draw(path, table, search.finished(), search.score))
+    write_whole(figure, lambda path: sensitivity.draw(path, table, search.finished(), search.score))
     states = [trial.state for trial in search.trials()]
     sizes = f"{states.count(TrialState.COMPLETE)} complete, {states.count(TrialState.PRUNED)} stopped early"
     print(f"\n{len(search.finished())} trials ({sizes}) in {folder}; spread is of validation {search.score}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs import (
     OPTIONS,
+    VIEWS,
     OneLineParser,
     TrainingConfig,
     build_parser,
@@ -21,10 +22,8 @@ from configs import (
     parse_unfreeze_schedule,
 )
 
-# Of these groups an option says what is compared (images, scores, folds), or is the search's own to set ...
+# Of these groups an option says what is compared (images, scores, folds), or is the search's own to set.
 COMPARED = ("data", "meta")
-# ... but for how the images are looked at.
-VIEWS = ("image_size", "crop_scale_min", "crops", "test_crops", "global_view", "horizontal_flip")
 KEYS = {"low", "high", "log", "step", "choices"}
 DEEP = 20  # blocks, from which freeze_layers goes in steps of two
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import writing
 
 FOREIGN = {"notes.txt": b"mine", "config.csv": b"a,b\n"}
 RUN_NAMES = ["config.json", "splits.csv", "metrics.csv", "results.json", "predictions.csv"]
@@ -62,13 +63,13 @@ def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path, old, failu
         raise failure
 
     with pytest.raises(type(failure)):
-        checkpoint.write_whole(path, write)
+        writing.write_whole(path, write)
     assert content(tmp_path) == before
 
 
 def test_a_file_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path):
     (tmp_path / "a.txt").write_text("old and longer")
-    checkpoint.write_whole(tmp_path / "a.txt", lambda temporary: temporary.write_text("new"))
+    writing.write_whole(tmp_path / "a.txt", lambda temporary: temporary.write_text("new"))
     assert content(tmp_path) == {"a.txt": b"new"}
 
 
@@ -79,7 +80,7 @@ def test_the_old_file_stands_until_the_new_one_is_on_disk(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda _: calls.append(f"sync beside {path.read_text()!r}"))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
-    checkpoint.write_whole(path, lambda temporary: temporary.write_text("new"))
+    writing.write_whole(path, lambda temporary: temporary.write_text("new"))
     assert calls == ["sync beside 'old'", "replace"]
     assert path.read_text() == "new"
 

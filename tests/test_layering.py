@@ -52,8 +52,9 @@ LAYOUT = {
     "compare": Place(1, names("configs metrics scores"), outside=names("numpy pandas")),
     "inputs": Place(1, names("features images"), outside=names("numpy pandas torch")),
     "engine": Place(1, names("metrics"), outside=names("numpy torch")),
-    "checkpoint": Place(1, names("configs"), outside=names("pandas safetensors torch")),
-    "parts": Place(2, names("checkpoint"), outside=names("pandas")),
+    "writing": Place(0, outside=names("")),
+    "checkpoint": Place(1, names("configs writing"), outside=names("pandas safetensors torch")),
+    "parts": Place(2, names("checkpoint writing"), outside=names("pandas")),
     "caching": Place(
         2, names("engine features images inputs models simple_statistics"), outside=names("numpy torch tqdm")
     ),
@@ -65,7 +66,7 @@ LAYOUT = {
     ),
     "figures": Place(1, names("metrics"), outside=names("matplotlib numpy")),
     "report": Place(
-        2, names("compare configs figures metrics scores"), outside=names("jinja2 matplotlib numpy pandas PIL")
+        2, names("compare configs figures metrics scores writing"), outside=names("jinja2 matplotlib numpy pandas PIL")
     ),
     "evaluation": Place(
         3, names("checkpoint data images labels metrics reporting scores"), outside=names("numpy pandas")
@@ -85,7 +86,7 @@ LAYOUT |= {
     "sensitivity": Place(2, names("space"), outside=names("matplotlib numpy optuna pandas sklearn")),
     "search": Place(
         5,
-        names("baseline checkpoint compare configs engine kept protocol sensitivity sources space"),
+        names("baseline checkpoint compare configs engine kept protocol sensitivity sources space writing"),
         outside=names("numpy optuna pandas sqlalchemy torch"),
     ),
     "explain": Place(5, names("images predict reporting scores"), outside=names("numpy pandas PIL")),
@@ -95,6 +96,7 @@ HANDS_OVER = {("data", "describe")}  # what a file's last lines may call, being 
 FREE_OF_TORCH = [
     "configs",
     "scores",
+    "writing",
     "commands",
     "advice",
     "diagnosis",

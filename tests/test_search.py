@@ -31,7 +31,7 @@ import protocol
 import search
 import sensitivity
 import space
-from configs import OPTIONS, TrainingConfig, parse_args
+from configs import OPTIONS, VIEWS, TrainingConfig, parse_args
 from kept import Kept
 
 LR = {"lr": {"low": 1e-6, "high": 1.0, "log": True}}
@@ -908,11 +908,11 @@ def test_of_the_data_only_the_views_may_be_searched():
     searched = {name for name in OPTIONS if space.may_be_searched(name)}
     for name, option in OPTIONS.items():
         if option.metadata["group"] in ("data", "meta"):
-            assert (name in searched) == (name in space.VIEWS), name
+            assert (name in searched) == (name in VIEWS), name
         else:
             assert (name in searched) == (name != "select_by"), name
     assert not any(name.endswith("_column") or name.startswith("mos_range") for name in searched)
-    assert set(space.VIEWS) <= set(OPTIONS) and not searched & {"seed", "fold", "dataset", "demo", "test", "output_dir"}
+    assert set(VIEWS) <= set(OPTIONS) and not searched & {"seed", "fold", "dataset", "demo", "test", "output_dir"}
     assert not any(OPTIONS[name].pair for name in searched)  # which a study could not keep as they are
 
 
