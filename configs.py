@@ -59,7 +59,7 @@ NOT_EXTRA = (
 )
 
 # Facts about a place, not about an experiment: a saved config does not carry them into the next run.
-NOT_SAVED = ("config", "output_dir", "overwrite", "dry_run")
+NOT_SAVED = ("config", "output_dir", "overwrite", "resume", "dry_run")
 
 
 def option(
@@ -158,6 +158,15 @@ class TrainingConfig:
         "data",
         "run so often, with seeds --seed, --seed + 1, ..., each with its split unless folds are fixed",
         within="[1, 1000]",
+    )
+    bad_images: str = option(
+        "error",
+        "data",
+        "images that cannot be read: refuse to train, or leave them out and list them in skipped.csv",
+        choices=("error", "skip"),
+    )
+    follow_links: bool = option(
+        False, "data", "also read images through links that leave the image folder, as data stores make them"
     )
     strict_splits: bool = option(
         False, "data", "refuse to run if folds share a prompt, a reference image or the content of an image"
@@ -416,6 +425,9 @@ class TrainingConfig:
     dynamic_batch_size: bool = option(
         False, "speed", "when GPU memory runs out, put smaller parts of a batch through; the step stays as large"
     )
+    deterministic: bool = option(
+        False, "speed", "only kernels that give the same result every time: on a GPU slower, on a CPU the default anyway"
+    )
     max_memory_usage: float = option(
         0.9, "speed", "share of GPU memory that --dynamic_batch_size plans for at the start", within="(0, 1]"
     )
@@ -430,6 +442,21 @@ class TrainingConfig:
     )
     output_dir: str | None = option(None, "meta", "run folder (default: runs/<time>-<short name>)", metavar="DIR")
     overwrite: bool = option(False, "meta", "replace the finished run in --output_dir")
+    resume: str | None = option(
+        None,
+        "meta",
+        "go on with this interrupted run; auto: with the one in --output_dir, or start it if there is none",
+        metavar="RUN|auto",
+    )
+    save_every_minutes: float = option(
+        10.0,
+        "meta",
+        "how often what --resume needs is saved while training; 0 = only when a signal ends the run",
+        within="[0, 1e6]",
+    )
+    keep_states: int = option(
+        2, "meta", "so many of these are kept, the newest, until the run is finished", within="[1, 1000]"
+    )
     cache_dir: str = option(
         ".cache", "meta", "folder for what is computed once: features, decoded images, the demo set", metavar="DIR"
     )

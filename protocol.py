@@ -29,7 +29,7 @@ TRAINED = "trained_model"
 # Options that only decide where and how fast something is computed, or what is said of it.
 FREE = (
     *("num_workers", "image_memory_gb", "compile", "gradient_checkpointing", "cache_dir", "device"),
-    *("preset", "advice", "report", "tensorboard", "tracker"),
+    *("preset", "advice", "report", "tensorboard", "tracker", "save_every_minutes", "keep_states"),
 )
 DRAWN = ("data_csv_path", "image_base_dir")  # what --demo fills in by itself
 
