@@ -22,11 +22,25 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-CHECK_EVERY_STEPS = 50  # losses are looked at this often, since each look makes a GPU wait
+CHECK_EVERY_STEPS = 50  # losses are looked at this often where each look makes a GPU wait
+MOST_SKIPPED_STEPS = 30  # in a row under fp16: halved so often, a loss scale of 65,536 is at its end
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training broke down: a loss or a gradient is NaN or infinite."""
+    """Training broke down: a loss or a gradient is NaN or infinite.
+
+    Attributes:
+        metric, value, step: what it was, and at which optimiser step of the epoch.
+        samples: the samples of that step.
+        random: the state of the random generators before it.
+    """
+
+    def __init__(
+        self, message: str, *, metric: str = "", value: float = math.nan, step: int = 0, samples: Sequence[int] = ()
+    ) -> None:
+        super().__init__(message)
+        self.metric, self.value, self.step, self.samples = metric, value, step, list(samples)
+        self.random: RandomState | None = None
 
 
 class OutOfMemory(RuntimeError):
@@ -39,6 +53,7 @@ class SizedBatch(Protocol):
     def __len__(self) -> int: ...
 
 
+RandomState = dict[str, Any]
 B = TypeVar("B", bound=SizedBatch)
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -153,6 +168,14 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def of_all(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def of_main(self, compute: Callable[[], T]) -> T:
         """What the first process computes, in all processes."""
         return self.agree(compute() if self.is_main else cast(T, None))
@@ -228,6 +251,29 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (libraries may draw from it)
     torch.manual_seed(seed)
+
+
+def random_state(runtime: Runtime) -> RandomState:
+    """The state of every library's global generator, and of the device's."""
+    version, numbers, gauss = random.getstate()
+    state: RandomState = {
+        "python": [version, np.array(numbers), gauss],
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+    }
+    if runtime.device.type != "cpu":
+        state["device"] = torch.get_device_module(runtime.device).get_rng_state(runtime.device)
+    return state
+
+
+def set_random_state(state: RandomState, runtime: Runtime) -> None:
+    """Go back to what `random_state` returned; a GPU that it knows nothing of is left as it is."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if runtime.device.type != "cpu" and "device" in state:
+        torch.get_device_module(runtime.device).set_rng_state(state["device"], runtime.device)
 
 
 def parameter_groups(model: nn.Module, lr_of: Callable[[str], float], weight_decay: float) -> list[dict[str, Any]]:
@@ -409,6 +455,8 @@ def train_epoch(
     micro: MicroBatches[B],
     accumulation: int = 1,
     max_grad_norm: float = 0.0,
+    record: EpochRecord | None = None,
+    samples_of: Callable[[B], Sequence[int]] = lambda batch: (),
     after_step: Callable[[int], None] = lambda num_samples: None,
 ) -> dict[str, float]:
     """Train over all batches once.
@@ -418,67 +466,133 @@ def train_epoch(
         compute_losses: (model, batch) -> named scalar tensors of the whole batch, "loss" among them.
         micro: how batches are cut where memory is short.
         accumulation: batches per optimiser step; each counts by its number of samples.
-        after_step: called with the number of samples of each optimiser step, for progress.
+        record: takes in every step; with steps in it, the epoch is gone on with, and `batches` are those left.
+        samples_of: numbers of a batch's samples, to be named if they break training.
+        after_step: called with the number of samples of each optimiser step, when it is in the record.
 
     Returns:
         Mean of every named loss per sample, "grad_norm" (before clipping; mean over the steps taken), and
         "data_wait", the share of the time in which this process waited for the next batch.
 
     Raises:
-        NonFiniteLoss: names the loss (or "grad_norm") and the step.
+        NonFiniteLoss: names the loss (or "grad_norm") and the step, with the weights as they were before it.
         OutOfMemory: says what to change.
     """
     model.train()
-    started, watch, record = time.perf_counter(), Stopwatch(), EpochRecord()
+    record = EpochRecord() if record is None else record
+    watch, began = Stopwatch(), (time.perf_counter() - record.seconds, record.waited)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    record.begin_step(runtime)
     for group in grouped(watch.over(batches), accumulation):
         losses = gradients(model, group, compute_losses, optimizer=optimizer, runtime=runtime, micro=micro)
         runtime.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-        is_taken = take_step(optimizer, runtime.scaler)
+        is_broken = record.is_broken_by(losses, norm)
+        is_taken = take_step(optimizer, runtime.scaler, is_broken)
         if is_taken:
             schedule.step()
             average.update()
         optimizer.zero_grad(set_to_none=True)
-        record.add(losses, norm if is_taken else None)
+        samples = [row for batch in group for row in samples_of(batch)]
+        record.add(losses, norm, is_broken=is_broken, is_taken=is_taken, samples=samples)
+        record.seconds, record.waited = time.perf_counter() - began[0], began[1] + watch.seconds
+        record.begin_step(runtime)
         after_step(sum(len(batch) for batch in group))
-    return {**record.means(), "data_wait": watch.seconds / (time.perf_counter() - started)}
+    return {**record.means(), "data_wait": record.waited / max(record.seconds, 1e-9)}
+
+
+@dataclass
+class Step:
+    """An optimiser step whose losses have not been looked at yet."""
+
+    number: int
+    values: list[tuple[str, Tensor]]
+    samples: Sequence[int]
+    random: RandomState
 
 
 class EpochRecord:
-    """Losses and gradient norms of an epoch's steps; they are fetched from the device now and then only."""
+    """Losses and gradient norms of an epoch's steps; they are fetched from a GPU now and then only.
+
+    Until they are, no step is taken after one whose values are not finite: see `is_broken_by`.
+    """
+
+    KEPT = ("step", "num_samples", "num_measured", "num_skipped", "sums", "norms", "seconds", "waited")
 
     def __init__(self) -> None:
         self.step = 0
         self.num_samples = 0
+        self.num_measured = 0  # without those whose losses an overflow in fp16 has spoilt
+        self.num_skipped = 0  # steps in a row that fp16 scaling has skipped
         self.sums: dict[str, Tensor] = {}
         self.norms: list[Tensor] = []
-        self.unchecked: list[tuple[int, dict[str, Tensor]]] = []
+        self.seconds = 0.0  # of training, and those of them that went into waiting for batches
+        self.waited = 0.0
+        self.unchecked: list[Step] = []
+        self.is_broken: Tensor | None = None  # 1.0 from the first step on whose values are not finite
+        self.random: RandomState = {}  # before the step that comes next
 
-    def add(self, losses: Sequence[tuple[int, dict[str, Tensor]]], norm: Tensor | None) -> None:
-        """Take in an optimiser step: (samples, losses) of its parts, and the norm unless it was skipped."""
+    def state(self) -> dict[str, Any]:
+        """What a new record needs to go on as this one, all of it looked at. Raises NonFiniteLoss."""
+        self.check()
+        return {name: getattr(self, name) for name in self.KEPT}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on as the record whose `state` this is."""
+        vars(self).update(state)
+
+    def begin_step(self, runtime: Runtime) -> None:
+        """Remember from where the next step begins."""
+        self.random = random_state(runtime)
+
+    def is_broken_by(self, losses: Sequence[tuple[int, dict[str, Tensor]]], norm: Tensor) -> Tensor:
+        """1.0 if a step of these values must not be taken: it or one before it is not finite. Stays on the device."""
+        values = [value.float() for _, terms in losses for value in terms.values()]
+        broken = 1 - torch.stack([*values, norm.float()]).isfinite().all().float()
+        return broken if self.is_broken is None else torch.maximum(self.is_broken, broken)
+
+    def add(
+        self,
+        losses: Sequence[tuple[int, dict[str, Tensor]]],
+        norm: Tensor,
+        *,
+        is_broken: Tensor,
+        is_taken: bool = True,
+        samples: Sequence[int] = (),
+    ) -> None:
+        """Take in an optimiser step: (samples, losses) of its parts, and whether fp16 scaling let it be taken."""
         self.step += 1
+        self.num_samples += sum(size for size, _ in losses)
+        if is_taken:
+            self.num_skipped = 0
+            self.is_broken = is_broken
+            self.norms.append(norm)
+        else:
+            self.num_skipped += 1
+            losses = [(size, terms) for size, terms in losses if is_finite(terms.values())]
+            if self.num_skipped == MOST_SKIPPED_STEPS:
+                self.is_broken = torch.ones_like(is_broken)
+        if is_taken or self.num_skipped == MOST_SKIPPED_STEPS:
+            values = [item for _, terms in losses for item in terms.items()]
+            self.unchecked.append(Step(self.step, [*values, ("grad_norm", norm)], samples, self.random))
         for size, terms in losses:
-            self.num_samples += size
-            self.unchecked.append((self.step, terms))
+            self.num_measured += size
             for name, value in terms.items():
                 # In float64: a loss may be bf16 under autocast, and a long sum in bf16 stands still.
                 self.sums[name] = self.sums.get(name, 0.0) + value.double() * size
-        if norm is not None:
-            self.norms.append(norm)
-            self.unchecked.append((self.step, {"grad_norm": norm}))
-        if self.step % CHECK_EVERY_STEPS == 0:
+        if norm.device.type == "cpu" or not is_taken or self.step % CHECK_EVERY_STEPS == 0:
             self.check()
 
     def check(self) -> None:
         """Raise NonFiniteLoss if anything since the last check is not finite."""
-        check_finite(self.unchecked)
+        if self.is_broken is not None and bool(self.is_broken):
+            raise first_non_finite(self.unchecked)
         self.unchecked.clear()
 
     def means(self) -> dict[str, float]:
         """Mean of every loss per sample, and of the gradient norm over the steps taken. Raises NonFiniteLoss."""
         self.check()
-        means = {name: float(total) / self.num_samples for name, total in self.sums.items()}
+        means = {name: float(total) / self.num_measured for name, total in self.sums.items()}
         return {**means, "grad_norm": float(torch.stack(self.norms).mean()) if self.norms else math.nan}
 
 
@@ -537,26 +651,40 @@ def backward(
     return found
 
 
-def take_step(optimizer: Optimizer, scaler: torch.amp.GradScaler) -> bool:
-    """Step through the scaler; False if it skipped the step because of an overflow in fp16."""
+def take_step(optimizer: Optimizer, scaler: torch.amp.GradScaler, is_broken: Tensor) -> bool:
+    """Step through the scaler; False if it skipped the step because of an overflow in fp16.
+
+    Without scaling a step that `is_broken` (1.0) changes nothing; nobody waits for a GPU to say so.
+    """
+    if not scaler.is_enabled():
+        optimizer.found_inf = is_broken  # type: ignore[attr-defined]  # the fused kernel looks at it
+        optimizer.step()
+        return True
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     return scaler.get_scale() >= scale
 
 
-def check_finite(losses: Sequence[tuple[int, Mapping[str, Tensor]]]) -> None:
-    """Raise NonFiniteLoss for the first value that is not finite."""
-    values = [value.float() for _, terms in losses for value in terms.values()]
-    if not values or bool(torch.stack(values).isfinite().all()):  # one look, for which a GPU is waited for once
-        return
-    for step, terms in losses:
-        for name, value in terms.items():
-            if not math.isfinite(float(value)):
-                raise NonFiniteLoss(
-                    f"{name} is {float(value)} at step {step} of this epoch: lower --lr, set --max_grad_norm 1, or "
-                    "use --amp off"
-                )
+def is_finite(values: Iterable[Tensor]) -> bool:
+    """Whether all of them are, with one look, for which a GPU is waited for once."""
+    return bool(torch.stack([value.float() for value in values]).isfinite().all())
+
+
+def first_non_finite(steps: Sequence[Step]) -> NonFiniteLoss:
+    """The error that names the first value that is not finite; there is one."""
+    step, name, value = next(
+        (step, name, float(value)) for step in steps for name, value in step.values if not math.isfinite(value)
+    )
+    error = NonFiniteLoss(
+        f"{name} is {value} at step {step.number} of this epoch: lower --lr, set --max_grad_norm 1, or use --amp off",
+        metric=name,
+        value=value,
+        step=step.number,
+        samples=step.samples,
+    )
+    error.random = step.random
+    return error
 
 
 @torch.inference_mode()
@@ -566,11 +694,13 @@ def predict(
     compute_scores: Callable[[M, B], Mapping[str, Tensor]],
     *,
     runtime: Runtime,
+    before_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, np.ndarray]:
     """Score every batch in eval mode, in order: named (n,) arrays. Every sample counts, the last batch's too."""
     model.eval()
     collected: dict[str, list[Tensor]] = {}
     for batch in batches:
+        before_batch()
         with runtime.autocast():
             scores = compute_scores(model, batch)
         for name, value in scores.items():

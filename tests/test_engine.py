@@ -87,7 +87,7 @@ def train(
     **options,
 ) -> Trained:
     """One epoch. SGD unless told otherwise: Adam hides a gradient of the wrong size."""
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr, fused=True)
     schedule = engine.build_schedule(optimizer, kind="constant", num_steps=1000, warmup_ratio=0.0)
     average = engine.WeightAverage(model, ema_decay)
     report = engine.train_epoch(
@@ -284,7 +284,7 @@ def gradient_at_step(max_grad_norm: float) -> tuple[Tensor, Tensor, float]:
     model, (batch,) = linear(torch.float64), batches_of([8], torch.float64)
     whole = torch.cat([g.flatten() for g in torch.autograd.grad(mean_loss(model, batch)["loss"], model.parameters())])
     seen: list[Tensor] = []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     optimizer.register_step_pre_hook(
         lambda *_: seen.append(torch.cat([parameter.grad.flatten().clone() for parameter in model.parameters()]))
     )
@@ -615,6 +615,9 @@ class SkippingScaler:
 
     def __init__(self, skipped: set[int]) -> None:
         self.skipped, self.step_number, self.factor = skipped, 0, 8.0
+
+    def is_enabled(self) -> bool:
+        return True
 
     def scale(self, loss: Tensor) -> Tensor:
         return loss * 8
