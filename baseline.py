@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,6 +52,8 @@ import models
 import protocol
 import report
 import reporting
+import resuming
+import signals
 import sources
 import tracking
 from configs import OPTIONS, VIEWS, TrainingConfig, one_line_errors, parse_args
@@ -88,21 +92,32 @@ KNOWN_BY = DecidedBy(
 )
 
 AfterEpoch = Callable[[Mapping[str, float]], None]
+Scores = dict[str, np.ndarray]
 
 
-def run(config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, kept: Kept = NOTHING) -> dict[str, Any]:
+def run(
+    config: TrainingConfig,
+    *,
+    after_epoch: AfterEpoch = lambda row: None,
+    kept: Kept = NOTHING,
+    listening: signals.Signals = signals.NONE,
+) -> dict[str, Any]:
     """Train as configured and return what `results.json` holds (empty under `dry_run`).
 
     Args:
         after_epoch: is given each row of `metrics.csv`, in every process; what it raises stops the run.
         kept: holds what other runs of this process have read and computed, and takes what this one adds.
+        listening: to the signals that stop the run.
 
     Raises:
         ValueError: data or options that cannot work; nothing has been written then, unless a tracker cannot be opened.
-        engine.NonFiniteLoss: training broke down.
+        engine.NonFiniteLoss: training broke down; the state from before that is saved.
+        signals.Stopped: a signal has stopped the run; its state is saved.
     """
     started = time.perf_counter()
-    runtime, folder = start(config)
+    runtime, folder, found = start(config)
+    if found == "finished":
+        return finished_results(config, folder, runtime)
     engine.seed_everything(config.seed)
 
     # Data, model, and how one becomes batches for the other.
@@ -119,95 +134,212 @@ def run(config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, k
     remarks = heed_advice(config, facts, runtime)
     if config.dry_run:
         return {}
-    writer = checkpoint.RunFolder(folder, active=runtime.is_main)
-    write_inputs(writer, config, examples, runtime)
 
-    def predict(scorer: models.ScoreModel, fold: str, compute: Any = models.score_batch) -> dict[str, np.ndarray]:
-        return engine.predict(scorer, feed.batches(orders[fold]), compute, runtime=runtime)
+    def predict(scorer: models.ScoreModel, fold: str, compute: Any = models.score_batch, **how: Any) -> Scores:
+        return engine.predict(scorer, feed.batches(orders[fold]), compute, runtime=runtime, **how)
 
-    # What CLIP knows before training: the point to start from, and to be compared with at the end.
-    ready = time.perf_counter()
-    store = open_cache(config)
-    statistics = caching.Statistics(feed.pixels.store, store)
-    cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
-    known, base = learn_base(config, model, predict, orders, examples, kept)
-    if config.calibration and not config.init_from:
-        set_base(model, base)
+    with open_folder(config, folder, runtime, resume=found == "interrupted") as writer:
+        write_inputs(writer, config, examples, runtime)
 
+        # What CLIP knows before training: the point to start from, and to be compared with at the end.
+        ready = time.perf_counter()
+        store = open_cache(config)
+        statistics = caching.Statistics(feed.pixels.store, store)
+        cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
+        known, base = learn_base(config, model, predict, orders, examples, kept)
+        if config.calibration and not config.init_from:
+            set_base(model, base)
+
+        trained = build_training(config, model, examples, feed, runtime, num_steps)
+        tune_speed(config, model, runtime, num_images=config.epochs * len(examples.rows("train")))
+        compute_losses = build_losses(config, examples, model, runtime)
+        newest_best = checkpoint.LatestState(
+            lambda state: save_scorer(writer, state, backbone, arguments, config, examples),
+            every_seconds=SAVE_EVERY_SECONDS,
+            constant=trained.constant,
+        )
+        saver = build_saver(config, examples, writer, trained, runtime, newest_best, listening, started)
+        course, stage, trainee = saver.course, config.stages[0], None
+
+        with open_trackers(config, writer, runtime, course) as trackers, newest_best, saver.guarding():
+            while course.epoch <= config.epochs and not stops_early(config, course.selection, runtime):
+                if (due := stage_of(config, course.epoch)) != stage:
+                    enter_stage(config, model, examples, due, course.epoch, runtime)
+                    cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
+                    stage, trainee = due, None
+                trainee = trainee or runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
+                with Progress(course, len(examples.rows("train")), runtime, saver.check) as progress:
+                    course.lr = course.lr if course.record.step else config.lr * trained.lr_factor
+                    losses_of_epoch = engine.train_epoch(
+                        trainee,
+                        feed.batches(orders["train"].rest_of(course.epoch - 1, num_batches_done(config, course))),
+                        compute_losses,
+                        optimizer=trained.optimizer,
+                        schedule=trained.schedule,
+                        runtime=runtime,
+                        average=trained.average,
+                        micro=trained.micro,
+                        accumulation=config.gradient_accumulation_steps,
+                        max_grad_norm=config.max_grad_norm,
+                        record=course.record,
+                        samples_of=lambda batch: batch.rows,
+                        after_step=progress.after_step,
+                    )
+                scores = predict(trained.average.weights, "val", before_batch=saver.check)
+                measured = runtime.agree(evaluate(scores, "val", examples, config))  # or processes might stop apart
+                validated = {f"val_{name}": value for name, value in measured.items()}
+                row = {"epoch": course.epoch, **losses_of_epoch, **validated, "lr": course.lr, **progress.timing()}
+                if course.would_be_best(score := validated[f"val_{config.select_by}"]) and runtime.is_main:
+                    newest_best.keep(models.merged_state(trained.average.weights))
+                course.close_epoch(row, score, scores)
+                trackers.log(row, len(course.history))
+                runtime.say(reporting.epoch_line(row, config.epochs))
+                writer.csv("metrics.csv", pd.DataFrame(course.history))
+                newest_best.flush_if_due()
+                after_epoch(row)
+                saver.check()
+
+            # The test fold's scores are looked at here, once, with the weights that validation has chosen.
+            newest_best.flush()
+            best = load_best(trained.average.weights, folder, runtime)
+            others = [fold for fold in orders if fold not in ("train", "val")]
+            predictions = {fold: predict(best, fold, before_batch=saver.check) for fold in others}
+            predictions["val"] = course.best_scores
+            outcome = measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all))
+            results = {**conclude(config, course, outcome, facts, remarks), **times(course, started, ready)}
+            trackers.log({f"test_{name}": value for name, value in results["test"].items()}, len(course.history))
+            writer.csv("predictions.csv", reporting.prediction_table(predictions, examples))
+            writer.json(checkpoint.RESULTS_FILE, results)
+        write_report(config, folder, runtime)
+        writer.forget_states()
+    runtime.say("\n".join(closing_lines(results, examples, folder)))
+    return results
+
+
+def conclude(
+    config: TrainingConfig,
+    course: resuming.Course,
+    outcome: Mapping[str, Any],
+    facts: advice.Facts,
+    remarks: Sequence[advice.Remark],
+) -> dict[str, Any]:
+    """What `results.json` holds but for the times: what was measured, and what is to be said of it."""
+    known = outcome["base"]["val"].get(config.select_by)
+    findings = diagnosis.diagnose(course.history, config, facts, known=known)
+    return {
+        "best_epoch": course.best_epoch,
+        "epochs": len(course.history),
+        **outcome,
+        "advice": [asdict(remark) for remark in remarks],
+        "diagnosis": [asdict(finding) for finding in findings],
+        "resumed": course.resumed,
+    }
+
+
+def times(course: resuming.Course, started: float, ready: float) -> dict[str, float]:
+    """Seconds that the run has taken, and those of this process without loading data and model."""
+    now = time.perf_counter()
+    return {"seconds": round(course.seconds + now - started, 3), "seconds_from_first_batch": round(now - ready, 3)}
+
+
+def closing_lines(results: Mapping[str, Any], examples: data.Examples, folder: Path) -> list[str]:
+    """What is said at the end of a run."""
+    findings = [diagnosis.Finding(**finding) for finding in results["diagnosis"]]
+    return [reporting.results_table(results, examples), *diagnosis.lines(findings), f"run folder: {folder}"]
+
+
+def finished_results(config: TrainingConfig, folder: Path, runtime: engine.Runtime) -> dict[str, Any]:
+    """What a run found that `--resume` need not go on with; makes up for a report that was cut short."""
+    runtime.say(f"{folder} is finished; nothing is left to do")
+    if runtime.is_main:
+        with checkpoint.RunFolder(folder, resume=True) as writer:
+            if not (folder / report.REPORT_FILE).exists():
+                write_report(config, folder, runtime)
+            writer.forget_states()
+    return checkpoint.read_json(folder / checkpoint.RESULTS_FILE)
+
+
+def open_folder(config: TrainingConfig, folder: Path, runtime: engine.Runtime, *, resume: bool) -> checkpoint.RunFolder:
+    """The folder of the run, for the process that writes."""
+    return checkpoint.RunFolder(folder, active=runtime.is_main, overwrite=config.overwrite, resume=resume)
+
+
+def build_training(
+    config: TrainingConfig,
+    model: models.ScoreModel,
+    examples: data.Examples,
+    feed: inputs.Feed[inputs.PixelSource],
+    runtime: engine.Runtime,
+    num_steps: int,
+) -> resuming.Trained:
+    """All that training changes."""
     optimizer, schedule = build_optimizer(config, model, examples, num_steps)
-    average = engine.WeightAverage(model, config.ema_decay)
-    tune_speed(config, model, runtime, num_images=config.epochs * len(examples.rows("train")))
-    trainee = runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
-    compute_losses = build_losses(config, examples, model, runtime)
-    micro = engine.MicroBatches(feed.split, enabled=config.dynamic_batch_size, max_usage=config.max_memory_usage)
-    history: list[dict[str, float]] = []
-    selection: list[float] = []
-    predictions: dict[str, dict[str, np.ndarray]] = {}
-    newest_best = checkpoint.LatestState(
-        lambda state: save_scorer(writer, state, backbone, arguments, config, examples),
-        every_seconds=SAVE_EVERY_SECONDS,
+    return resuming.Trained(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        average=engine.WeightAverage(model, config.ema_decay),
+        micro=engine.MicroBatches(feed.split, enabled=config.dynamic_batch_size, max_usage=config.max_memory_usage),
+        scaler=runtime.scaler,
         constant=never_trained(model, optimizer),
     )
 
-    with open_trackers(config, writer, runtime) as trackers, newest_best:
-        for epoch in range(1, config.epochs + 1):
-            if enter_stage(config, model, examples, epoch, runtime):
-                cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
-                trainee = runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
-            with Progress(len(examples.rows("train")), runtime) as progress:
-                lr = config.lr * optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["initial_lr"]
-                trained = engine.train_epoch(
-                    trainee,
-                    feed.batches(orders["train"]),
-                    compute_losses,
-                    optimizer=optimizer,
-                    schedule=schedule,
-                    runtime=runtime,
-                    average=average,
-                    micro=micro,
-                    accumulation=config.gradient_accumulation_steps,
-                    max_grad_norm=config.max_grad_norm,
-                    after_step=progress.update,
-                )
-            scores = predict(average.weights, "val")
-            measured = runtime.agree(evaluate(scores, "val", examples, config))  # or processes might stop apart
-            validated = {f"val_{name}": value for name, value in measured.items()}
-            history.append({"epoch": epoch, **trained, **validated, "lr": lr, **progress.timing()})
-            trackers.log(history[-1], epoch)
-            selection.append(validated[f"val_{config.select_by}"])
-            runtime.say(reporting.epoch_line(history[-1], config.epochs))
-            writer.csv("metrics.csv", pd.DataFrame(history))
-            if engine.best_epoch(selection) == epoch:
-                predictions["val"] = scores
-                if runtime.is_main:
-                    newest_best.keep(models.merged_state(average.weights))
-            newest_best.flush_if_due()
-            after_epoch(history[-1])
-            if stops_early(config, selection, runtime):
-                break
 
-        # The test fold's scores are looked at here, once, with the weights that validation has chosen.
-        newest_best.flush()
-        best = load_best(average.weights, folder, runtime)
-        predictions |= {fold: predict(best, fold) for fold in orders if fold not in ("train", "val")}
-        outcome = measure(config, examples, base, known, predictions, lambda: runtime.of_main(statistics.of_all))
-        findings = diagnosis.diagnose(history, config, facts, known=outcome["base"]["val"].get(config.select_by))
-        results: dict[str, Any] = {
-            "best_epoch": engine.best_epoch(selection),
-            "epochs": len(history),
-            **outcome,
-            "advice": [asdict(remark) for remark in remarks],
-            "diagnosis": [asdict(finding) for finding in findings],
-            "seconds": round(time.perf_counter() - started, 3),
-            "seconds_from_first_batch": round(time.perf_counter() - ready, 3),
-        }
-        trackers.log({f"test_{name}": value for name, value in results["test"].items()}, len(history))
-    writer.csv("predictions.csv", reporting.prediction_table(predictions, examples))
-    writer.json(checkpoint.RESULTS_FILE, results)
-    write_report(config, folder, runtime)
-    said = [reporting.results_table(results, examples), *diagnosis.lines(findings), f"run folder: {folder}"]
-    runtime.say("\n".join(said))
-    return results
+def build_saver(
+    config: TrainingConfig,
+    examples: data.Examples,
+    writer: checkpoint.RunFolder,
+    trained: resuming.Trained,
+    runtime: engine.Runtime,
+    newest_best: checkpoint.LatestState,
+    listening: signals.Signals,
+    started: float,
+) -> resuming.Saver:
+    """What saves the run's state; where an interrupted run is gone on with, that has been loaded."""
+    course = resuming.Course()
+    steps_per_epoch = count_steps(replace(config, epochs=1), examples)
+
+    def tell(error: Exception) -> None:
+        if isinstance(error, engine.NonFiniteLoss):
+            names = examples.table["name"].iloc[error.samples].tolist()
+            writer.json(checkpoint.FAILURE_FILE, failure(error, course, names, writer.path))
+        runtime.say(f"saved     in {writer.path} as it was before; --resume {writer.path} repeats from there")
+
+    saver = resuming.Saver(
+        checkpoint.StateFolder(writer.path, keep=config.keep_states),
+        course,
+        trained,
+        runtime,
+        step=lambda: (course.epoch - 1) * steps_per_epoch + course.record.step,
+        every_seconds=60 * config.save_every_minutes,
+        listening=listening,
+        before=newest_best.flush,
+        tell=tell,
+        started=started,
+    )
+    if writer.resume:
+        has_state = saver.load()
+        where = f"epoch {course.epoch} after {course.record.step} of {steps_per_epoch} steps"
+        runtime.say(f"resume    {where if has_state else 'no state was saved: from the start'}")
+    return saver
+
+
+def failure(error: engine.NonFiniteLoss, course: resuming.Course, names: list[str], folder: Path) -> dict[str, Any]:
+    """What failure.json holds: what broke training, and how to see it again."""
+    return {
+        "error": str(error),
+        "metric": error.metric,
+        "value": str(error.value),
+        "epoch": course.epoch,
+        "step": error.step,
+        "images": names,
+        "repeat": shlex.join(["python", "baseline.py", "--resume", str(folder)]),
+    }
+
+
+def num_batches_done(config: TrainingConfig, course: resuming.Course) -> int:
+    """Batches of the present epoch that are trained on already."""
+    return course.record.step * config.gradient_accumulation_steps
 
 
 def write_report(config: TrainingConfig, folder: Path, runtime: engine.Runtime) -> None:
@@ -259,16 +391,36 @@ def folds_read(config: TrainingConfig) -> list[str]:
     return ["val", "test"] if config.test else ["val"]
 
 
-def start(config: TrainingConfig) -> tuple[engine.Runtime, Path]:
-    """Join the other processes, if any, and agree on the run folder. Raises ValueError for what cannot work."""
+def start(config: TrainingConfig) -> tuple[engine.Runtime, Path, str]:
+    """Join the other processes, if any, and agree on the run folder.
+
+    Returns:
+        runtime, folder, and what `--resume` finds in it: "finished", "interrupted", or "" for nothing.
+
+    Raises:
+        ValueError: for what cannot work.
+    """
     runtime = engine.start_runtime(config.device, config.amp)
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
     tracking.check_installed(tracker_names(config))
-    folder = run_folder(config)
+    folder, found = run_folder(config), ""
     if runtime.is_main:
-        checkpoint.refuse_occupied(folder, overwrite=config.overwrite)
-    return runtime, runtime.agree(folder)
+        found = find_run(config, folder)
+        if not found:
+            checkpoint.refuse_occupied(folder, overwrite=config.overwrite)
+        if folder.is_dir():
+            checkpoint.lock_folder(folder).release()  # or it would be refused only after the data is read
+    return runtime, *runtime.agree((folder, found))
+
+
+def find_run(config: TrainingConfig, folder: Path) -> str:
+    """What `--resume` finds, see `start`. Raises ValueError for a run with other options."""
+    if not config.resume or not checkpoint.is_run(folder):
+        return ""
+    saved = checkpoint.read_json(folder / checkpoint.CONFIG_FILE)
+    protocol.refuse_other_options(folder, "its run was begun", saved, config)
+    return "finished" if (folder / checkpoint.RESULTS_FILE).exists() else "interrupted"
 
 
 def tracker_names(config: TrainingConfig) -> list[str]:
@@ -276,10 +428,15 @@ def tracker_names(config: TrainingConfig) -> list[str]:
     return ["tensorboard"] * config.tensorboard + ([config.tracker] if config.tracker else [])
 
 
-def open_trackers(config: TrainingConfig, writer: checkpoint.RunFolder, runtime: engine.Runtime) -> tracking.Trackers:
-    """What the scalars of every epoch are sent to, by the process that writes."""
+def open_trackers(
+    config: TrainingConfig, writer: checkpoint.RunFolder, runtime: engine.Runtime, course: resuming.Course
+) -> tracking.Trackers:
+    """What the scalars of every epoch are sent to, by the process that writes, those of finished epochs at once."""
     names = tracker_names(config) if writer.active else []
-    return tracking.Trackers(names, writer.path, config.to_json(), runtime.say)
+    trackers = tracking.Trackers(names, writer.path, config.to_json(), runtime.say)
+    for row in course.history:
+        trackers.log(row, int(row["epoch"]))
+    return trackers
 
 
 def gather_facts(
@@ -457,16 +614,22 @@ def build_optimizer(
     return optimizer, engine.build_schedule(optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=ratio)
 
 
+def stage_of(config: TrainingConfig, epoch: int) -> tuple[int | None, int]:
+    """The entry of `config.stages` that holds in an epoch, counted from 1."""
+    return [stage for stage in config.stages if stage[1] < epoch][-1]
+
+
 def enter_stage(
-    config: TrainingConfig, model: models.ScoreModel, examples: data.Examples, epoch: int, runtime: engine.Runtime
-) -> bool:
-    """Thaw the layers that the plan gives free from this epoch (counted from 1) on; whether there are any."""
-    for num_layers, epochs_done in config.stages[1:]:
-        if epochs_done == epoch - 1:
-            freeze(config, model, examples, num_layers)
-            runtime.say(f"{num_layers} layers stay frozen from epoch {epoch} on")
-            return True
-    return False
+    config: TrainingConfig,
+    model: models.ScoreModel,
+    examples: data.Examples,
+    stage: tuple[int | None, int],
+    epoch: int,
+    runtime: engine.Runtime,
+) -> None:
+    """Thaw the layers that the plan gives free."""
+    freeze(config, model, examples, stage[0])
+    runtime.say(f"{stage[0]} layers stay frozen from epoch {epoch} on")
 
 
 def caches_nothing(config: TrainingConfig, model: models.ScoreModel) -> bool:
@@ -563,27 +726,39 @@ def tune_speed(config: TrainingConfig, model: models.ScoreModel, runtime: engine
 
 
 class Progress:
-    """A bar on a terminal (nothing elsewhere) and the time of one epoch."""
+    """A bar on a terminal (nothing elsewhere) and the time of one epoch; `check` is called after every step."""
 
-    def __init__(self, num_images: int, runtime: engine.Runtime) -> None:
-        self.num_images = num_images
+    def __init__(
+        self, course: resuming.Course, num_images: int, runtime: engine.Runtime, check: Callable[[], object]
+    ) -> None:
+        self.record = course.record
         self.runtime = runtime
-        self.started = time.perf_counter()
-        self.bar = tqdm(total=num_images, unit="img", leave=False, disable=runtime.hide_progress)
-        self.update = self.bar.update
+        self.check = check
+        self.started = time.perf_counter() - self.record.seconds
+        self.bar = tqdm(
+            total=num_images,
+            initial=self.record.num_samples,
+            unit="img",
+            leave=False,
+            disable=runtime.hide_progress,
+        )
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
-        self.train_seconds = time.perf_counter() - self.started
+
+    def after_step(self, num_images: int) -> None:
+        """Count the images of a step."""
+        self.bar.update(num_images)
+        self.check()
 
     def timing(self) -> dict[str, float]:
         """Training speed, seconds since the epoch began and, on a GPU, the most memory that the run has taken."""
         peak = self.runtime.peak_memory()
         return {
-            "images_per_s": self.num_images / self.train_seconds,
+            "images_per_s": self.record.num_samples / max(self.record.seconds, 1e-9),
             "seconds": time.perf_counter() - self.started,
             **({"gpu_memory_gb": peak / 1e9} if peak else {}),
         }
@@ -812,7 +987,11 @@ def run_folder(config: TrainingConfig) -> Path:
 def write_inputs(
     writer: checkpoint.RunFolder, config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime
 ) -> None:
-    """Write what the run starts from: config.json and splits.csv."""
+    """Write what the run starts from: config.json and splits.csv. Raises ValueError if that has changed since."""
+    if writer.resume:
+        before = checkpoint.read_json(writer.path / checkpoint.CONFIG_FILE)["provenance"]
+        runtime.say(changes_since(before, writer.path, examples))
+        return
     config = replace(config, output_dir=str(writer.path))
     provenance = {
         **checkpoint.environment(),
@@ -833,6 +1012,21 @@ def write_inputs(
     writer.csv("splits.csv", splits.assign(**found))
     if config.split_file and runtime.is_main and not Path(config.split_file).exists():
         checkpoint.write_csv(Path(config.split_file), splits)
+
+
+def changes_since(before: Mapping[str, Any], folder: Path, examples: data.Examples) -> str:
+    """What is another than when a run began, in words. Raises ValueError if the data is."""
+    if before.get("data_fingerprint") != examples.fingerprint:
+        raise ValueError(
+            f"--resume {folder}: the data has changed since the run began; restore it, or start another run"
+        )
+    now = checkpoint.environment()
+    versions = before.get("versions", {})
+    other = [
+        f"{name} {now['versions'][name]}" for name in now["versions"] if versions.get(name) != now["versions"][name]
+    ]
+    other += ["the code"] if before.get("git_revision") != now["git_revision"] else []
+    return f"resume    {folder}" + (f"; since it began has changed: {', '.join(other)}" if other else "")
 
 
 def never_trained(model: models.ScoreModel, optimizer: torch.optim.Optimizer) -> set[str]:
@@ -931,15 +1125,18 @@ def num_blocks(config: TrainingConfig) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the command line and run; returns the results. Mistakes are one line and exit code 2."""
-    with one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
+    with (
+        one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError, retry=signals.Stopped),
+        signals.Signals() as listening,
+    ):
         config = parse_args(argv, num_images=sources.count_training_images, num_blocks=num_blocks)
         if config.is_protocol:
             runtime, folder = engine.start_runtime(config.device, config.amp), run_folder(config)
-            results = protocol.run_all(config, run, folder, runtime)
+            results = protocol.run_all(config, partial(run, listening=listening), folder, runtime)
             if results:
                 write_report(config, folder, runtime)
         else:
-            results = run(config)
+            results = run(config, listening=listening)
         engine.stop_runtime()
         return results
 

@@ -1,10 +1,12 @@
 """The one writer and the one reader of run folders, knowing nothing of images or CLIP.
 
-Every file appears whole or not at all: it is written beside its place, synced, then renamed.
+Every file appears whole or not at all: it is written beside its place, synced, then renamed. Weights carry a digest of
+themselves and of the files beside them, which is compared whenever they are read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -17,21 +19,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from writing import write_whole
+from writing import Lock, is_temporary, sweep, temporary_name, write_whole
 
 RESULTS_FILE = "results.json"
 BEST_DIR = "best"
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "scorer.json"
 CONFIG_FILE = "config.json"
-INPUT_FILES = (CONFIG_FILE, "splits.csv")  # every run begins by writing these
-RUN_FILES = (*INPUT_FILES, "metrics.csv", RESULTS_FILE, "predictions.csv", "report.html")
-RUN_FOLDERS = (BEST_DIR, "figures", "tensorboard", "wandb")
+STATE_DIR = "state"
+FAILURE_FILE = "failure.json"
+RUN_FILES = (CONFIG_FILE, "splits.csv", "metrics.csv", FAILURE_FILE, RESULTS_FILE, "predictions.csv", "report.html")
+RUN_FOLDERS = (BEST_DIR, STATE_DIR, "figures", "tensorboard", "wandb")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn")
 
 
@@ -39,6 +44,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write strict JSON (no NaN)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote. Raises ValueError."""
+    with damage_told(path):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged (not a JSON object)")
+    return value
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
@@ -50,34 +64,68 @@ def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
     """Raise ValueError unless a new run may use the folder: absent, empty, or an older run that may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(map(is_temporary, folder.iterdir())):
         return
-    # Both, because other folders have a config.json too: a Hugging Face model's must not be taken for a run.
-    if not all((folder / name).exists() for name in INPUT_FILES):
+    if not is_run(folder):
         raise ValueError(f"--output_dir {folder}: holds other things than a run; choose a new or empty folder")
     if not overwrite:
-        kind = "a finished" if (folder / RESULTS_FILE).exists() else "an unfinished"
-        raise ValueError(f"--output_dir {folder}: holds {kind} run; choose another or pass --overwrite")
+        is_finished = (folder / RESULTS_FILE).exists()
+        kind = "a finished" if is_finished else "an unfinished"
+        ways = "choose another" if is_finished else f"go on with --resume {folder}, choose another"
+        raise ValueError(f"--output_dir {folder}: holds {kind} run; {ways} or pass --overwrite")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run, finished or not; other programs' folders may have a config.json too."""
+    try:
+        return "provenance" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def prepare_run_folder(folder: Path) -> None:
     """Make the folder of a new run, without what an older run left in it. See `refuse_occupied`."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in RUN_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in reversed(RUN_FILES):  # what tells that this is a run goes last
         (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 class RunFolder:
-    """The run folder of one process; where another process writes, `active` is False and nothing happens here."""
+    """The run folder of one process; where another process writes, `active` is False and nothing happens here.
 
-    def __init__(self, path: Path, *, active: bool = True) -> None:
-        """Make the folder, without what an older run left in it."""
+    As long as the block lasts no other run can have the folder.
+
+    Args:
+        overwrite, resume: whether an older run may be replaced, or gone on with.
+    """
+
+    def __init__(self, path: Path, *, active: bool = True, overwrite: bool = False, resume: bool = False) -> None:
         self.path = path
         self.active = active
-        if active:
-            prepare_run_folder(path)
+        self.overwrite = overwrite
+        self.resume = resume
+        self.lock: Lock | None = None
+
+    def __enter__(self) -> RunFolder:
+        """Make the folder, without what an older run left in it. Raises ValueError if another run has it."""
+        if self.active:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.path)
+            try:
+                if not self.resume:
+                    refuse_occupied(self.path, overwrite=self.overwrite)  # another run may just have ended here
+                    prepare_run_folder(self.path)
+                sweep(self.path)
+            except BaseException:
+                self.lock.release()
+                raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.lock:
+            self.lock.release()
 
     def json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, see `write_json`."""
@@ -89,12 +137,28 @@ class RunFolder:
         if self.active:
             write_csv(self.path / name, table)
 
+    def forget_states(self) -> None:
+        """Remove what only an interrupted run needs: this one is finished."""
+        if self.active:
+            (self.path / FAILURE_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.path / STATE_DIR, ignore_errors=True)
+
     def weights(
         self, name: str, state: Mapping[str, Tensor], description: Mapping[str, Any], extra: Callable[[Path], None]
     ) -> None:
         """Write a checkpoint, see `save_weights`."""
         if self.active:
             save_weights(self.path / name, state, description, extra)
+
+
+def lock_folder(folder: Path) -> Lock:
+    """Take a run's folder for this process alone. Raises ValueError if another one has it."""
+    try:
+        return Lock(folder)
+    except BlockingIOError:
+        raise ValueError(
+            f"--output_dir {folder}: another run is using it now; wait for its end or choose another"
+        ) from None
 
 
 class LatestState:
@@ -140,31 +204,177 @@ class LatestState:
             self.state, self.since = None, time.monotonic()
 
 
+def digest_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """SHA-256 over names, types, shapes and values of plain tensors on the CPU, and over texts."""
+    digest = hashlib.sha256("\0".join(texts).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"\0{name} {tuple(value.shape)} {value.dtype} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Any) -> None:
+    """Write tensors and a JSON value as one safetensors file that carries a digest of both. Raises OSError."""
+    # safetensors refuses shared memory, and a view would drag its whole base along: copy to plain tensors.
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    text = json.dumps(note)
+    metadata = {"note": text, "sha256": digest_of(plain, text)}
+
+    def fill(temporary: Path) -> None:
+        try:
+            save_file(plain, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_whole(path, fill)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        OSError, ValueError, SafetensorError, RecursionError: it is missing, or not as it was written.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    tensors = load_file(path)
+    text = metadata.get("note", "")
+    if "sha256" not in metadata:
+        raise ValueError(f"{path.name} carries no checksum: this program did not write it")
+    if digest_of(tensors, text) != metadata["sha256"]:
+        raise ValueError(f"{path.name} is not as it was written: its checksum does not match")
+    return tensors, json.loads(text)
+
+
+def digests_of_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in and below a folder, by its name there, but for the weights, which carry their own."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / WEIGHTS_FILE]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 def save_weights(
     folder: Path, state: Mapping[str, Tensor], description: Mapping[str, Any], extra: Callable[[Path], None]
 ) -> None:
-    """Write a self-contained checkpoint folder, then put it in place of an older one. No pickle anywhere.
+    """Write a self-contained checkpoint folder, in place of an older one. No pickle anywhere.
+
+    The weights come last and vouch for the other files; where only they differ, they are replaced in one step.
 
     Args:
         extra: may add files to the folder before it is put in place.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process with this id that was killed; in containers ids recur
     temporary.mkdir(parents=True)
     try:
-        # safetensors refuses shared memory, and a view would drag its whole base along: copy to plain tensors.
-        plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-        write_whole(temporary / WEIGHTS_FILE, lambda path: save_file(plain, path))
         write_json(temporary / DESCRIPTION_FILE, description)
         extra(temporary)
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        shutil.rmtree(old, ignore_errors=True)  # of a process with this id that was killed; in containers ids recur
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        files = digests_of_files(temporary)
+        if folder.exists() and digests_of_files(folder) != files:
+            shutil.rmtree(folder)
+        if not folder.exists():
+            os.replace(temporary, folder)
+        write_tensors(folder / WEIGHTS_FILE, state, {"files": files})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Nested dicts, lists, numbers, texts, tensors and arrays as a JSON value; tensors go to `tensors` under names."""
+    if isinstance(value, Tensor | np.ndarray):
+        tensors[name] = torch.as_tensor(value)
+        return {"array" if isinstance(value, np.ndarray) else "tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, pack(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [pack(item, f"{name}.{place}", tensors) for place, item in enumerate(value)]
+    assert value is None or isinstance(value, str | int | float), type(value)
+    return value
+
+
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `pack` was given; tuples are lists now. Raises LookupError, TypeError, ValueError for anything else."""
+    if isinstance(value, list):
+        return [unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "dict":
+        return {key: unpack(item, tensors) for key, item in content}
+    return tensors[content].numpy() if kind == "array" else tensors[content]
+
+
+class StateFolder:
+    """What an interrupted run needs to go on: the newest few states, and the best weights that each of them knows.
+
+    Args:
+        run: the run folder.
+        keep: how many states stay.
+    """
+
+    def __init__(self, run: Path, *, keep: int) -> None:
+        self.run = run
+        self.folder = run / STATE_DIR
+        self.best = run / BEST_DIR / WEIGHTS_FILE
+        self.keep = keep
+
+    def states(self) -> list[Path]:
+        """The files of the states, the oldest first."""
+        return sorted(self.folder.glob("step*-best*.safetensors"))
+
+    def best_of(self, state: Path) -> Path:
+        """Where the best weights that a state knows are kept beside it."""
+        return self.folder / f"{state.stem.partition('-')[2]}.safetensors"
+
+    def save(self, step: int, best_epoch: int, state: Mapping[str, Any]) -> None:
+        """Write a state: nested dicts and lists of numbers, texts, tensors and arrays. Raises OSError.
+
+        Args:
+            step: optimiser steps so far.
+            best_epoch: the epoch that the best weights are of; 0 for none yet.
+        """
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"step{step:010d}-best{best_epoch:06d}.safetensors"
+        if best_epoch:
+            put_copy(self.best, self.best_of(path))
+        tensors: dict[str, Tensor] = {}
+        note = pack(state, "state", tensors)
+        write_tensors(path, tensors, note)
+        kept = self.states()[-self.keep :]
+        for old in set(self.folder.iterdir()) - {*kept, *map(self.best_of, kept)}:
+            old.unlink()
+
+    def load(self, say: Callable[[str], object]) -> dict[str, Any] | None:
+        """The newest state that is as it was written, with its best weights back in their place; None if there is none.
+
+        Args:
+            say: is told of every state that is damaged.
+        """
+        for path in reversed(self.states()):
+            try:
+                with damage_told(path):
+                    tensors, note = read_tensors(path)
+                    state = unpack(note, tensors)
+                    if not path.stem.endswith("-best000000"):
+                        read_tensors(self.best_of(path))
+                        put_copy(self.best_of(path), self.best)
+                return state
+            except ValueError as error:
+                say(f"note      {error}; trying the state before it")
+        return None
+
+
+def put_copy(source: Path, target: Path) -> None:
+    """Let `target` be the same file as `source`, which is never written to, only replaced; or a copy of it."""
+
+    def fill(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+
+    write_whole(target, fill)
 
 
 def weights_folder(folder: Path) -> Path:
@@ -192,19 +402,24 @@ def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
     folder = weights_folder(folder)
     description = load_description(folder)
     with damage_told(folder):
-        return folder, load_file(folder / WEIGHTS_FILE), description
+        state, note = read_tensors(folder / WEIGHTS_FILE)
+        found = digests_of_files(folder)
+        for name, digest in note["files"].items():
+            if found.get(name) != digest:
+                raise ValueError(f"{name} is not as it was written: its checksum does not match")
+    return folder, state, description
 
 
 @contextmanager
 def damage_told(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is read into a ValueError of one line."""
+    """Turn what goes wrong while a checkpoint, or a file of one, is read into a ValueError of one line."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{folder}: not a checkpoint, {Path(error.filename or WEIGHTS_FILE).name} is missing"
         ) from None
-    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError, RecursionError) as error:
         raise ValueError(f"{folder}: damaged checkpoint ({error})") from None
 
 

@@ -62,6 +62,13 @@ NOT_EXTRA = (
 NOT_SAVED = ("config", "output_dir", "overwrite", "resume", "dry_run")
 
 
+# Options that only decide where and how fast something is computed, or what is said and kept of it.
+FREE = (
+    *("num_workers", "image_memory_gb", "compile", "gradient_checkpointing", "cache_dir", "device"),
+    *("preset", "advice", "report", "tensorboard", "tracker", "save_every_minutes", "keep_states"),
+)
+
+
 def option(
     default: Any,
     group: str,
@@ -426,7 +433,9 @@ class TrainingConfig:
         False, "speed", "when GPU memory runs out, put smaller parts of a batch through; the step stays as large"
     )
     deterministic: bool = option(
-        False, "speed", "only kernels that give the same result every time: on a GPU slower, on a CPU the default anyway"
+        False,
+        "speed",
+        "only kernels that give the same result every time: on a GPU slower, on a CPU the default anyway",
     )
     max_memory_usage: float = option(
         0.9, "speed", "share of GPU memory that --dynamic_batch_size plans for at the start", within="(0, 1]"
@@ -784,6 +793,10 @@ def check_together(config: TrainingConfig) -> None:
         near = difflib.get_close_matches(str(config.preset), ("auto", *PRESETS), n=1)
         names = f"did you mean {near[0]}?" if near else f"must be auto, {', '.join(PRESET_PURPOSES)} (list shows them)"
         raise ValueError(f"--preset {config.preset}: {names}")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on, --overwrite starts again: drop one")
+    if config.resume == "auto" and not config.output_dir:
+        raise ValueError("--resume auto: needs --output_dir, where the run is or shall be")
     if config.freeze_clip and config.partial_freeze:
         raise ValueError("--freeze_clip and --partial_freeze exclude each other: choose one")
     check_data(config)
@@ -907,7 +920,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_options(path: str | Path) -> dict[str, Any]:
+def load_options(path: str | Path, flag: str = "--config") -> dict[str, Any]:
     """Read options from a saved config.json, or a hand-written one with any of its keys; null says nothing.
 
     Raises:
@@ -916,17 +929,17 @@ def load_options(path: str | Path) -> dict[str, Any]:
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"--config {path}: no such file") from None
+        raise ValueError(f"{flag} {path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--config {path}: not a readable JSON file ({error})") from None
+        raise ValueError(f"{flag} {path}: not a readable JSON file ({error})") from None
     if not isinstance(saved, dict):
-        raise ValueError(f"--config {path}: must be a JSON object of options")
+        raise ValueError(f"{flag} {path}: must be a JSON object of options")
     saved.pop("provenance", None)
     for key in saved:
         if key not in OPTIONS:
             near = difflib.get_close_matches(key, OPTIONS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--config {path}: unknown option {key!r}{hint}")
+            raise ValueError(f"{flag} {path}: unknown option {key!r}{hint}")
     return {
         key: tuple(value) if OPTIONS[key].pair and isinstance(value, list) else value
         for key, value in saved.items()
@@ -990,6 +1003,8 @@ def parse_args(
     if flags.get("preset") == "list":
         print(preset_table())
         raise SystemExit(0)
+    if flags.get("resume", "auto") != "auto":
+        return resumed_config(flags)
     saved = load_options(flags["config"]) if "config" in flags else {}
     is_demo = flags.get("demo", saved.get("demo", False))
     for name in ("data_csv_path", "image_base_dir", "dataset"):
@@ -1002,6 +1017,22 @@ def parse_args(
         below = with_preset(below, overlay(saved, flags), own, num_images, num_blocks)
     below = overlay(below, saved)
     return TrainingConfig(**overlay(with_preset(below, flags, preset, num_images, num_blocks), flags))
+
+
+def resumed_config(flags: Mapping[str, Any]) -> TrainingConfig:
+    """The options of the run that is to be gone on with; flags may change those in FREE. Raises ValueError."""
+    folder = Path(flags["resume"])
+    files = [folder / name for name in ("config.json", "protocol.json") if (folder / name).is_file()]
+    if not files:
+        raise ValueError(f"--resume {folder}: there is no run in it")
+    saved = load_options(files[0], "--resume")
+    for name, value in flags.items():
+        if name not in (*FREE, "resume") and value != saved.get(name, OPTIONS[name].default):
+            raise ValueError(
+                f"--resume {folder}: {OPTIONS[name].flag} would make it another run; drop it, or start one with "
+                f"--config {files[0]}"
+            )
+    return TrainingConfig(**{**saved, **flags, "output_dir": str(folder)})
 
 
 def with_preset(
@@ -1052,8 +1083,11 @@ def command_line(config: TrainingConfig, program: str = "baseline.py", **changes
 
 
 @contextmanager
-def one_line_errors(*failures: type[Exception]) -> Iterator[None]:
-    """For command lines: a user's mistake (or the file system's) becomes one line and exit code 2, `failures` 1."""
+def one_line_errors(*failures: type[Exception], retry: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """For command lines: a user's mistake (or the file system's) becomes one line and exit code 2, `failures` 1.
+
+    `retry` is what asks to be run again: exit code 75, as in sysexits.h.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
@@ -1062,6 +1096,9 @@ def one_line_errors(*failures: type[Exception]) -> Iterator[None]:
     except failures as error:
         print(f"failed: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except retry as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(75) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -30,17 +30,14 @@ class NonFiniteLoss(RuntimeError):
     """Training broke down: a loss or a gradient is NaN or infinite.
 
     Attributes:
-        metric, value, step: what it was, and at which optimiser step of the epoch.
+        metric, value, step: what it was, and at which optimiser step of the epoch, from 1.
         samples: the samples of that step.
-        random: the state of the random generators before it.
     """
 
-    def __init__(
-        self, message: str, *, metric: str = "", value: float = math.nan, step: int = 0, samples: Sequence[int] = ()
-    ) -> None:
-        super().__init__(message)
+    def __init__(self, metric: str, value: float, *, step: int = 0, samples: Sequence[int] = ()) -> None:
+        ways = "lower --lr, set --max_grad_norm 1, or use --amp off"
+        super().__init__(f"{metric} is {value} at step {step} of this epoch: {ways}")
         self.metric, self.value, self.step, self.samples = metric, value, step, list(samples)
-        self.random: RandomState | None = None
 
 
 class OutOfMemory(RuntimeError):
@@ -482,7 +479,7 @@ def train_epoch(
     record = EpochRecord() if record is None else record
     watch, began = Stopwatch(), (time.perf_counter() - record.seconds, record.waited)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    record.begin_step(runtime)
+    record.random = random_state(runtime)
     for group in grouped(watch.over(batches), accumulation):
         losses = gradients(model, group, compute_losses, optimizer=optimizer, runtime=runtime, micro=micro)
         runtime.scaler.unscale_(optimizer)
@@ -494,21 +491,27 @@ def train_epoch(
             average.update()
         optimizer.zero_grad(set_to_none=True)
         samples = [row for batch in group for row in samples_of(batch)]
-        record.add(losses, norm, is_broken=is_broken, is_taken=is_taken, samples=samples)
+        record.add(Step(losses, norm, is_taken, samples, record.random), is_broken)
         record.seconds, record.waited = time.perf_counter() - began[0], began[1] + watch.seconds
-        record.begin_step(runtime)
+        record.random = random_state(runtime)
         after_step(sum(len(batch) for batch in group))
     return {**record.means(), "data_wait": record.waited / max(record.seconds, 1e-9)}
 
 
 @dataclass
 class Step:
-    """An optimiser step whose losses have not been looked at yet."""
+    """An optimiser step that the record has not taken in yet: its losses may be on their way from a GPU."""
 
-    number: int
-    values: list[tuple[str, Tensor]]
+    losses: Sequence[tuple[int, dict[str, Tensor]]]  # (samples, losses) of its parts
+    norm: Tensor
+    is_taken: bool  # fp16 scaling did not skip it
     samples: Sequence[int]
-    random: RandomState
+    random: RandomState  # before it
+
+    def first_non_finite(self) -> tuple[str, float] | None:
+        """Name and value of the first loss or norm that is not finite."""
+        values = [(name, float(value)) for _, terms in self.losses for name, value in terms.items()]
+        return next((item for item in (*values, ("grad_norm", float(self.norm))) if not math.isfinite(item[1])), None)
 
 
 class EpochRecord:
@@ -520,7 +523,7 @@ class EpochRecord:
     KEPT = ("step", "num_samples", "num_measured", "num_skipped", "sums", "norms", "seconds", "waited")
 
     def __init__(self) -> None:
-        self.step = 0
+        self.step = 0  # how many it has taken in
         self.num_samples = 0
         self.num_measured = 0  # without those whose losses an overflow in fp16 has spoilt
         self.num_skipped = 0  # steps in a row that fp16 scaling has skipped
@@ -528,22 +531,18 @@ class EpochRecord:
         self.norms: list[Tensor] = []
         self.seconds = 0.0  # of training, and those of them that went into waiting for batches
         self.waited = 0.0
-        self.unchecked: list[Step] = []
+        self.pending: list[Step] = []
         self.is_broken: Tensor | None = None  # 1.0 from the first step on whose values are not finite
         self.random: RandomState = {}  # before the step that comes next
 
     def state(self) -> dict[str, Any]:
-        """What a new record needs to go on as this one, all of it looked at. Raises NonFiniteLoss."""
-        self.check()
+        """What a new record needs to go on as this one. Raises NonFiniteLoss, see `settle`."""
+        self.settle()
         return {name: getattr(self, name) for name in self.KEPT}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on as the record whose `state` this is."""
         vars(self).update(state)
-
-    def begin_step(self, runtime: Runtime) -> None:
-        """Remember from where the next step begins."""
-        self.random = random_state(runtime)
 
     def is_broken_by(self, losses: Sequence[tuple[int, dict[str, Tensor]]], norm: Tensor) -> Tensor:
         """1.0 if a step of these values must not be taken: it or one before it is not finite. Stays on the device."""
@@ -551,47 +550,48 @@ class EpochRecord:
         broken = 1 - torch.stack([*values, norm.float()]).isfinite().all().float()
         return broken if self.is_broken is None else torch.maximum(self.is_broken, broken)
 
-    def add(
-        self,
-        losses: Sequence[tuple[int, dict[str, Tensor]]],
-        norm: Tensor,
-        *,
-        is_broken: Tensor,
-        is_taken: bool = True,
-        samples: Sequence[int] = (),
-    ) -> None:
-        """Take in an optimiser step: (samples, losses) of its parts, and whether fp16 scaling let it be taken."""
-        self.step += 1
-        self.num_samples += sum(size for size, _ in losses)
-        if is_taken:
-            self.num_skipped = 0
+    def add(self, step: Step, is_broken: Tensor) -> None:
+        """Take in an optimiser step, or hold it until the next look at the device."""
+        self.num_skipped = 0 if step.is_taken else self.num_skipped + 1
+        if step.is_taken:
             self.is_broken = is_broken
-            self.norms.append(norm)
-        else:
-            self.num_skipped += 1
-            losses = [(size, terms) for size, terms in losses if is_finite(terms.values())]
-            if self.num_skipped == MOST_SKIPPED_STEPS:
-                self.is_broken = torch.ones_like(is_broken)
-        if is_taken or self.num_skipped == MOST_SKIPPED_STEPS:
-            values = [item for _, terms in losses for item in terms.items()]
-            self.unchecked.append(Step(self.step, [*values, ("grad_norm", norm)], samples, self.random))
-        for size, terms in losses:
-            self.num_measured += size
-            for name, value in terms.items():
-                # In float64: a loss may be bf16 under autocast, and a long sum in bf16 stands still.
-                self.sums[name] = self.sums.get(name, 0.0) + value.double() * size
-        if norm.device.type == "cpu" or not is_taken or self.step % CHECK_EVERY_STEPS == 0:
-            self.check()
+        elif self.num_skipped == MOST_SKIPPED_STEPS:
+            self.is_broken = torch.ones_like(is_broken)
+        self.pending.append(step)
+        if step.norm.device.type == "cpu" or len(self.pending) >= CHECK_EVERY_STEPS:
+            self.settle()
 
-    def check(self) -> None:
-        """Raise NonFiniteLoss if anything since the last check is not finite."""
-        if self.is_broken is not None and bool(self.is_broken):
-            raise first_non_finite(self.unchecked)
-        self.unchecked.clear()
+    def settle(self) -> None:
+        """Take in all steps, with one look, for which a GPU is waited for once.
+
+        Raises:
+            NonFiniteLoss: for the first one that is not finite; the record, and `random`, are as before that step.
+        """
+        pending, self.pending = self.pending, []
+        is_broken = self.is_broken is not None and bool(self.is_broken)
+        for step in pending:
+            found = step.first_non_finite() if is_broken and (step.is_taken or step is pending[-1]) else None
+            if found:
+                self.random, self.is_broken = step.random, None
+                raise NonFiniteLoss(*found, step=self.step + 1, samples=step.samples)
+            self.take_in(step)
+
+    def take_in(self, step: Step) -> None:
+        """Add a step's values up."""
+        self.step += 1
+        if step.is_taken:
+            self.norms.append(step.norm)
+        for size, terms in step.losses:
+            self.num_samples += size
+            if step.is_taken or bool(torch.stack([value.float() for value in terms.values()]).isfinite().all()):
+                self.num_measured += size
+                for name, value in terms.items():
+                    # In float64: a loss may be bf16 under autocast, and a long sum in bf16 stands still.
+                    self.sums[name] = self.sums.get(name, 0.0) + value.double() * size
 
     def means(self) -> dict[str, float]:
         """Mean of every loss per sample, and of the gradient norm over the steps taken. Raises NonFiniteLoss."""
-        self.check()
+        self.settle()
         means = {name: float(total) / self.num_measured for name, total in self.sums.items()}
         return {**means, "grad_norm": float(torch.stack(self.norms).mean()) if self.norms else math.nan}
 
@@ -664,27 +664,6 @@ def take_step(optimizer: Optimizer, scaler: torch.amp.GradScaler, is_broken: Ten
     scaler.step(optimizer)
     scaler.update()
     return scaler.get_scale() >= scale
-
-
-def is_finite(values: Iterable[Tensor]) -> bool:
-    """Whether all of them are, with one look, for which a GPU is waited for once."""
-    return bool(torch.stack([value.float() for value in values]).isfinite().all())
-
-
-def first_non_finite(steps: Sequence[Step]) -> NonFiniteLoss:
-    """The error that names the first value that is not finite; there is one."""
-    step, name, value = next(
-        (step, name, float(value)) for step in steps for name, value in step.values if not math.isfinite(value)
-    )
-    error = NonFiniteLoss(
-        f"{name} is {value} at step {step.number} of this epoch: lower --lr, set --max_grad_norm 1, or use --amp off",
-        metric=name,
-        value=value,
-        step=step.number,
-        samples=step.samples,
-    )
-    error.random = step.random
-    return error
 
 
 @torch.inference_mode()

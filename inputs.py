@@ -38,13 +38,14 @@ class BatchOrder:
         self.passes = 0
 
     def __iter__(self) -> Iterator[tuple[View, Rows]]:
-        view, rows = None, self.rows
-        if self.shuffle:
-            view = self.passes
-            rows = np.random.default_rng((self.seed, view)).permutation(rows)
-            self.passes += 1
-        for start in range(0, len(rows), self.batch_size):
-            yield view, rows[start : start + self.batch_size]
+        yield from self.rest_of(self.passes)
+        self.passes += 1
+
+    def rest_of(self, number: int, num_done: int = 0) -> Iterator[tuple[View, Rows]]:
+        """What is left of a pass, by its number from 0, when so many batches of it are done."""
+        rows = np.random.default_rng((self.seed, number)).permutation(self.rows) if self.shuffle else self.rows
+        for start in range(num_done * self.batch_size, len(rows), self.batch_size):
+            yield number if self.shuffle else None, rows[start : start + self.batch_size]
 
 
 class ImageSource(Protocol):

@@ -7,7 +7,6 @@ The folder of such a protocol holds a run folder for each split, `protocol.json`
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,17 +19,12 @@ import pandas as pd
 import checkpoint
 import compare
 import metrics
-from configs import NOT_SAVED, OPTIONS, TrainingConfig, one_line_errors
+from configs import FREE, NOT_SAVED, OPTIONS, TrainingConfig, one_line_errors
 from engine import Runtime
 from scores import MEASURES, tasks_of, title_of
 
 SUMMARY_TABLE = "summary.csv"
 TRAINED = "trained_model"
-# Options that only decide where and how fast something is computed, or what is said of it.
-FREE = (
-    *("num_workers", "image_memory_gb", "compile", "gradient_checkpointing", "cache_dir", "device"),
-    *("preset", "advice", "report", "tensorboard", "tracker", "save_every_minutes", "keep_states"),
-)
 DRAWN = ("data_csv_path", "image_base_dir")  # what --demo fills in by itself
 
 
@@ -81,10 +75,9 @@ def run_all(
     results = {}
     for number, (name, part) in enumerate(runs.items(), start=1):
         if name not in finished:
-            if runtime.is_main:  # what a run that was stopped has left
-                shutil.rmtree(folder / name, ignore_errors=True)
             runtime.say(f"-- run {number} of {len(runs)}: {name} (if stopped: --output_dir {folder} goes on from here)")
-            finished[name] = run(replace(part, output_dir=str(folder / name), overwrite=True))
+            how: dict[str, Any] = {"overwrite": True} if config.overwrite else {"resume": "auto"}
+            finished[name] = run(replace(part, output_dir=str(folder / name), **how))
         results[name] = finished[name]
     summary = summarise(results)
     if runtime.is_main:

@@ -21,7 +21,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -302,7 +302,7 @@ def write_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
     for old in folder.glob("*.png"):
         old.unlink()
     for picture in pictures:
-        (folder / f"{picture.name}.png").write_bytes(figures.to_png(picture.figure))
+        write_whole(folder / f"{picture.name}.png", partial(Path.write_bytes, data=figures.to_png(picture.figure)))
 
 
 # -- the page of one run

@@ -174,7 +174,7 @@ def check_numbers(args: argparse.Namespace, config: TrainingConfig) -> None:
         raise ValueError("--repeats, --kfold: every trial is one run; --seeds repeats the best one in the end")
     if not config.test:
         raise ValueError("--no_test: no trial reads the test fold anyway; --seeds 0 leaves it unread in the end, too")
-    for name in ("dry_run", "overwrite"):
+    for name in ("dry_run", "overwrite", "resume"):
         if getattr(config, name):
             raise ValueError(f"--{name}: is of baseline.py alone; drop it, and choose a new --output_dir to start anew")
 

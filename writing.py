@@ -1,22 +1,95 @@
-"""Files that appear whole or not at all: written beside their place, synced, then renamed."""
+"""Files that appear whole or not at all: written beside their place, synced, then renamed. And whose folder it is."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what a killed process may leave
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then move it to `path` in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Let `write` fill a temporary file, then move it to `path` in one step.
+
+    Raises:
+        OSError: names the file, and why it cannot be written; what was there before is still there.
+    """
+    temporary = temporary_name(path)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask says; safetensors would let only the owner read
-        write(temporary)
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with write_errors(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask says; safetensors would let only the owner read
+            write(temporary)
+            temporary.chmod(mode)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # which has been said
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Let what the file system refuses name the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"{path}: cannot be written ({reason}); what was there before is kept") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left half-written in and below a folder that is this process's alone."""
+    for path in list(folder.rglob(".*.tmp")):
+        if is_temporary(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether its name says that something was being written here."""
+    return TEMPORARY.fullmatch(path.name) is not None
+
+
+class Lock:
+    """A folder that one process at a time may use; the kernel gives it back when the process dies.
+
+    Args:
+        say: is told where the file system cannot lock.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], object] = print) -> None:
+        self.descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.descriptor)
+            raise
+        except OSError as error:
+            say(f"note      {folder}: cannot be locked here ({error.strerror}); let no other run use it")
+
+    def release(self) -> None:
+        """Let others have it."""
+        os.close(self.descriptor)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import checkpoint
@@ -34,6 +35,13 @@ def fill(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
+    return folder
+
+
+def fill_run(folder: Path, *names: str) -> Path:
+    """A run folder, told by what its config.json says, with files of these names."""
+    fill(folder, "config.json", *names)
+    (folder / "config.json").write_text('{"provenance": {}}')
     return folder
 
 
@@ -81,7 +89,7 @@ def test_the_old_file_stands_until_the_new_one_is_on_disk(tmp_path, monkeypatch)
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
     writing.write_whole(path, lambda temporary: temporary.write_text("new"))
-    assert calls == ["sync beside 'old'", "replace"]
+    assert calls == ["sync beside 'old'", "replace", "sync beside 'new'"]  # the last one is of the folder
     assert path.read_text() == "new"
 
 
@@ -139,17 +147,23 @@ def test_a_new_run_may_use_an_absent_and_an_empty_folder(tmp_path, exists, overw
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("a finished", checkpoint.RUN_FILES), ("an unfinished", ["config.json", "splits.csv", "best/scorer.json"])],
+    [
+        ("a finished", checkpoint.RUN_FILES),
+        ("an unfinished", ["splits.csv", "best/scorer.json"]),
+        ("an unfinished", []),
+    ],
 )
 def test_an_older_run_is_refused_unless_it_may_be_overwritten(tmp_path, kind, names):
-    folder = fill(tmp_path / "run", *names)
+    folder = fill_run(tmp_path / "run", *names)
     with pytest.raises(ValueError, match=rf"--output_dir .*run: holds {kind} run; .*--overwrite"):
         checkpoint.refuse_occupied(folder, overwrite=False)
     checkpoint.refuse_occupied(folder, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("names", [["photo.jpg"], [".hidden"], ["config.json", "model.safetensors"], ["sub/a.txt"]])
+@pytest.mark.parametrize(
+    "names", [["photo.jpg"], [".hidden"], ["config.json", "splits.csv", "model.safetensors"], ["sub/a.txt"], ["a.tmp"]]
+)
 def test_a_folder_with_other_things_is_never_used(tmp_path, names, overwrite):
     folder = fill(tmp_path / "things", *names)
     with pytest.raises(ValueError, match=r"--output_dir .*things: holds other things than a run"):
@@ -279,8 +293,7 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_the_older_one(tmp_path, fai
 def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path):
     """In containers process ids recur, and with them the names of temporary folders."""
     save(tmp_path / "best", {"old": torch.ones(1)})
-    for ending in ("tmp", "old"):
-        fill(tmp_path / f".best.{os.getpid()}.{ending}", "model.safetensors")
+    fill(tmp_path / f".best.{os.getpid()}.tmp", "model.safetensors")
     save(tmp_path / "best", {"new": torch.ones(1)})
     assert list(checkpoint.load_weights(tmp_path / "best")[1]) == ["new"]
     assert set(content(tmp_path)) == {"best/model.safetensors", "best/scorer.json"}
@@ -319,10 +332,12 @@ def weights_file(header: bytes, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-def test_the_hostile_headers_below_differ_from_one_that_loads(tmp_path):
+def test_the_hostile_headers_below_differ_from_one_that_safetensors_reads(tmp_path):
     header = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
-    (save(tmp_path / "w") / "model.safetensors").write_bytes(weights_file(header, b"\0" * 16))
-    assert torch.equal(checkpoint.load_weights(tmp_path / "w")[1]["a"], torch.zeros(4))
+    path = save(tmp_path / "w") / "model.safetensors"
+    path.write_bytes(weights_file(header, b"\0" * 16))
+    assert torch.equal(load_file(path)["a"], torch.zeros(4))
+    assert "carries no checksum" in refused(tmp_path / "w")
 
 
 @pytest.mark.parametrize(
