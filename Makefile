@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard *.py) $(wildcard tools/*.py) $(wildcard bench/*.py)
 
-.PHONY: help $(VENV) demo test bench lint clean
+.PHONY: help $(VENV) demo test torture bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## one line
-	@echo "make demo (train and report on generated images) | test | bench | lint | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
+	@echo "make demo (train and report on generated images) | test | torture (its long versions) | bench | lint | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
 
 $(VENV): $(STAMP)
 
@@ -29,7 +29,7 @@ $(STAMP): requirements.txt requirements-extra.txt requirements-dev.txt constrain
 	@touch $@
 
 ifneq ($(origin PYTHON),file)  # asked for by name: an environment of another version must not stand in for it
-$(VENV) demo test bench lint: same-python
+$(VENV) demo test torture bench lint: same-python
 .PHONY: same-python
 VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 same-python: $(STAMP)
@@ -43,6 +43,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # a process per core, each with one thread
+
+torture: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m torture --torture $(ARGS)  # long versions, hours
 
 bench: $(STAMP)
 	$(BIN)/python bench/speed.py $(ARGS)

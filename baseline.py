@@ -201,6 +201,7 @@ def run(
 
             # The test fold's scores are looked at here, once, with the weights that validation has chosen.
             newest_best.flush()
+            saver.is_over = True
             best = load_best(trained.average.weights, folder, runtime)
             others = [fold for fold in orders if fold not in ("train", "val")]
             predictions = {fold: predict(best, fold, before_batch=saver.check) for fold in others}

@@ -34,7 +34,7 @@ class NonFiniteLoss(RuntimeError):
         samples: the samples of that step.
     """
 
-    def __init__(self, metric: str, value: float, *, step: int = 0, samples: Sequence[int] = ()) -> None:
+    def __init__(self, metric: str, value: float, *, step: int, samples: Sequence[int] = ()) -> None:
         ways = "lower --lr, set --max_grad_norm 1, or use --amp off"
         super().__init__(f"{metric} is {value} at step {step} of this epoch: {ways}")
         self.metric, self.value, self.step, self.samples = metric, value, step, list(samples)

@@ -175,6 +175,7 @@ class Saver:
         self.started = started
         self.since = time.perf_counter()
         self.num_checks = 0
+        self.is_over = False  # training is, and the weights may be others now
 
     def load(self) -> bool:
         """Go on from the newest state, if there is one. Raises ValueError if it is of something else."""
@@ -184,7 +185,8 @@ class Saver:
         if len(state["random"]) != self.runtime.world:
             raise ValueError(f"--resume: was saved by {len(state['random'])} process(es), go on with as many")
         self.course.load(state["course"])
-        self.trained.load(state["trained"])
+        if state["trained"] is not None:
+            self.trained.load(state["trained"])
         engine.set_random_state(state["random"][self.runtime.rank], self.runtime)
         self.course.resumed.append({"epoch": self.course.epoch, "step": self.course.record.step})
         return True
@@ -216,7 +218,8 @@ class Saver:
             self.before()
             seconds = self.course.seconds + time.perf_counter() - self.started
             course = {**self.course.state(), "seconds": seconds}
-            found = {"course": course, "trained": self.trained.state(), "random": states}
+            trained = None if self.is_over else self.trained.state()
+            found = {"course": course, "trained": trained, "random": states}
             self.states.save(self.step(), self.course.best_epoch, found)
         self.runtime.of_main(lambda: None)  # wait for it
         self.since = time.perf_counter()

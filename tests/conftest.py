@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 import demo
@@ -21,6 +22,41 @@ ROOT = Path(__file__).resolve().parent.parent
 # Before torch is imported, and for the processes that tests start: on small images threads only get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 COLUMNS = ("name", "prompt", "mos_quality", "mos_align")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torture", action="store_true", help="run the long versions of the tests marked torture")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis tries more where that is asked for. Tests that say how much themselves keep to it."""
+    settings.register_profile("torture", max_examples=10_000, deadline=None)
+    if config.getoption("--torture"):
+        settings.load_profile("torture")
+
+
+@pytest.fixture
+def is_torture(request: pytest.FixtureRequest) -> bool:
+    """Whether the long version of a test is asked for."""
+    return request.config.getoption("--torture")
+
+
+@pytest.fixture
+def figure(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Callable[[str, str], None]:
+    """A function that takes down what was measured of a promise, for the table at the end: (promise, figure)."""
+    return lambda promise, measured: record_property("figure", [promise, request.node.nodeid, measured])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what the tests have measured of what is promised (docs/reliability.md)."""
+    reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    rows = sorted(value for report in reports for name, value in report.user_properties if name == "figure")
+    if rows:
+        terminalreporter.section("promises")
+        for promise, test, measured in rows:
+            terminalreporter.write_line(f"{promise:<34}{measured}  ({test.rpartition('/')[2]})")
 
 
 @pytest.fixture(scope="session", autouse=True)

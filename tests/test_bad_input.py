@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from conftest import ROOT, DataFiles, csv_text, scored_rows
 from PIL import Image
 
 import baseline
+import checkpoint
 import predict
 
 TINY = ["--clip_model", "tiny", "--clip_pretrained", "none", "--image_size", "56", "--freeze_clip"]
@@ -351,11 +351,9 @@ def test_a_damaged_description_is_refused(scoring, picture, trained, tmp_path, d
 
 
 def test_a_description_of_another_model_is_refused_in_one_line(scoring, picture, trained, tmp_path):
-    shutil.copytree(trained / "best", tmp_path / "best")
-    path = tmp_path / "best" / "scorer.json"
-    description = json.loads(path.read_text(encoding="utf-8"))
+    _, state, description = checkpoint.load_weights(trained)
     description["model"]["hidden_q"] += 1
-    path.write_text(json.dumps(description), encoding="utf-8")
+    checkpoint.save_weights(tmp_path / "best", state, description, lambda folder: None)
     message = scoring("--checkpoint", tmp_path / "best", picture)
     assert "does not fit the weights" in message and "size mismatch" in message
 

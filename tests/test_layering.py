@@ -53,7 +53,9 @@ LAYOUT = {
     "inputs": Place(1, names("features images"), outside=names("numpy pandas torch")),
     "engine": Place(1, names("metrics"), outside=names("numpy torch")),
     "writing": Place(0, outside=names("")),
-    "checkpoint": Place(1, names("configs writing"), outside=names("pandas safetensors torch")),
+    "signals": Place(0, outside=names("")),
+    "checkpoint": Place(1, names("configs writing"), outside=names("numpy pandas safetensors torch")),
+    "resuming": Place(2, names("checkpoint engine signals"), outside=names("numpy torch")),
     "parts": Place(2, names("checkpoint writing"), outside=names("pandas")),
     "caching": Place(
         2, names("engine features images inputs models simple_statistics"), outside=names("numpy torch tqdm")
@@ -97,6 +99,7 @@ FREE_OF_TORCH = [
     "configs",
     "scores",
     "writing",
+    "signals",
     "commands",
     "advice",
     "diagnosis",

@@ -616,7 +616,7 @@ def test_the_same_failure_three_times_at_first_ends_the_search(tmp_path, train, 
 def test_a_trial_that_breaks_down_counts_as_stopped_early(tmp_path, train):
     def broken(config: TrainingConfig) -> float:
         if config.lr > 0.1:
-            raise engine.NonFiniteLoss("loss is nan at step 3")
+            raise engine.NonFiniteLoss("loss", float("nan"), step=3)
         return parabola(config)
 
     trainer = train(broken)

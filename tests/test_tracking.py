@@ -147,7 +147,7 @@ def test_a_run_that_leaves_the_test_fold_unread_sends_no_test_scores(train, serv
     assert service[1].ended == [OUTCOMES[service[0]][False]]
 
 
-@pytest.mark.parametrize("error", [engine.NonFiniteLoss("loss is nan"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [engine.NonFiniteLoss("loss", float("nan"), step=3), KeyboardInterrupt()])
 def test_a_run_that_breaks_down_is_told_as_failed(train, service, monkeypatch, error):
     real, epochs = baseline.engine.train_epoch, iter([None])
 
