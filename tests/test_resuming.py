@@ -1,0 +1,559 @@
+"""`resuming.py` and `signals.py`: a run that is stopped or killed anywhere goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from torch import Tensor, nn
+
+import baseline
+import checkpoint
+import engine
+import resuming
+import signals
+from configs import parse_args
+
+OF_TIME = ["images_per_s", "data_wait", "seconds"]
+SMALL = ["--clip_model", "tiny", "--clip_pretrained", "none", "--image_size", "56", "--batch_size", "8", "--lr", "1e-3"]
+CPU = engine.Runtime(torch.device("cpu"), "off", torch.amp.GradScaler("cpu", enabled=False))
+
+
+def flags_of(demo_set: tuple[Path, Path], *flags: str) -> list[str]:
+    """The command line of a small run, but for its folder."""
+    data = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+    return [*data, *SMALL, "--epochs", "3", "--no_report", *flags]
+
+
+def unequal(a: Any, b: Any, name: str) -> list[str]:
+    """Names of the JSON values that are not the same.
+
+    What comes after the fitted logistic may differ in the seventh digit: LAPACK rounds by where arrays lie in memory.
+    """
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in unequal(a[key], b[key], f"{name} {key}")]
+    is_fitted = "plcc_fit" in name or "rmse" in name
+    return [] if a == b or (is_fitted and a == pytest.approx(b, rel=1e-6)) else [name]
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What is not the same to the bit in two finished runs, but for times; see `unequal`."""
+    found = []
+    weights = [checkpoint.load_weights(folder)[1] for folder in (a, b)]
+    if weights[0].keys() != weights[1].keys():
+        found.append("names of weights")
+    found += [name for name in weights[0] if not torch.equal(weights[0][name], weights[1].get(name))]
+    tables = [pd.read_csv(folder / "metrics.csv").drop(columns=OF_TIME).to_dict() for folder in (a, b)]
+    found += unequal(*tables, "metrics.csv")
+    found += [] if (a / "predictions.csv").read_bytes() == (b / "predictions.csv").read_bytes() else ["predictions.csv"]
+    results = [json.loads((folder / "results.json").read_text()) for folder in (a, b)]
+    for of_process in ("seconds", "seconds_from_first_batch", "resumed", "diagnosis"):
+        results[0].pop(of_process), results[1].pop(of_process)
+    return found + unequal(*results, "results.json")
+
+
+class StopsAt(signals.Signals):
+    """Asks a run to stop when it looks for the n-th time whether it should; counts the looks."""
+
+    def __init__(self, number: int | None) -> None:
+        super().__init__()
+        self.number = number
+        self.looks = 0
+
+    @property
+    def asked(self) -> str:  # type: ignore[override]
+        self.looks += 1
+        return "SIGTERM" if self.looks == self.number else ""
+
+    @asked.setter
+    def asked(self, name: str) -> None:
+        pass
+
+
+def run_until(argv: list[str], folder: Path, number: int | None) -> int:
+    """Run until the n-th look, or to the end; returns the number of looks."""
+    listening = StopsAt(number)
+    config = parse_args([*argv, "--output_dir", str(folder)])
+    if number is None:
+        baseline.run(config, listening=listening)
+    else:
+        with pytest.raises(signals.Stopped, match=r"stopped and saved: --resume "):
+            baseline.run(config, listening=listening)
+    return listening.looks
+
+
+KINDS = {
+    "frozen, early stopping": ["--freeze_clip", "--early_stopping_patience", "1", "--epochs", "6"],
+    "thawed step by step, averaged": ["--unfreeze_schedule", "22@0,20@1", "--ema_decay", "0.9"],
+    "LoRA, accumulated": ["--lora_rank", "2", "--freeze_layers", "22", "--gradient_accumulation_steps", "3"],
+    "refinement, crops, no cache": [
+        *("--no_residual_learning", "--use_refinement", "--freeze_clip", "--no_cache"),
+        *("--crops", "2", "--global_view", "--scheduler", "cyclic"),
+    ],
+    "all trained, odd batches": ["--batch_size", "7", "--gradient_accumulation_steps", "2", "--layer_decay", "0.8"],
+}
+
+
+@pytest.mark.torture
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(kind, demo_set, tmp_path, capsys, is_torture, figure):
+    """Between two steps, in the middle of validation, between epochs and while the test fold is scored."""
+    argv = flags_of(demo_set, *KINDS[kind], "--keep_states", "1")
+    num_looks = run_until(argv, tmp_path / "whole", None)
+    rng = np.random.default_rng(0)
+    places = range(1, num_looks + 1) if is_torture else sorted({1, num_looks, *rng.integers(2, num_looks, 2).tolist()})
+    for place in places:
+        shutil.rmtree(tmp_path / "part", ignore_errors=True)
+        run_until(argv, tmp_path / "part", place)
+        assert len(list((tmp_path / "part" / "state").glob("step*"))) == 1
+        second = min(num_looks - place, 2)  # and again, soon after
+        if second > 1:
+            run_until([*argv, "--resume", "auto"], tmp_path / "part", second)
+        run_until([*argv, "--resume", "auto"], tmp_path / "part", None)
+        assert differences(tmp_path / "whole", tmp_path / "part") == [], place
+        assert not (tmp_path / "part" / "state").exists()
+        resumed = json.loads((tmp_path / "part" / "results.json").read_text())["resumed"]
+        assert len(resumed) == 1 + (second > 1)
+    figure("resume exactly", f"{len(places)} of {num_looks} places, 0 bits differ: {kind}")
+
+
+@pytest.mark.torture
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(demo_set, tmp_path, is_torture, figure):
+    """SIGKILL at 50 moments of reading, caching, training, writing and reporting; every file whole every time."""
+    argv = [*flags_of(demo_set, "--unfreeze_schedule", "22@0,20@1", "--use_report"), "--ema_decay", "0.9"]
+    kills = 500 if is_torture else 50
+    command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(tmp_path), str(kills), "0", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert (found["differences"], found["broken"]) == ([], [])
+    assert found["kills"] == kills and found["finished"] >= 1
+    figure("killed anywhere", f"{kills} kills, {found['finished']} runs finished, 0 files broken, 0 bits differ")
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.torture
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_ends_a_run_after_its_step_with_exit_code_75(name, demo_set, tmp_path, environment, figure):
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "baseline.py"), *flags_of(demo_set, "--epochs", "5000")]
+    process = subprocess.Popen(
+        [*command, "--output_dir", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    wait_for(lambda: (folder / "metrics.csv").exists())
+    asked = time.monotonic()
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=120)
+    seconds = time.monotonic() - asked
+    assert process.returncode == 75, said
+    assert said.splitlines()[-2:] == [
+        f"{name}: saving after this step; once more stops at once, without",
+        f"stopped and saved: --resume {folder} goes on from there",
+    ]
+    states = checkpoint.StateFolder(folder, keep=2)
+    state = states.load(print)
+    assert state is not None and state["course"]["epoch"] >= 1
+    figure("signals", f"{name}: exit code 75 within {seconds:.1f} s")
+
+
+def test_a_signal_before_training_stops_at_once_and_a_second_one_always(capfd):
+    with signals.Signals() as listening, pytest.raises(signals.Stopped, match=r"SIGTERM before .* starts again"):
+        signal.raise_signal(signal.SIGTERM)
+    assert listening.asked == "SIGTERM"
+    with signals.Signals() as listening, listening.held_back():
+        signal.raise_signal(signal.SIGUSR1)
+        assert listening.asked == "SIGUSR1"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == "SIGUSR1: saving after this step; once more stops at once, without\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
+
+
+# States that are damaged, or of something else
+
+
+@pytest.fixture
+def stopped(demo_set, tmp_path) -> tuple[list[str], Path]:
+    """The command line and the folder of a run with two states, the newer one in the third epoch."""
+    argv = flags_of(demo_set, "--freeze_clip", "--save_every_minutes", "1e-9")
+    run_until(argv, tmp_path / "run", 17)
+    assert len(list((tmp_path / "run" / "state").glob("step*"))) == 2
+    return argv, tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
+def test_a_damaged_state_is_told_and_the_one_before_it_taken(damage, stopped, tmp_path, capsys):
+    argv, folder = stopped
+    older, newer = sorted((folder / "state").glob("step*"))
+    content = bytearray(newer.read_bytes())
+    content[-1000] ^= 1
+    newer.write_bytes({"cut": content[:-1], "bit": content, "empty": b""}[damage])
+    run_until(argv, tmp_path / "whole", None)
+    capsys.readouterr()
+    run_until([*argv, "--resume", "auto"], folder, None)
+    said = capsys.readouterr().out
+    assert f"{newer}: damaged" in said and "trying the state before it" in said
+    steps = int(older.stem[4:14]) % 5
+    assert f"resume    epoch 3 after {steps} of 5 steps" in said
+    assert differences(tmp_path / "whole", folder) == []
+
+
+def test_without_a_state_that_can_be_read_the_run_starts_again_and_says_so(stopped, tmp_path, capsys):
+    argv, folder = stopped
+    for path in (folder / "state").iterdir():
+        path.write_bytes(b"")
+    run_until(argv, tmp_path / "whole", None)
+    run_until([*argv, "--resume", "auto"], folder, None)
+    assert "resume    no state was saved: from the start" in capsys.readouterr().out
+    assert differences(tmp_path / "whole", folder) == []
+
+
+def test_a_state_brings_the_best_weights_that_it_knows(stopped):
+    """Those in best/ may be of an epoch that came after it, and that may end otherwise on another machine."""
+    _, folder = stopped
+    best = folder / "best" / "model.safetensors"
+    expected = best.read_bytes()
+    _, weights, description = checkpoint.load_weights(folder)
+    other = {name: value + 1 for name, value in weights.items()}
+    checkpoint.save_weights(folder / "best", other, description, lambda path: None)
+    assert best.read_bytes() != expected
+    checkpoint.StateFolder(folder, keep=2).load(print)
+    assert best.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lr", "2e-3"], "its run was begun with other options (--lr)"),
+        (["--resume", "nowhere"], "--resume nowhere: there is no run in it"),
+        (["--overwrite"], "--resume goes on, --overwrite starts again: drop one"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(flags, says, stopped, capsys):
+    argv, folder = stopped
+    with pytest.raises(SystemExit):
+        baseline.main([*argv, "--output_dir", str(folder), "--resume", "auto", *flags])
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert len(list((folder / "state").glob("step*"))) == 2
+
+
+def test_a_run_is_gone_on_with_by_its_folder_alone_and_only_what_is_free_may_change(stopped, capsys):
+    _, folder = stopped
+    for flags in (["--lr", "2e-3"], ["--config", "x.json"], ["--preset", "small", "--epochs", "9"]):
+        with pytest.raises(SystemExit):
+            baseline.main(["--resume", str(folder), *flags])
+        assert "would make it another run; drop it" in capsys.readouterr().err
+    results = baseline.main(["--resume", str(folder), "--num_workers", "1", "--use_report"])
+    assert results["epochs"] == 3 and (folder / "report.html").exists()
+    again = baseline.main(["--resume", str(folder)])
+    assert "is finished; nothing is left to do" in capsys.readouterr().out
+    assert again == json.loads((folder / "results.json").read_text())
+
+
+def test_changed_data_is_refused(stopped, tmp_path, capsys):
+    argv, folder = stopped
+    table = pd.read_csv(argv[1])
+    table["mos_quality"] += 0.01
+    table.to_csv(tmp_path / "other.csv", index=False)
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**saved, "data_csv_path": str(tmp_path / "other.csv")}))
+    with pytest.raises(SystemExit):
+        baseline.main(["--resume", str(folder)])
+    assert "the data has changed since" in capsys.readouterr().err
+
+
+def test_states_are_saved_by_the_clock_and_the_newest_are_kept(demo_set, tmp_path, monkeypatch):
+    saved: list[int] = []
+    real = checkpoint.StateFolder.save
+    monkeypatch.setattr(
+        checkpoint.StateFolder, "save", lambda self, *given: (saved.append(given[0]), real(self, *given))
+    )
+    run_until(flags_of(demo_set, "--freeze_clip", "--epochs", "2"), tmp_path / "seldom", None)
+    assert saved == []  # ten minutes are not over
+    run_until(flags_of(demo_set, "--freeze_clip", "--save_every_minutes", "0"), tmp_path / "never", None)
+    assert saved == []
+    often = flags_of(demo_set, "--freeze_clip", "--save_every_minutes", "1e-9", "--keep_states", "3")
+    run_until(often, tmp_path / "often", 14)
+    assert saved == sorted(saved) and len(saved) == 14
+    kept = sorted(int(path.stem[4:14]) for path in (tmp_path / "often" / "state").glob("step*"))
+    assert kept == sorted(set(saved))[-3:]
+
+
+# Numbers gone wrong
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_images_and_can_be_repeated(demo_set, tmp_path, monkeypatch, capsys):
+    argv = flags_of(demo_set, "--freeze_clip", "--output_dir", str(tmp_path / "run"))
+    real, seen = baseline.losses.score_losses, []
+
+    def broken(scores: Any, *given: Any, **options: Any) -> dict[str, Tensor]:
+        found = real(scores, *given, **options)
+        if torch.is_grad_enabled():
+            seen.append(float(found["loss"].detach()))
+            if len(seen) == 8:  # the third step of the second epoch
+                return {**found, "loss": found["loss"] * float("nan")}
+        return found
+
+    monkeypatch.setattr(baseline.losses, "score_losses", broken)
+    with pytest.raises(SystemExit) as caught:
+        baseline.main(argv)
+    assert caught.value.code == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("failed: loss is nan at step 3 of this epoch: lower --lr")
+    told = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert (told["metric"], told["value"], told["epoch"], told["step"]) == ("loss", "nan", 2, 3)
+    assert len(told["images"]) == 8 and set(told["images"]) <= set(pd.read_csv(argv[1])["name"])
+    assert told["repeat"] == f"python baseline.py --resume {tmp_path / 'run'}"
+    # The saved state repeats that very step: the same batch, weights and dropout.
+    expected, state = seen[-1], checkpoint.StateFolder(tmp_path / "run", keep=2).load(print)
+    assert state is not None and (state["course"]["epoch"], state["course"]["record"]["step"]) == (2, 2)
+    seen.clear()
+    baseline.main(["--resume", str(tmp_path / "run")])
+    assert seen[0] == expected
+    assert not (tmp_path / "run" / "failure.json").exists()
+
+
+class Overflows:
+    """A GradScaler that skips the given steps, as after an overflow of fp16."""
+
+    def __init__(self, skipped: set[int]) -> None:
+        self.skipped, self.number, self.factor = skipped, 0, 2.0**16
+
+    def is_enabled(self) -> bool:
+        return True
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def get_scale(self) -> float:
+        return self.factor
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.number += 1
+        if self.number not in self.skipped:
+            optimizer.step()
+
+    def update(self) -> None:
+        self.factor *= 0.5 if self.number in self.skipped else 1.0
+
+
+class Numbers:
+    """A batch of the engine."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return 2
+
+
+def train_numbers(scaler: Any, num_steps: int, broken: set[int]) -> dict[str, float]:
+    """Train on `num_steps` batches of which the losses of some are not finite."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def losses(model: nn.Module, batch: Numbers) -> dict[str, Tensor]:
+        loss = model(torch.ones(2, 1)).mean()
+        return {"loss": loss * float("inf") if batch.number in broken else loss}
+
+    return engine.train_epoch(
+        model,
+        [Numbers(number) for number in range(1, num_steps + 1)],
+        losses,
+        optimizer=optimizer,
+        schedule=engine.build_schedule(optimizer, kind="constant", num_steps=99, warmup_ratio=0.0),
+        runtime=engine.Runtime(torch.device("cpu"), "fp16", scaler) if scaler else CPU,
+        average=engine.WeightAverage(model, 0.0),
+        micro=engine.MicroBatches(lambda batch, size: [batch], enabled=False),
+        samples_of=lambda batch: [10 * batch.number],
+    )
+
+
+def test_a_step_that_fp16_scaling_skips_does_not_stop_the_run_and_spoils_no_mean():
+    report = train_numbers(Overflows({2, 3}), 5, broken={2, 3})
+    assert np.isfinite(report["loss"]) and np.isfinite(report["grad_norm"])
+
+
+def test_fp16_scaling_that_skips_every_step_is_told():
+    every = set(range(1, 100))
+    with pytest.raises(engine.NonFiniteLoss, match=r"loss is -?inf at step 30 of"):
+        train_numbers(Overflows(every), 99, broken=every)
+
+
+def test_a_broken_step_changes_nothing_and_names_its_samples():
+    with pytest.raises(engine.NonFiniteLoss) as caught:
+        train_numbers(None, 5, broken={4})
+    assert (caught.value.step, caught.value.samples) == (4, [40])
+
+
+# One folder, one run
+
+
+def test_two_runs_cannot_have_one_folder(demo_set, tmp_path, capsys, environment):
+    folder = tmp_path / "run"
+    argv = flags_of(demo_set, "--freeze_clip", "--output_dir", str(folder))
+    with checkpoint.RunFolder(folder):
+        for flags in ([], ["--overwrite"], ["--resume", "auto"]):
+            command = [sys.executable, str(ROOT / "baseline.py"), *argv, *flags]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            assert done.returncode == 2
+            assert "another run is using it now; wait for its end or choose another" in done.stderr
+            assert done.stderr.count("\n") == 1
+        assert list(folder.iterdir()) == []
+    baseline.main(argv)  # it is free again
+
+
+def test_what_a_killed_process_left_half_written_is_swept_away(demo_set, tmp_path):
+    folder = tmp_path / "run"
+    (folder / ".best.123.tmp").mkdir(parents=True)
+    (folder / ".best.123.tmp" / "scorer.json").write_text("{")
+    (folder / ".config.json.123.tmp").write_text("{")
+    baseline.main(flags_of(demo_set, "--freeze_clip", "--output_dir", str(folder)))
+    assert not list(folder.glob(".*"))
+
+
+# Disks that are full or cannot be written
+
+
+def mounted(folder: Path, *options: str) -> bool:
+    """Whether a small file system in memory could be mounted there."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
+    return (
+        shutil.which("mount") is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Any:
+    """A folder on a disk of 40 MB: room for two states and the best weights, not for more."""
+    if not mounted(tmp_path / "disk", "-o", "size=40m"):
+        pytest.skip("needs the right to mount a tmpfs")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+@pytest.mark.torture
+def test_a_full_disk_is_told_and_what_was_saved_is_intact(small_disk, demo_set, tmp_path, capsys, figure):
+    argv = flags_of(demo_set, "--freeze_clip", "--save_every_minutes", "1e-9")
+    folder = small_disk / "run"
+    run_until(argv, folder, 17)
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "other").write_bytes(b"x" * (free - 100_000))
+    with pytest.raises(SystemExit) as caught:
+        baseline.main([*argv, "--output_dir", str(folder), "--resume", "auto"])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "cannot be written (No space left on device" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in before if path.exists()} | {} == before
+    (small_disk / "other").unlink()
+    run_until([*argv, "--resume", "auto"], folder, None)
+    run_until(argv, tmp_path / "whole", None)
+    assert differences(tmp_path / "whole", folder) == []
+    figure("disk full", "told in one line, earlier states intact, 0 bits differ after --resume")
+
+
+@pytest.mark.torture
+def test_a_folder_that_becomes_read_only_is_told_and_keeps_what_it_has(small_disk, demo_set, capsys, figure):
+    argv = flags_of(demo_set, "--freeze_clip", "--save_every_minutes", "1e-9", "--output_dir", str(small_disk / "run"))
+    real = pd.DataFrame.to_csv
+    calls = [0]
+
+    def read_only_then(self: pd.DataFrame, *given: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:  # metrics.csv of the second epoch
+            subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        return real(self, *given, **options)
+
+    pd.DataFrame.to_csv = read_only_then  # type: ignore[method-assign, assignment]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            baseline.main(argv)
+    finally:
+        pd.DataFrame.to_csv = real  # type: ignore[method-assign]
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "Read-only file system" in error and error.count("\n") == 1
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    states = checkpoint.StateFolder(small_disk / "run", keep=2)
+    assert states.load(print) is not None
+    checkpoint.load_weights(small_disk / "run")
+    figure("read-only in mid-run", "told in one line, weights and states intact")
+
+
+@pytest.mark.parametrize("value", [None, 1, "text", [1, [2.5, None]], {"a": {1: torch.arange(3)}, 7: [np.eye(2)]}, {}])
+def test_states_come_back_as_they_were(value, tmp_path):
+    tensors: dict[str, Tensor] = {}
+    checkpoint.write_tensors(tmp_path / "s.safetensors", tensors, note := checkpoint.pack(value, "s", tensors))
+    found, saved = checkpoint.read_tensors(tmp_path / "s.safetensors")
+    assert json.dumps(saved) == json.dumps(note)
+    assert str(checkpoint.unpack(saved, found)) == str(value)
+
+
+def test_generators_go_on_from_a_saved_state(tmp_path):
+    engine.seed_everything(3)
+    state = engine.random_state(CPU)
+    expected = (np.random.rand(), torch.rand(1), __import__("random").random())  # noqa: NPY002
+    tensors: dict[str, Tensor] = {}
+    checkpoint.write_tensors(tmp_path / "s.safetensors", tensors, checkpoint.pack(state, "s", tensors))
+    checkpoint.write_tensors(tmp_path / "s.safetensors", tensors, checkpoint.pack(state, "s", tensors))
+    found, saved = checkpoint.read_tensors(tmp_path / "s.safetensors")
+    engine.set_random_state(checkpoint.unpack(saved, found), CPU)
+    assert expected == (np.random.rand(), torch.rand(1), __import__("random").random())  # noqa: NPY002
+
+
+def test_resuming_knows_other_weights(tmp_path):
+    def trained(value: float) -> resuming.Trained:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        nn.init.constant_(model[0].weight, value)
+        nn.init.zeros_(model[0].bias)
+        optimizer = engine.build_optimizer(model[1], lambda name: 0.1, weight_decay=0.0)
+        schedule = engine.build_schedule(optimizer, kind="constant", num_steps=9, warmup_ratio=0.0)
+        micro = engine.MicroBatches(lambda batch, size: [batch], enabled=False)
+        constant = {"0.weight", "0.bias"}
+        return resuming.Trained(model, optimizer, schedule, engine.WeightAverage(model, 0), micro, CPU.scaler, constant)
+
+    state = trained(1.0).state()
+    assert set(state["model"]) == {"1.weight", "1.bias"}
+    trained(1.0).load(state)
+    with pytest.raises(ValueError, match="the weights that CLIP starts from have changed"):
+        trained(2.0).load(state)
+    with pytest.raises(ValueError, match="of another model"):
+        trained(1.0).load({**state, "model": {"2.weight": torch.ones(1)}})
