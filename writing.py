@@ -55,7 +55,7 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(error.errno, f"{path}: cannot be written ({reason}); what was there before is kept") from error
+        raise OSError(f"{path}: cannot be written ({reason}); what was there before is kept") from error
 
 
 def sweep(folder: Path) -> None:
