@@ -344,11 +344,12 @@ class StateFolder:
         for old in set(self.folder.iterdir()) - {*kept, *map(self.best_of, kept)}:
             old.unlink()
 
-    def load(self, say: Callable[[str], object]) -> dict[str, Any] | None:
+    def load(self, say: Callable[[str], object], *, active: bool = True) -> dict[str, Any] | None:
         """The newest state that is as it was written, with its best weights back in their place; None if there is none.
 
         Args:
             say: is told of every state that is damaged.
+            active: False leaves the best weights to another process.
         """
         for path in reversed(self.states()):
             try:
@@ -357,7 +358,8 @@ class StateFolder:
                     state = unpack(note, tensors)
                     if not path.stem.endswith("-best000000"):
                         read_tensors(self.best_of(path))
-                        put_copy(self.best_of(path), self.best)
+                        if active:
+                            put_copy(self.best_of(path), self.best)
                 return state
             except ValueError as error:
                 say(f"note      {error}; trying the state before it")

@@ -179,7 +179,7 @@ class Saver:
 
     def load(self) -> bool:
         """Go on from the newest state, if there is one. Raises ValueError if it is of something else."""
-        state = self.states.load(self.runtime.say)
+        state = self.states.load(self.runtime.say, active=self.runtime.is_main)
         if state is None:
             return False
         if len(state["random"]) != self.runtime.world:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_resuming import differences
 from torch import Tensor, nn
 
 import baseline
@@ -33,6 +34,8 @@ CASES = {
     "whole": f"{TINY} --loss mse+plcc --epochs 2 --lr 1e-4 --batch_size 13",
     "quality": f"{TINY} --epochs 2 --lr 1e-4 --batch_size 7 --gradient_accumulation_steps 2 --ema_decay 0.5",
 }
+# Each process has generators of its own, which drop out other rows.
+DROPOUT = f"{TINY} --dropout 0.3 --freeze_clip --epochs 3 --lr 1e-3 --batch_size 5"
 CLOCKS = ["data_wait", "images_per_s", "seconds"]
 SIZES = [1, 2, 3, 6, 7]  # of batches to gather; of the first the second process has no share
 
@@ -44,7 +47,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 import torch
 
-import baseline, configs, engine
+import baseline, configs, engine, signals
 import test_distributed as case
 
 folder = Path(sys.argv[3])
@@ -72,6 +75,13 @@ with runtime.main_first():
 torch.save(found, folder / f"rank{runtime.rank}.pt")
 for argv in json.loads(sys.argv[4]):
     baseline.run(configs.parse_args(argv))
+
+# A run that is stopped after 20 looks (every tenth of which both take together) and gone on with.
+for listening, flags in ((case.StopsAt(2), []), (signals.NONE, ["--resume", "auto"])):
+    try:
+        baseline.run(configs.parse_args([*json.loads(sys.argv[5]), *flags]), listening=listening)
+    except signals.Stopped:
+        (folder / f"stopped{runtime.rank}").touch()
 engine.stop_runtime()
 """
 
@@ -157,7 +167,10 @@ def runs(demo_set, tmp_path_factory) -> Runs:
     (place / "both.py").write_text(SCRIPT, encoding="utf-8")
     argv = [[*flags(name), *to(place / f"two-{name}")] for name in others]
     paths = [str(ROOT), str(ROOT / "tests"), str(place)]
-    code, _, err = torchrun(place / "both.py", *paths, json.dumps(argv), cwd=place, seconds=180)
+    data = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1]), *shlex.split(DROPOUT)]
+    argv.append([*data, *to(place / "whole")])
+    stopped = json.dumps([*data, *to(place / "stopped")])
+    code, _, err = torchrun(place / "both.py", *paths, json.dumps(argv), stopped, cwd=place, seconds=180)
     assert code == 0, err
     return Runs(
         folders={name: (place / f"one-{name}", place / f"two-{name}") for name in others}
@@ -210,6 +223,13 @@ def test_two_processes_end_with_the_weights_of_one(runs, name):
     assert one.keys() == two.keys()
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_two_processes_that_are_stopped_go_on_as_if_they_had_not_been(runs):
+    place = runs.place.parent
+    assert {path.name for path in place.glob("stopped?")} == {"stopped0", "stopped1"}
+    assert len(json.loads((place / "stopped" / "results.json").read_text())["resumed"]) == 1
+    assert differences(place / "whole", place / "stopped") == []
 
 
 def test_the_run_says_how_many_processes_it_had(runs):
