@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -528,6 +529,31 @@ def test_a_trial_whose_process_was_killed_is_run_again(tmp_path, train):
     assert len(values(study)) == 6
     again = [trial for trial in study.trials if trial.user_attrs.get("instead_of") == running[0].number]
     assert len(again) == 1 and again[0].params == running[0].params and again[0].state in search.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("ends", "failure", "note"),
+    [
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "",
+            "note      worker 1 was killed (signal 9); its trial is run again",
+        ),
+        ("sys.exit('error: the disk is gone')", "a worker has ended with the error above", ""),
+    ],
+)
+def test_how_a_worker_ended_is_said(ends, failure, note, tmp_path, monkeypatch, capfd):
+    """Of two workers the second one, which is told by its GPU, ends badly."""
+    script = tmp_path / "worker.py"
+    script.write_text(f"import os, signal, sys\nif os.environ['LOCAL_RANK'] == '1': {ends}\n")
+    monkeypatch.setattr(search, "__file__", str(script))
+    monkeypatch.setattr(engine, "num_gpus", lambda: 2)
+    request = space.parse_search_args([*flags_of(tmp_path), "--workers", "2"])
+    with pytest.raises(search.SearchFailed, match=failure) if failure else nullcontext():
+        search.run_workers(request, [])
+    said = capfd.readouterr()
+    assert said.out == (note + "\n" if note else "")
+    assert said.err == ("error: the disk is gone\n" if failure else "")
 
 
 def test_a_silent_trial_of_another_machine_is_given_up_after_a_while(tmp_path, train, monkeypatch):
