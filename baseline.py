@@ -136,7 +136,7 @@ def run(config: TrainingConfig, *, after_epoch: AfterEpoch = lambda row: None, k
 
     optimizer, schedule = build_optimizer(config, model, examples, num_steps)
     average = engine.WeightAverage(model, config.ema_decay)
-    tune_speed(config, model, runtime, num_images=config.epochs * len(examples.rows("train")))
+    tune_speed(config, model, examples, runtime)
     trainee = runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
     compute_losses = build_losses(config, examples, model, runtime)
     micro = engine.MicroBatches(feed.split, enabled=config.dynamic_batch_size, max_usage=config.max_memory_usage)
@@ -261,7 +261,7 @@ def folds_read(config: TrainingConfig) -> list[str]:
 
 def start(config: TrainingConfig) -> tuple[engine.Runtime, Path]:
     """Join the other processes, if any, and agree on the run folder. Raises ValueError for what cannot work."""
-    runtime = engine.start_runtime(config.device, config.amp)
+    runtime = engine.start_runtime(config.device, config.amp, config.deterministic)
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
     tracking.check_installed(tracker_names(config))
@@ -549,15 +549,23 @@ def fingerprints(config: TrainingConfig, model: models.ScoreModel, kept: Kept) -
     return find
 
 
-def tune_speed(config: TrainingConfig, model: models.ScoreModel, runtime: engine.Runtime, *, num_images: int) -> None:
+def compiles(config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime) -> bool:
+    """Whether CLIP's blocks are compiled. Raises ValueError if they shall and cannot."""
+    is_on_gpu = runtime.device.type != "cpu"
+    is_long = is_on_gpu and config.epochs * len(examples.rows("train")) > COMPILE_FROM and not config.lora_rank
+    can = bool(shutil.which("cc") and (not is_on_gpu or importlib.util.find_spec("triton")))
+    if config.compile == "on" and not can:
+        raise ValueError("--compile on: needs a C compiler (cc) and, on a GPU, triton; install them or drop it")
+    return config.compile == "on" or (config.compile == "auto" and is_long and can)
+
+
+def tune_speed(
+    config: TrainingConfig, model: models.ScoreModel, examples: data.Examples, runtime: engine.Runtime
+) -> None:
     """Switch on what trades time against memory or start-up."""
     if config.gradient_checkpointing:  # Hugging Face's towers would take False for True
         model.clip.set_grad_checkpointing(True)
-    is_long = runtime.device.type != "cpu" and num_images > COMPILE_FROM and not config.lora_rank
-    can = shutil.which("cc") and (runtime.device.type == "cpu" or importlib.util.find_spec("triton"))
-    if config.compile == "on" and not can:
-        raise ValueError("--compile on: needs a C compiler (cc) and, on a GPU, triton; install them or drop it")
-    if config.compile == "on" or (config.compile == "auto" and is_long and can):
+    if compiles(config, examples, runtime):
         runtime.say("compiling CLIP's blocks with the first steps")
         models.compile_blocks(model.clip)
 
@@ -822,7 +830,9 @@ def write_inputs(
             "amp": runtime.precision,
             "num_workers": num_threads(config, runtime),
             "cache_views": config.num_views,
+            "compile": compiles(config, examples, runtime),
             "processes": runtime.world,
+            **engine.arithmetic(),
         },
         "data_fingerprint": examples.fingerprint,
         "mos_scales": {task: [scale.low, scale.high] for task, scale in examples.scales.items()},
@@ -934,7 +944,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with one_line_errors(engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
         config = parse_args(argv, num_images=sources.count_training_images, num_blocks=num_blocks)
         if config.is_protocol:
-            runtime, folder = engine.start_runtime(config.device, config.amp), run_folder(config)
+            runtime = engine.start_runtime(config.device, config.amp, config.deterministic)
+            folder = run_folder(config)
             results = protocol.run_all(config, run, folder, runtime)
             if results:
                 write_report(config, folder, runtime)

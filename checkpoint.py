@@ -32,7 +32,10 @@ CONFIG_FILE = "config.json"
 INPUT_FILES = (CONFIG_FILE, "splits.csv")  # every run begins by writing these
 RUN_FILES = (*INPUT_FILES, "metrics.csv", RESULTS_FILE, "predictions.csv", "report.html")
 RUN_FOLDERS = (BEST_DIR, "figures", "tensorboard", "wandb")
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn")
+PACKAGES = (
+    *("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow"),
+    *("numpy", "scipy", "pandas", "scikit-learn"),
+)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
