@@ -307,7 +307,7 @@ def test_two_that_want_the_same_recipes_in_another_order_do_not_wait_for_each_ot
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(20)
     assert sorted(done) == [-1, 1]
     assert list(tmp_path.iterdir()) == []  # folders that nothing was put into go again
 
