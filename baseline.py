@@ -151,7 +151,7 @@ def run(
             set_base(model, base)
 
         trained = build_training(config, model, examples, feed, runtime, num_steps)
-        tune_speed(config, model, runtime, num_images=config.epochs * len(examples.rows("train")))
+        tune_speed(config, model, examples, runtime)
         compute_losses = build_losses(config, examples, model, runtime)
         newest_best = checkpoint.LatestState(
             lambda state: save_scorer(writer, state, backbone, arguments, config, examples),
@@ -401,7 +401,7 @@ def start(config: TrainingConfig) -> tuple[engine.Runtime, Path, str]:
     Raises:
         ValueError: for what cannot work.
     """
-    runtime = engine.start_runtime(config.device, config.amp)
+    runtime = engine.start_runtime(config.device, config.amp, config.deterministic)
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
     tracking.check_installed(tracker_names(config))
@@ -411,7 +411,8 @@ def start(config: TrainingConfig) -> tuple[engine.Runtime, Path, str]:
         if not found:
             checkpoint.refuse_occupied(folder, overwrite=config.overwrite)
         if folder.is_dir():
-            checkpoint.lock_folder(folder).release()  # or it would be refused only after the data is read
+            with checkpoint.alone_in(folder):  # or it would be refused only after the data is read
+                pass
     return runtime, *runtime.agree((folder, found))
 
 
@@ -713,15 +714,23 @@ def fingerprints(config: TrainingConfig, model: models.ScoreModel, kept: Kept) -
     return find
 
 
-def tune_speed(config: TrainingConfig, model: models.ScoreModel, runtime: engine.Runtime, *, num_images: int) -> None:
+def compiles(config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime) -> bool:
+    """Whether CLIP's blocks are compiled. Raises ValueError if they shall and cannot."""
+    is_on_gpu = runtime.device.type != "cpu"
+    is_long = is_on_gpu and config.epochs * len(examples.rows("train")) > COMPILE_FROM and not config.lora_rank
+    can = bool(shutil.which("cc") and (not is_on_gpu or importlib.util.find_spec("triton")))
+    if config.compile == "on" and not can:
+        raise ValueError("--compile on: needs a C compiler (cc) and, on a GPU, triton; install them or drop it")
+    return config.compile == "on" or (config.compile == "auto" and is_long and can)
+
+
+def tune_speed(
+    config: TrainingConfig, model: models.ScoreModel, examples: data.Examples, runtime: engine.Runtime
+) -> None:
     """Switch on what trades time against memory or start-up."""
     if config.gradient_checkpointing:  # Hugging Face's towers would take False for True
         model.clip.set_grad_checkpointing(True)
-    is_long = runtime.device.type != "cpu" and num_images > COMPILE_FROM and not config.lora_rank
-    can = shutil.which("cc") and (runtime.device.type == "cpu" or importlib.util.find_spec("triton"))
-    if config.compile == "on" and not can:
-        raise ValueError("--compile on: needs a C compiler (cc) and, on a GPU, triton; install them or drop it")
-    if config.compile == "on" or (config.compile == "auto" and is_long and can):
+    if compiles(config, examples, runtime):
         runtime.say("compiling CLIP's blocks with the first steps")
         models.compile_blocks(model.clip)
 
@@ -1002,7 +1011,9 @@ def write_inputs(
             "amp": runtime.precision,
             "num_workers": num_threads(config, runtime),
             "cache_views": config.num_views,
+            "compile": compiles(config, examples, runtime),
             "processes": runtime.world,
+            **engine.arithmetic(),
         },
         "data_fingerprint": examples.fingerprint,
         "mos_scales": {task: [scale.low, scale.high] for task, scale in examples.scales.items()},
@@ -1132,7 +1143,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     ):
         config = parse_args(argv, num_images=sources.count_training_images, num_blocks=num_blocks)
         if config.is_protocol:
-            runtime, folder = engine.start_runtime(config.device, config.amp), run_folder(config)
+            runtime = engine.start_runtime(config.device, config.amp, config.deterministic)
+            folder = run_folder(config)
             results = protocol.run_all(config, partial(run, listening=listening), folder, runtime)
             if results:
                 write_report(config, folder, runtime)

@@ -7,8 +7,10 @@ frozen that is the embedding; otherwise the activations that enter the first tra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,15 +61,42 @@ class Caching:
         dtype = example.dtype if is_embedding else DTYPES.get(self.dtype, example.dtype)
         return self.cache.open(recipe, example.shape[1:], dtype)
 
-    def fill(self, wanted: Callable[[], Rows], compute: Callable[[Rows], None]) -> None:
-        """Let `compute` add what is `wanted` and still missing: each process its share, then what others could not."""
-        self.runtime.barrier()  # all have looked at what is there
-        todo = wanted()
-        compute(todo[self.runtime.rank :: self.runtime.world])
-        self.runtime.barrier()
-        for features in self.cache.opened.values():
-            features.refresh()
-        compute(wanted())  # nothing, unless processes do not share the folder
+    def fill(
+        self,
+        sets: Sequence[FeatureSet],
+        needed: Callable[[], int],
+        wanted: Callable[[], Rows],
+        compute: Callable[[Rows], None],
+    ) -> bool:
+        """Let `compute` add what is `wanted` and still missing: each process its share, then what others could not.
+
+        Another run that adds to the same recipes is waited for first.
+
+        Args:
+            sets: the recipes.
+            needed: how many bytes are missing.
+
+        Returns:
+            Whether there is room for them; if not, nothing was added.
+        """
+        runtime = self.runtime
+        with self.cache.alone(sets) if runtime.is_main and needed() else nullcontext():
+            if not runtime.of_main(lambda: not needed() or self.cache.make_room(needed())):
+                return False
+            refresh(sets)
+            runtime.barrier()  # all have looked at what is there
+            todo = wanted()
+            compute(todo[runtime.rank :: runtime.world])
+            runtime.barrier()
+            refresh(sets)
+            compute(wanted())  # nothing, unless processes do not share the folder
+        return True
+
+
+def refresh(sets: Iterable[FeatureSet]) -> None:
+    """Take notice of what other processes have added."""
+    for features in sets:
+        features.refresh()
 
 
 def identity(clip_config: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
@@ -152,14 +181,15 @@ def cache_images(
         counts=counts,
     )
 
-    needed = source.size({view: source.missing(view) for view in rows_of})
-    if not runtime.agree(needed == 0 or caching.cache.make_room(needed)):
-        return f"would take {needed / 1e9:.1f} GB, more than --cache_max_gb or the disk has left"
+    def needed() -> int:
+        return source.size({view: source.missing(view) for view in rows_of})
 
     def wanted() -> Rows:
         return np.unique(np.concatenate([source.missing(view) for view in rows_of])).astype(int)
 
-    caching.fill(wanted, lambda rows: add_views(source, pixels, encode, rows, caching, observe))
+    compute = partial(add_views, source, pixels, encode, caching, observe)
+    if not caching.fill(sets, needed, wanted, compute):
+        return f"would take {needed() / 1e9:.1f} GB, more than --cache_max_gb or the disk has left"
     if caching.fits_device(source.size(rows_of)):
         source.move_to_device()
     return source
@@ -169,9 +199,9 @@ def add_views(
     source: CachedSource,
     pixels: PixelSource,
     encode: Callable[[Tensor], Tensor],
-    rows: Rows,
     caching: Caching,
     observe: Callable[[Rows, list[Tensor]], None],
+    rows: Rows,
 ) -> None:
     """Decode some rows once and add those of their views that are missing."""
     store = pixels.store
@@ -236,8 +266,11 @@ class Statistics:
         keys = [file.digest for file in self.store.files]
         new = [key for key in dict.fromkeys(keys) if key in self.computed]
         if self.cache and self.features and new and self.cache.make_room(len(new) * self.features.row_bytes):
-            self.features.add(new, torch.stack([self.computed[key] for key in new]))
-            self.features.flush()
+            with self.cache.alone([self.features]):
+                left = [new[place] for place in self.features.missing(new)]
+                if left:
+                    self.features.add(left, torch.stack([self.computed[key] for key in left]))
+                self.features.flush()
         stored = [key for key in dict.fromkeys(keys) if key not in self.computed]
         known = dict(self.computed)
         if self.features and stored:
@@ -267,13 +300,12 @@ def cache_texts(caching: Caching, text: nn.Module, table: TextTable) -> str:
     weights = caching.fingerprint(text, num_stages)
     features = caching.open(text, num_stages, example, weights=weights, input="text")
     keys = [key_of(row.tobytes()) for row in table.host_tokens_UN.numpy()]
-    needed = len(features.missing(keys)) * features.row_bytes
     total = len(keys) * features.row_bytes
     # They are used from memory, on a GPU its own.
-    fits = runtime.device.type == "cpu" or caching.fits_device(total)
-    if not runtime.agree(fits and (needed == 0 or caching.cache.make_room(needed))):
-        table.enter_at(0, None)
-        return f"would take {total / 1e9:.1f} GB, more than the GPU, --cache_max_gb or the disk has left"
+    fits = runtime.agree(runtime.device.type == "cpu" or caching.fits_device(total))
+
+    def needed() -> int:
+        return len(features.missing(keys)) * features.row_bytes
 
     def wanted() -> Rows:
         return np.array(features.missing(keys), dtype=int)
@@ -287,7 +319,9 @@ def cache_texts(caching: Caching, text: nn.Module, table: TextTable) -> str:
             features.add([keys[number] for number in chunk], values)
         features.flush()
 
-    caching.fill(wanted, compute)
+    if not fits or not caching.fill([features], needed, wanted, compute):
+        table.enter_at(0, None)
+        return f"would take {total / 1e9:.1f} GB, more than the GPU, --cache_max_gb or the disk has left"
     table.enter_at(num_stages, features.stack(keys).to(runtime.device), example.dtype)
     return ""
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from writing import Lock, is_temporary, sweep, temporary_name, write_whole
+from locking import locked
+from writing import is_temporary, sweep, temporary_name, write_whole
 
 RESULTS_FILE = "results.json"
 BEST_DIR = "best"
@@ -37,7 +38,10 @@ STATE_DIR = "state"
 FAILURE_FILE = "failure.json"
 RUN_FILES = (CONFIG_FILE, "splits.csv", "metrics.csv", FAILURE_FILE, RESULTS_FILE, "predictions.csv", "report.html")
 RUN_FOLDERS = (BEST_DIR, STATE_DIR, "figures", "tensorboard", "wandb")
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn")
+PACKAGES = (
+    *("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow"),
+    *("numpy", "scipy", "pandas", "scikit-learn"),
+)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -106,26 +110,22 @@ class RunFolder:
         self.active = active
         self.overwrite = overwrite
         self.resume = resume
-        self.lock: Lock | None = None
+        self.leaving = ExitStack()
 
     def __enter__(self) -> RunFolder:
         """Make the folder, without what an older run left in it. Raises ValueError if another run has it."""
         if self.active:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_folder(self.path)
-            try:
+            with ExitStack() as leaving:
+                leaving.enter_context(alone_in(self.path))
                 if not self.resume:
                     refuse_occupied(self.path, overwrite=self.overwrite)  # another run may just have ended here
                     prepare_run_folder(self.path)
                 sweep(self.path)
-            except BaseException:
-                self.lock.release()
-                raise
+                self.leaving = leaving.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.lock:
-            self.lock.release()
+        self.leaving.close()
 
     def json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, see `write_json`."""
@@ -151,14 +151,19 @@ class RunFolder:
             save_weights(self.path / name, state, description, extra)
 
 
-def lock_folder(folder: Path) -> Lock:
-    """Take a run's folder for this process alone. Raises ValueError if another one has it."""
-    try:
-        return Lock(folder)
-    except BlockingIOError:
-        raise ValueError(
-            f"--output_dir {folder}: another run is using it now; wait for its end or choose another"
-        ) from None
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Have a run's folder, which is made if it is not there, for this run alone. Raises ValueError if another has it."""
+    with ExitStack() as leaving:
+        try:
+            can_lock = leaving.enter_context(locked(folder, wait=None))
+        except BlockingIOError:
+            raise ValueError(
+                f"--output_dir {folder}: another run is using it now; wait for its end or choose another"
+            ) from None
+        if not can_lock:
+            print(f"note      {folder}: this file system has no locks; let no other run use the folder", flush=True)
+        yield
 
 
 class LatestState:

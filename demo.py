@@ -13,6 +13,7 @@ import csv
 import io
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from locking import locked
 
 T = TypeVar("T")
 CSV_COLUMNS = ("name", "prompt", "mos_quality", "mos_align", "explanation")
@@ -374,27 +377,47 @@ def _opinion(flaw: float, rng: np.random.Generator) -> float:
 def write_demo_set(folder: Path, *, num_prompts: int = 80, seed: int = 0) -> tuple[Path, Path]:
     """Draw the demo set into `folder`, unless it is there, and return (CSV file, image folder).
 
-    It is drawn elsewhere and then renamed, so neither a crash nor a second process leaves half of one. Raises
-    ValueError if `folder` holds something else or `num_prompts` is below 1.
+    It is drawn elsewhere and then renamed, so neither a crash nor a second process leaves half of one; a second process
+    waits and takes what the first has drawn. Raises ValueError if `folder` holds something else or `num_prompts` is
+    below 1.
     """
     paths = folder / "data.csv", folder / "images"
     if paths[0].exists():
         return paths
     if num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts}, but at least 1 prompt is needed")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is in use but holds no data.csv; remove it or name another demo folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        staged = Path(scratch) / "set"
-        (staged / "images").mkdir(parents=True)
-        _draw_demo_set(staged, plan_demo_set(num_prompts, seed), seed)
-        try:
-            os.replace(staged, folder)
-        except OSError:  # another process was quicker
-            if not paths[0].exists():
-                raise
+    with locked(folder.parent, wait=_say_that_it_waits) as is_locked:
+        if paths[0].exists():
+            return paths
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is in use but holds no data.csv; remove it or name another demo folder")
+        for left in folder.parent.glob(f".{folder.name}-*") if is_locked else ():  # by processes that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            staged = Path(scratch) / "set"
+            (staged / "images").mkdir(parents=True)
+            _draw_demo_set(staged, plan_demo_set(num_prompts, seed), seed)
+            _sync(staged)
+            try:
+                os.replace(staged, folder)
+            except OSError:  # another process was quicker, where folders cannot be locked
+                if not paths[0].exists():
+                    raise
     return paths
+
+
+def _say_that_it_waits() -> None:
+    print("note      another run draws the demo set: waiting for it", flush=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bring all of a folder to the disk, so that a machine that stops cannot leave empty files under final names."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _draw_demo_set(staged: Path, drafts: list[Draft], seed: int) -> None:

@@ -22,6 +22,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
 CHECK_EVERY_STEPS = 50  # losses are looked at this often where each look makes a GPU wait
 MOST_SKIPPED_STEPS = 30  # in a row under fp16: halved so often, a loss scale of 65,536 is at its end
 
@@ -193,8 +195,11 @@ class Runtime:
                 dist.broadcast(value, src=0)
 
 
-def start_runtime(device: str, amp: str) -> Runtime:
+def start_runtime(device: str, amp: str, deterministic: bool | None = None) -> Runtime:
     """Resolve "auto" device and precision; join the other processes if torchrun has started several.
+
+    Args:
+        deterministic: see `allow_kernels`; None leaves that as it is.
 
     Raises:
         ValueError: for what this machine lacks.
@@ -211,6 +216,8 @@ def start_runtime(device: str, amp: str) -> Runtime:
         raise ValueError("--amp fp16: needs a GPU; on a CPU use bf16 or off")
     if amp == "auto":
         amp = "off" if not on_gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if deterministic is not None:
+        allow_kernels(deterministic=deterministic)
     chosen = torch.device("cpu")
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32
@@ -226,6 +233,21 @@ def start_runtime(device: str, amp: str) -> Runtime:
     return Runtime(chosen, amp, scaler, rank=rank, world=world, local_world=local_world)
 
 
+def allow_kernels(*, deterministic: bool) -> None:
+    """Let torch use all kernels, or only those that give the same result every time, from here on.
+
+    TF32 stays on: it rounds more, but always alike. Raises ValueError if the environment rules it out.
+    """
+    if deterministic:  # cuBLAS reads this when it starts
+        given = os.environ.setdefault(CUBLAS_WORKSPACE, REPEATABLE_WORKSPACES[0])
+        if given not in REPEATABLE_WORKSPACES:
+            allowed = " or ".join(REPEATABLE_WORKSPACES)
+            raise ValueError(f"--deterministic: the environment has {CUBLAS_WORKSPACE}={given}, must be {allowed}")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = False
+
+
 def stop_runtime() -> None:
     """Take leave of the other processes, if there are any."""
     if dist.is_initialized():
@@ -236,6 +258,11 @@ def num_cpus() -> int:
     """Cores for this process: those it may use, divided among the processes on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def arithmetic() -> dict[str, Any]:
+    """What sums are rounded by on a CPU: "threads" that share them, and the "instructions" they are computed with."""
+    return {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
 
 
 def num_gpus() -> int:

@@ -3,7 +3,7 @@
 A cache folder holds one folder for each recipe: everything that the values depend on but for the single input
 (weights, layer, transform, precision, code). In it lie segments, safetensors files with values and the keys of their
 rows; a key is a hash of the single input. A segment appears whole or not at all and is never changed, so runs may
-share a folder: at worst they compute the same rows twice.
+share a folder. Who adds to a recipe holds the lock of its folder; others that want the same wait, and add the rest.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from locking import locked
+from writing import write_whole
 
 SEGMENT_BYTES = 256e6  # a segment is written when so much has come together
 RESERVED_BYTES = 1e9  # of the disk, always left free
@@ -41,6 +44,7 @@ class FeatureCache:
         self.folder = folder
         self.max_bytes = max_bytes
         self.opened: dict[Path, FeatureSet] = {}
+        self.said: set[str] = set()
 
     def open(self, recipe: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype) -> FeatureSet:
         """The rows of a recipe, each of the given shape and type; opening it marks it as used."""
@@ -51,21 +55,58 @@ class FeatureCache:
             self.opened[folder] = FeatureSet(folder, text, tuple(shape), dtype)
         return self.opened[folder]
 
+    @contextmanager
+    def alone(self, sets: Iterable[FeatureSet]) -> Iterator[None]:
+        """Keep other processes from adding to these recipes, and from removing them; waits while another does so.
+
+        Inside, what others have added is known. Raises ValueError if a folder cannot be written.
+        """
+        with ExitStack() as held:
+            # In one order everywhere, or two runs would wait for each other.
+            for rows in sorted({rows.folder: rows for rows in sets}.values(), key=lambda rows: rows.folder):
+                try:
+                    is_locked = held.enter_context(
+                        locked(rows.folder, wait=lambda: self.say_once("another run computes the same: waiting for it"))
+                    )
+                except OSError as error:
+                    raise unwritable(rows.folder, error) from error
+                held.callback(remove_if_empty, rows.folder)
+                if is_locked:
+                    rows.tidy()
+                else:
+                    self.say_once(f"{self.folder}: cannot be locked: runs at the same time may compute the same twice")
+                rows.refresh()
+            yield
+
+    def say_once(self, text: str) -> None:
+        """Print a note, unless it was printed before."""
+        if text not in self.said:
+            print(f"note      {text}", flush=True)
+        self.said.add(text)
+
     def make_room(self, num_bytes: float) -> bool:
-        """Whether so many bytes more fit, removing the longest unused recipes of other runs where that helps."""
+        """Whether so many bytes more fit, removing the longest unused recipes of other runs where that helps.
+
+        Recipes that another process is adding to stay.
+        """
         sizes = {folder: size_of(folder) for folder in self.folder.glob("*/") if folder.is_dir()}
+
+        def fits() -> bool:
+            free = shutil.disk_usage(nearest_existing(self.folder)).free
+            return sum(sizes.values()) + num_bytes <= self.max_bytes and num_bytes <= free - RESERVED_BYTES
+
         own = sum(size for folder, size in sizes.items() if folder in self.opened)
         free = shutil.disk_usage(nearest_existing(self.folder)).free + sum(sizes.values()) - own
         if own + num_bytes > self.max_bytes or num_bytes > free - RESERVED_BYTES:
             return False
         others = sorted((last_use(folder), folder) for folder in sizes if folder not in self.opened)
         for _, folder in others:
-            on_disk = shutil.disk_usage(self.folder).free
-            if sum(sizes.values()) + num_bytes <= self.max_bytes and num_bytes <= on_disk - RESERVED_BYTES:
+            if fits():
                 break
-            shutil.rmtree(folder, ignore_errors=True)  # a run that has its files open keeps them
-            del sizes[folder]
-        return True
+            with suppress(OSError), locked(folder, wait=None):
+                shutil.rmtree(folder, ignore_errors=True)  # a run that has its files open keeps them
+                sizes[folder] = size_of(folder)
+        return fits()
 
 
 class FeatureSet:
@@ -78,6 +119,7 @@ class FeatureSet:
         self.dtype = dtype
         self.places: dict[str, tuple[Tensor, int]] = {}  # key -> a segment's values, and the row in it
         self.read: set[str] = set()  # names of the segments that `places` knows
+        self.damaged: list[Path] = []
         self.pending: list[tuple[Sequence[str], Tensor]] = []
         self.refresh()
         with suppress(OSError):  # it may be new, removed just now, or another user's
@@ -99,14 +141,22 @@ class FeatureSet:
                     digests, values = file.get_tensor("keys"), file.get_tensor("values")  # maps, does not read
             except FileNotFoundError:
                 continue  # another run has just made room
-            except PermissionError as error:
+            except OSError as error:
                 print(f"note      {path}: not used ({error})")
                 continue
-            except (SafetensorError, OSError) as error:
-                print(f"note      {path}: damaged, not used ({error}); delete it")
+            except SafetensorError as error:
+                print(f"note      {path}: damaged, not used ({error})")
+                self.damaged.append(path)
                 continue
             for row, digest in enumerate(digests.numpy()):
                 self.places[digest.tobytes().hex()] = (values, row)
+
+    def tidy(self) -> None:
+        """Remove damaged segments and what killed processes have left. For who holds the lock: nobody writes then."""
+        for path in [*self.folder.glob(".*.tmp"), *self.damaged]:
+            with suppress(OSError):  # another user's, or gone already
+                path.unlink()
+        self.damaged.clear()
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """Positions of the keys that have no row yet."""
@@ -126,25 +176,12 @@ class FeatureSet:
         keys = [key for part, _ in self.pending for key in part]
         digests = torch.frombuffer(bytearray(bytes.fromhex("".join(keys))), dtype=torch.uint8).view(len(keys), 32)
         tensors = {"keys": digests, "values": torch.cat([values for _, values in self.pending])}
-        name = uuid.uuid4().hex
-        temporary = self.folder / f".{name}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / RECIPE_FILE).write_text(self.recipe, encoding="utf-8")
-            temporary.touch()
-            mode = temporary.stat().st_mode  # as the umask says; safetensors would let only the owner read
-            save_file(tensors, temporary)
-            temporary.chmod(mode)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / f"{name}.safetensors")
+            write_whole(self.folder / RECIPE_FILE, lambda path: path.write_text(self.recipe, encoding="utf-8"))
+            write_whole(self.folder / f"{uuid.uuid4().hex}.safetensors", lambda path: save_file(tensors, path))
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"--cache_dir {self.folder}: cannot be written ({error}); choose another folder or --no_cache"
-            ) from error
-        finally:
-            with suppress(OSError):  # it is there only if something went wrong, which has been said
-                temporary.unlink()
+            raise unwritable(self.folder, error) from error
         self.pending.clear()
         self.refresh()
 
@@ -155,6 +192,17 @@ class FeatureSet:
             values, row = self.places[key]
             target.copy_(values[row])
         return out
+
+
+def unwritable(folder: Path, error: Exception) -> ValueError:
+    """What to tell the user."""
+    return ValueError(f"--cache_dir {folder}: cannot be written ({error}); choose another folder or --no_cache")
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that nothing was put into."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def size_of(folder: Path) -> int:

@@ -30,6 +30,7 @@ MAX_REDUCTION = 8  # what JPEG decoders offer: a half, a quarter, an eighth of t
 # Where an image is so large that a half of it still has three times the pixels per side that the model sees, it is
 # decoded at that half: Pillow's documentation calls the difference after resizing indistinguishable from 3 on.
 REDUCING_GAP = 3
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
@@ -67,7 +68,7 @@ def check_images(paths: Sequence[Path], *, num_threads: int = 8) -> list[ImageFi
             return ImageFile(path, hashlib.sha256(content).hexdigest(), size)
         except UnidentifiedImageError:
             return f"{path.name} (not an image)"
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             return f"{path.name} ({str(error) or type(error).__name__})"
 
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
@@ -198,8 +199,8 @@ class ImageStore:
             decoded = decode(path, self.image_size)
         except FileNotFoundError:
             raise
-        except OSError as error:
-            raise OSError(f"{path}: {error}") from error
+        except UNREADABLE as error:
+            raise OSError(f"{path}: {str(error) or type(error).__name__}") from error
         if self.pixels is not None and keep:
             start, stop = self.offsets[row : row + 2]
             if decoded.size != stop - start:

@@ -42,12 +42,11 @@ import inputs
 import models
 from commands import parse_predict_args
 from configs import one_line_errors, split_list
-from images import Views, decode, decode_all, first_five
+from images import UNREADABLE, Views, decode, decode_all, first_five
 from parts import Parts
 from scores import TASKS, columns_of
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 
 
 class LoosePixels:

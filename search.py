@@ -515,7 +515,7 @@ def repeat_best(search: Search, config: TrainingConfig) -> None:
     """Run the best options with --seeds seeds, each reading its test fold once; goes on where it was stopped."""
     request = search.request
     config = replace(config, repeats=request.seeds)
-    runtime = engine.start_runtime(config.device, config.amp)
+    runtime = engine.start_runtime(config.device, config.amp, config.deterministic)
     folder, before = place_of_best(request.folder, config, search.study.best_trial.number)
     print(f"\nthe best {request.seeds} times, from seed {config.seed} on, in {folder}; this reads the test fold")
     if before:

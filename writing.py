@@ -1,8 +1,7 @@
-"""Files that appear whole or not at all: written beside their place, synced, then renamed. And whose folder it is."""
+"""Files that appear whole or not at all: written beside their place, synced, then renamed."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -68,28 +67,3 @@ def sweep(folder: Path) -> None:
 def is_temporary(path: Path) -> bool:
     """Whether its name says that something was being written here."""
     return TEMPORARY.fullmatch(path.name) is not None
-
-
-class Lock:
-    """A folder that one process at a time may use; the kernel gives it back when the process dies.
-
-    Args:
-        say: is told where the file system cannot lock.
-
-    Raises:
-        BlockingIOError: another process has it.
-    """
-
-    def __init__(self, folder: Path, say: Callable[[str], object] = print) -> None:
-        self.descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.descriptor)
-            raise
-        except OSError as error:
-            say(f"note      {folder}: cannot be locked here ({error.strerror}); let no other run use it")
-
-    def release(self) -> None:
-        """Let others have it."""
-        os.close(self.descriptor)

@@ -141,13 +141,6 @@ def test_another_seed_gives_other_weights(finished, train):
     assert not torch.equal(first["heads.delta_q.0.weight"], second["heads.delta_q.0.weight"])
 
 
-def test_training_is_the_same_with_reader_processes(train):
-    flags = f"{SHORT} --epochs 1"
-    _, alone = train(f"{flags} --num_workers 0", "alone")
-    _, helped = train(f"{flags} --num_workers 2", "helped")
-    assert alone["test"] == helped["test"]
-
-
 def test_frozen_layers_stay_bit_identical_and_trained_ones_move(train):
     folder, _ = train(f"{SHORT} --epochs 1")
     fresh = untrained(folder)

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -528,6 +529,57 @@ def test_two_runs_at_once_may_share_a_cache(dataset, train, computed, tmp_path):
     assert not computed
     for run in runs:
         assert_same(run, third, 0)
+    assert_each_row_is_stored_once(tmp_path / "cache")
+
+
+def assert_each_row_is_stored_once(cache: Path) -> None:
+    """And nothing lies about that was not finished."""
+    recipes = list((cache / "features").iterdir())
+    assert recipes
+    for folder in recipes:
+        stored = [load_file(path)["keys"].numpy() for path in folder.glob("*.safetensors")]
+        keys = [row.tobytes() for part in stored for row in part]
+        assert keys and len(keys) == len(set(keys)), json.loads((folder / features.RECIPE_FILE).read_text())
+    assert {path.suffix for path in cache.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+
+
+SLOW = """
+import sys, time
+
+sys.path.insert(0, sys.argv[1])
+import baseline, features
+
+save = features.save_file
+
+
+def save_slowly(tensors, path):
+    save(tensors, path)
+    time.sleep(1)
+
+
+features.SEGMENT_BYTES, features.save_file = 1, save_slowly
+baseline.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_after_a_run_that_was_killed_while_filling_the_next_computes_the_rest(
+    dataset, train, plain, computed, tmp_path
+):
+    flags = [*dataset.flags(tmp_path / "killed.csv"), *shlex.split(BASE), "--cache_dir", str(tmp_path / "cache")]
+    command = [sys.executable, "-c", SLOW, str(ROOT), *flags, "--output_dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("cache/**/.*.tmp"))) < 1 or len(list(tmp_path.glob("cache/**/*.safetensors"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert list(tmp_path.glob("cache/**/.*.tmp"))
+    found = train()
+    assert 0 < computed["evaluation"] < ALL["evaluation"]
+    assert_each_row_is_stored_once(tmp_path / "cache")
+    assert_same(found, plain(f"{PARTIAL} --epochs 1 --cache_views {VIEWS}"), TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------------------------ statistics

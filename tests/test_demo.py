@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,18 +122,58 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert demo.write_demo_set(tmp_path / "demo", num_prompts=1)[0].exists()
 
 
-def test_a_quicker_process_wins(tmp_path, monkeypatch):
+def test_a_quicker_process_wins_where_folders_cannot_be_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "locked", lambda folder, wait: nullcontext(False))
     folder = tmp_path / "demo"
     honest = os.replace
 
     def lose(source, target):
-        monkeypatch.undo()
+        monkeypatch.setattr(os, "replace", honest)
         demo.write_demo_set(folder, num_prompts=1, seed=3)
         honest(source, target)
 
     monkeypatch.setattr(os, "replace", lose)
     csv_path, _ = demo.write_demo_set(folder, num_prompts=2)
     assert len(read_rows(csv_path)) == len(demo.GENERATORS)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def draw(folder: Path, begun: Any, may_go_on: Any) -> None:
+    """Another process that draws, and stops for a while at its third picture."""
+    honest, drawn = demo.degrade, []
+
+    def degrade(*args):
+        drawn.append(1)
+        if len(drawn) == 3:
+            begun.set()
+            may_go_on.wait(600)
+        return honest(*args)
+
+    demo.degrade = degrade
+    demo.write_demo_set(folder, num_prompts=2)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_drawing_leaves_nothing_and_one_that_waits_draws_nothing(tmp_path, monkeypatch):
+    folder, context = tmp_path / "demo", multiprocessing.get_context("spawn")
+    processes, events = [], []
+    for _ in range(2):
+        events.append((context.Event(), context.Event()))
+        processes.append(context.Process(target=draw, args=(folder, *events[-1]), daemon=True))
+        processes[-1].start()
+        assert events[-1][0].wait(120)
+        assert not folder.exists() and len(list(tmp_path.iterdir())) == 1  # half a set, under another name
+        if len(processes) == 1:
+            processes[0].kill()
+            processes[0].join(60)
+
+    said = []
+    monkeypatch.setattr("builtins.print", lambda text, **how: said.append(text) or events[1][1].set())
+    monkeypatch.setattr(demo, "_draw_demo_set", None)
+    csv_path, image_dir = demo.write_demo_set(folder, num_prompts=2)
+    processes[1].join(60)
+    assert said == ["note      another run draws the demo set: waiting for it"]
+    assert len(read_rows(csv_path)) == len(list(image_dir.iterdir())) == 2 * len(demo.GENERATORS)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -262,6 +263,63 @@ def test_a_process_that_fails_alone_ends_the_job_with_its_message(demo_set, tmp_
     ]
     assert "epoch" not in out
     assert [item.name for item in occupied.iterdir()] == ["thesis.txt"]
+
+
+def test_a_process_that_is_killed_ends_the_job_and_is_named(demo_set, tmp_path):
+    paths = [
+        "--data_csv_path",
+        str(demo_set[0]),
+        "--image_base_dir",
+        str(demo_set[1]),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "baseline.py"),
+    ]
+    job = subprocess.Popen(
+        [*command, *paths, *shlex.split(f"{CASES['whole']} --epochs 500")],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.csv").exists():
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        (victim,) = [process for process in children(job.pid) if b"\0RANK=1\0" in environment(process)]
+        os.kill(victim, signal.SIGKILL)
+        _, err = job.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode != 0
+    assert "Signal 9 (SIGKILL)" in err and f"pid: {victim}" in err
+    assert not (tmp_path / "run" / "results.json").exists()
+    pd.read_csv(tmp_path / "run" / "metrics.csv")
+
+
+def children(process: int) -> list[int]:
+    """Processes that this one has started."""
+    return [
+        int(number)
+        for task in Path(f"/proc/{process}/task").iterdir()
+        for number in (task / "children").read_text().split()
+    ]
+
+
+def environment(process: int) -> bytes:
+    """Variables of a process, between zeros."""
+    return b"\0" + Path(f"/proc/{process}/environ").read_bytes()
 
 
 def test_batches_are_not_cut_in_several_processes(demo_set, tmp_path, monkeypatch, capsys):

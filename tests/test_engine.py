@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -1021,3 +1022,43 @@ def test_a_gpu_learns_in_every_precision(precision):
     assert history[-1] < 0.01 * history[0]
     assert model.weight.detach().flatten().tolist() == pytest.approx([2, -1, 0], abs=0.15)
     assert 100 <= steps <= 120  # fp16 begins by skipping steps until its scale fits
+
+
+# -- kernels that repeat themselves
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> Iterator[None]:
+    """The settings of torch are put back in the end."""
+    monkeypatch.delenv(engine.CUBLAS_WORKSPACE, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+    os.environ.pop(engine.CUBLAS_WORKSPACE, None)
+
+
+def is_deterministic() -> tuple[bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+
+
+def test_deterministic_kernels_are_switched_both_ways_at_every_start_and_left_alone_by_who_does_not_say(kernels):
+    engine.start_runtime("cpu", "off", True)
+    assert is_deterministic() == (True, True, False)
+    assert os.environ[engine.CUBLAS_WORKSPACE] in engine.REPEATABLE_WORKSPACES
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    engine.start_runtime("cpu", "off")
+    assert is_deterministic() == (True, True, False)
+    engine.start_runtime("cpu", "off", False)
+    assert is_deterministic() == (False, False, False)
+
+
+def test_an_environment_that_rules_deterministic_kernels_out_is_refused(kernels, monkeypatch):
+    monkeypatch.setenv(engine.CUBLAS_WORKSPACE, ":0:0")
+    with pytest.raises(ValueError, match=r"--deterministic: .*=:0:0, must be :4096:8 or :16:8"):
+        engine.start_runtime("cpu", "off", True)
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv(engine.CUBLAS_WORKSPACE, ":16:8")
+    engine.start_runtime("cpu", "off", True)
+    assert os.environ[engine.CUBLAS_WORKSPACE] == ":16:8"

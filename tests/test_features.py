@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -210,6 +216,149 @@ def test_runs_that_share_a_folder_see_each_others_rows_after_a_refresh(tmp_path)
     one.refresh()
     assert_holds(one, keys(0, 4))
     assert_holds(other, keys(0, 4))
+
+
+# ------------------------------------------------------------------------------------------ one at a time
+
+
+def add_and_stay(folder: Path, start: int, stop: int, added: object) -> None:
+    """Another process that adds rows, has a segment half written, and holds on to the recipe."""
+    cache = FeatureCache(folder, GB)
+    rows = cache.open(RECIPE, SHAPE, torch.float32)
+    with cache.alone([rows]):
+        put(rows, keys(start, stop))
+        (rows.folder / ".half.safetensors.123.tmp").write_bytes(b"half a segm")
+        added.set()
+        time.sleep(600)
+
+
+@contextmanager
+def another(folder: Path, start: int, stop: int) -> Iterator[multiprocessing.process.BaseProcess]:
+    """Such a process, which has added its rows; killed in the end."""
+    context = multiprocessing.get_context("spawn")
+    added = context.Event()
+    process = context.Process(target=add_and_stay, args=(folder, start, stop, added))
+    process.start()
+    try:
+        assert added.wait(120)
+        yield process
+    finally:
+        process.kill()
+        process.join(60)
+
+
+def test_who_finds_another_process_adding_waits_aloud_and_misses_only_the_rest_even_if_that_one_is_killed(
+    tmp_path, capsys
+):
+    cache = FeatureCache(tmp_path, GB)
+    rows = cache.open(RECIPE, SHAPE, torch.float32)
+    missed: list[list[int]] = []
+
+    def add() -> None:
+        with cache.alone([rows]):
+            missed.append(rows.missing(keys(0, 6)))
+            put(rows, keys(4, 6))
+
+    with another(tmp_path, 0, 4) as process:
+        mine = threading.Thread(target=add)
+        mine.start()
+        mine.join(0.5)
+        assert mine.is_alive() and missed == []
+        assert capsys.readouterr().out == "note      another run computes the same: waiting for it\n"
+        process.kill()
+        mine.join(60)
+    assert missed == [[4, 5]]
+    assert_holds(open_set(tmp_path), keys(0, 6))
+    assert not list(tmp_path.rglob(".*.tmp"))  # of the one that was killed
+    with cache.alone([rows]):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_room_is_never_made_of_what_another_process_is_adding_to_until_that_one_is_gone(tmp_path):
+    old = used(tmp_path, "old", at=1000)
+    with another(tmp_path, 0, 4) as process:
+        busy = open_set(tmp_path)
+        os.utime(busy.folder / RECIPE_FILE, (1, 1))  # the first to go, but for the lock
+        each = size(old)
+        cache = FeatureCache(tmp_path, each + size(busy))
+        assert cache.make_room(each)
+        assert busy.folder.exists() and not old.folder.exists()
+        assert not cache.make_room(each + 1)
+        assert segments(busy.folder)
+        process.kill()
+        process.join(60)
+        assert cache.make_room(each + 1)
+        assert not busy.folder.exists()
+
+
+def test_two_that_want_the_same_recipes_in_another_order_do_not_wait_for_each_other(tmp_path):
+    done = []
+
+    def both(order: int) -> None:
+        cache = FeatureCache(tmp_path, GB)
+        sets = [cache.open({"weights": name}, SHAPE, torch.float32) for name in "abc"]
+        for _ in range(100):
+            with cache.alone(sets[::order]):
+                pass
+        done.append(order)
+
+    workers = [threading.Thread(target=both, args=(order,), daemon=True) for order in (1, -1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(20)
+    assert sorted(done) == [-1, 1]
+    assert list(tmp_path.iterdir()) == []  # folders that nothing was put into go again
+
+
+def test_where_folders_cannot_be_locked_it_is_said_once_and_nothing_of_others_is_removed(tmp_path, monkeypatch, capsys):
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    cache = FeatureCache(tmp_path, GB)
+    rows = cache.open(RECIPE, SHAPE, torch.float32)
+    rows.folder.mkdir()
+    others = rows.folder / ".other.safetensors.1.tmp"
+    others.write_bytes(b"half a segm")
+    for start in (0, 2):
+        with cache.alone([rows]):
+            put(rows, keys(start, start + 2))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "cannot be locked" in said
+    assert others.exists()
+    assert_holds(open_set(tmp_path), keys(0, 4))
+
+
+def test_who_adds_to_a_recipe_removes_its_damaged_segments(tmp_path, capsys):
+    rows = put(put(open_set(tmp_path), keys(0, 2)), keys(2, 4))
+    cut = next(path for path in segments(tmp_path) if keys_in(path) == keys(2, 4))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    cache = FeatureCache(tmp_path, GB)
+    later = cache.open(RECIPE, SHAPE, torch.float32)
+    assert cut.exists()
+    with cache.alone([later]):
+        assert not cut.exists()
+        put(later, keys(2, 4))
+    assert capsys.readouterr().out.count(cut.name) == 1
+    assert_holds(open_set(tmp_path), keys(0, 4))
+    assert rows.folder == later.folder and capsys.readouterr().out == ""
+
+
+def test_a_recipe_is_never_seen_half_written(tmp_path, monkeypatch):
+    rows = put(open_set(tmp_path), keys(0, 1))
+    before = (rows.folder / RECIPE_FILE).read_text()
+    rows.recipe = "something longer, that the disk has no room for"
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ValueError, match="No space left"):
+        put(rows, keys(1, 2))
+    assert (rows.folder / RECIPE_FILE).read_text() == before
+    assert {path.suffix for path in rows.folder.iterdir()} == {".safetensors", ".json"}
 
 
 def fill(folder: Path, start: int, stop: int, rounds: int) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, scored_rows
 from optuna.trial import TrialState
+from safetensors.torch import load_file
 
 import baseline
 import engine
@@ -529,6 +531,31 @@ def test_a_trial_whose_process_was_killed_is_run_again(tmp_path, train):
     assert len(again) == 1 and again[0].params == running[0].params and again[0].state in search.FINISHED
 
 
+@pytest.mark.parametrize(
+    ("ends", "failure", "note"),
+    [
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "",
+            "note      worker 1 was killed (signal 9); its trial is run again",
+        ),
+        ("sys.exit('error: the disk is gone')", "a worker has ended with the error above", ""),
+    ],
+)
+def test_how_a_worker_ended_is_said(ends, failure, note, tmp_path, monkeypatch, capfd):
+    """Of two workers the second one, which is told by its GPU, ends badly."""
+    script = tmp_path / "worker.py"
+    script.write_text(f"import os, signal, sys\nif os.environ['LOCAL_RANK'] == '1': {ends}\n")
+    monkeypatch.setattr(search, "__file__", str(script))
+    monkeypatch.setattr(engine, "num_gpus", lambda: 2)
+    request = space.parse_search_args([*flags_of(tmp_path), "--workers", "2"])
+    with pytest.raises(search.SearchFailed, match=failure) if failure else nullcontext():
+        search.run_workers(request, [])
+    said = capfd.readouterr()
+    assert said.out == (note + "\n" if note else "")
+    assert said.err == ("error: the disk is gone\n" if failure else "")
+
+
 def test_a_silent_trial_of_another_machine_is_given_up_after_a_while(tmp_path, train, monkeypatch):
     train()
     study = search.main(flags_of(tmp_path, LR, "--trials 3"))
@@ -875,15 +902,28 @@ def test_a_stopped_run_leaves_no_half_file(make_dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_share_a_real_search_and_the_best_is_repeated(make_dataset, tmp_path):
+def test_four_workers_share_a_real_search_and_its_cache_and_the_best_is_repeated(make_dataset, tmp_path):
     files = make_dataset(scored_rows())
-    flags = ["--cache_dir", str(tmp_path / "cache"), *TINY, *files.flags, "--workers", "2", "--seeds", "2"]
+    trained = ["--no_freeze_clip", "--partial_freeze", "--freeze_layers", "22"]
+    flags = ["--cache_dir", str(tmp_path / "cache"), *TINY, *trained, *files.flags, "--workers", "4", "--seeds", "2"]
     content = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}
-    command = [sys.executable, str(ROOT / "search.py"), *flags_of(tmp_path, content, "--trials 5 --epochs 1"), *flags]
+    command = [sys.executable, str(ROOT / "search.py"), *flags_of(tmp_path, content, "--trials 7 --epochs 1"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall("^trial ", done.stdout, re.MULTILINE)) == 5
-    assert len(pd.read_csv(tmp_path / "out" / "trials.csv")) == 5
+    numbers = [int(number) for number in re.findall(r"^trial (\d+)", done.stdout, re.MULTILINE)]
+    trials = pd.read_csv(tmp_path / "out" / "trials.csv")
+    assert sorted(numbers) == trials["trial"].tolist() and len(trials) == 7
+    assert set(trials["state"]) == {"complete"} and trials["lr"].nunique() == 7
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/out/study.db")
+    assert sum(trial.state in search.FINISHED for trial in study.trials) == 7
+    for path in (tmp_path / "out").rglob("*.json"):
+        json.loads(path.read_text())
+    assert not list(tmp_path.rglob("*.tmp"))
+    recipes = list((tmp_path / "cache" / "features").iterdir())
+    for folder in recipes:
+        keys = [row.tobytes() for path in folder.glob("*.safetensors") for row in load_file(path)["keys"].numpy()]
+        assert keys and len(keys) == len(set(keys))
+    assert len(recipes) == 7  # of each seed's CLIP evaluation views, training views and prompts; statistics
     summary = json.loads((tmp_path / "out" / "best" / "summary.json").read_text())
     assert summary["runs"] == ["seed42", "seed43"] and "srocc_q" in summary["test"]
 
@@ -957,14 +997,15 @@ NOT_FOR_KNOWN = (
     "dropout use_refinement refinement_layers refinement_heads refinement_dim w_q w_c w_extra "
     "task_gradients w_exp label_smoothing loss epochs lr head_lr layer_decay weight_decay warmup_ratio "
     "scheduler max_grad_norm gradient_accumulation_steps early_stopping_patience early_stopping_min_delta "
-    "select_by ema_decay preset output_dir overwrite config dry_run advice report tensorboard tracker"
+    "select_by ema_decay preset output_dir overwrite config dry_run advice report tensorboard tracker "
+    "resume save_every_minutes keep_states"
 )
 # ... nor, with these, of what is read of the data before it becomes batches ...
 NOT_FOR_DATA = (
     "prompt_levels use_explanations batch_size amp test device freeze_clip "
     "partial_freeze freeze_layers unfreeze_schedule lora_rank init_from cache cache_views cache_dtype "
     "cache_max_gb image_memory_gb num_workers compile gradient_checkpointing dynamic_batch_size "
-    "max_memory_usage crop_scale_min crops test_crops global_view horizontal_flip"
+    "deterministic max_memory_usage crop_scale_min crops test_crops global_view horizontal_flip"
 )
 # ... (and these, which name the CLIP) ...
 OF_CLIP = "clip_model clip_pretrained image_size"
@@ -973,7 +1014,7 @@ NOT_FOR_CLIP = (
     "dataset data_root extra_scores data_csv_path image_base_dir test_size val_size split_by split_file "
     "kfold fold repeats strict_splits mos_range_q mos_range_c name_column prompt_column quality_column "
     "consistency_column explanation_column quality_std_column consistency_std_column group_column "
-    "cache_dir demo"
+    "cache_dir demo bad_images follow_links"
 )
 
 

@@ -1,0 +1,111 @@
+"""`locking.py`: one at a time, whatever happens to the folder or to who holds its lock."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from locking import locked
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from locking import locked
+with locked(Path(sys.argv[2]), wait=None):
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """Another process that holds the lock of a folder until it is killed."""
+    command = [sys.executable, "-c", HOLDER, str(ROOT), str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "mine\n"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_lock_excludes_another_process_until_that_one_is_killed_and_leaves_no_file(tmp_path):
+    process = holder(tmp_path)
+    try:
+        with pytest.raises(BlockingIOError), locked(tmp_path, wait=None):
+            pass
+    finally:
+        end(process)
+    with locked(tmp_path, wait=None) as is_locked:
+        assert is_locked
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_says_so_once_and_gets_the_lock_when_it_is_given_back(tmp_path):
+    said, inside = [], threading.Event()
+
+    def wait_for_it() -> None:
+        with locked(tmp_path, wait=lambda: said.append("waiting")):
+            inside.set()
+
+    other = threading.Thread(target=wait_for_it)
+    with locked(tmp_path, wait=None):
+        other.start()
+        assert not inside.wait(0.3) and said == ["waiting"]
+    other.join(timeout=30)
+    assert inside.is_set() and said == ["waiting"]
+
+
+def test_a_lock_is_given_back_by_an_error(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path, wait=None):
+        raise KeyError
+    with locked(tmp_path, wait=None) as is_locked:
+        assert is_locked
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_the_lock_of_a_folder_that_was_removed_is_worth_nothing(tmp_path, made_anew):
+    folder, held = tmp_path / "folder", []
+    waiting = threading.Event()
+
+    def wait_for_it() -> None:
+        with locked(folder, wait=waiting.set) as is_locked:
+            held.append((is_locked, folder.is_dir()))
+            with pytest.raises(BlockingIOError), locked(folder, wait=None):  # so it is the one that is there
+                pass
+
+    other = threading.Thread(target=wait_for_it)
+    with locked(folder, wait=None):
+        other.start()
+        assert waiting.wait(30)
+        folder.rmdir()
+        if made_anew:
+            folder.mkdir()
+    other.join(timeout=30)
+    assert held == [(True, True)]
+
+
+def test_where_there_are_no_locks_the_block_runs_and_is_told(tmp_path, monkeypatch):
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path, wait=None) as is_locked:
+        assert not is_locked
+
+
+def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"), locked(tmp_path / "file" / "folder", wait=None):
+        pass

@@ -1,0 +1,171 @@
+"""Same options, same result: to the bit where that is promised, to rounding where only that can be."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import baseline
+import demo
+
+TINY = "--clip_model tiny --clip_pretrained none --image_size 112 --batch_size 16 --lr 1e-3 --no_report"
+PARTIAL = f"{TINY} --partial_freeze --freeze_layers 22"
+CLOCKS = ["data_wait", "images_per_s", "seconds"]
+SECONDS = ("seconds", "seconds_from_first_batch")
+
+# Every way of training that other tests use: thawing, LoRA, refinement, every loss, crops, levels, rationales, bf16.
+KINDS = {
+    "thawing": f"{TINY} --unfreeze_schedule 23@0,22@1 --epochs 2 --use_explanations",
+    "whole": f"{TINY} --epochs 1 --no_freeze_clip --ema_decay 0.5 --no_residual_learning --layer_decay 0.7",
+    "lora": f"{PARTIAL} --epochs 1 --lora_rank 2 --amp bf16 --gradient_checkpointing",
+    "refined": f"{PARTIAL} --epochs 1 --no_residual_learning --use_refinement --refinement_layers 1 "
+    "--refinement_heads 2 --refinement_dim 16",
+    "losses": f"{PARTIAL} --epochs 1 --loss mse+l1+0.5*plcc+rank+fidelity --label_smoothing 0.1 --no_cache",
+    "crops": f"{PARTIAL} --epochs 1 --crops 2 --test_crops 4 --global_view --gradient_accumulation_steps 2",
+    "levels": f"{PARTIAL} --epochs 1 --prompt_levels --task_gradients stop_q --crops 1 --test_crops 1 --no_cache",
+    "preset": f"{TINY} --preset small --epochs 2 --dropout 0.3",
+}
+
+
+@pytest.fixture(autouse=True)
+def all_kernels() -> Iterator[None]:
+    """Other tests begin as they do without --deterministic."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+def run_in(place: Path, demo_set: tuple[Path, Path], flags: str, name: str) -> Path:
+    folder = place / name
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
+    where = ["--output_dir", str(folder), "--cache_dir", str(place / f"{name}-cache")]
+    baseline.main([*paths, *where, *shlex.split(flags)])
+    return folder
+
+
+@pytest.fixture
+def train(demo_set, tmp_path) -> Callable[[str, str], Path]:
+    """A function that trains on the demo set with a cache of its own; returns the run folder."""
+    return functools.partial(run_in, tmp_path, demo_set)
+
+
+@pytest.fixture(scope="module")
+def plain(demo_set, tmp_path_factory) -> Callable[[str], Path]:
+    """A function that gives the run with some flags, made once."""
+    place = tmp_path_factory.mktemp("plain")
+    return functools.cache(lambda kind: run_in(place, demo_set, KINDS[kind], kind))
+
+
+def assert_identical(one: Path, other: Path) -> None:
+    """All that two runs have found is the same to the bit, but for what clocks say."""
+    tables = [pd.read_csv(folder / "metrics.csv").drop(columns=CLOCKS) for folder in (one, other)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
+    for name in set(results[0]) - set(SECONDS):
+        assert results[0][name] == results[1][name], name
+    weights = [load_file(folder / "best" / "model.safetensors") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    assert (one / "predictions.csv").read_bytes() == (other / "predictions.csv").read_bytes()
+
+
+# A second time
+
+
+def again(folder: Path, name: str = "again", more: tuple[str, ...] = ()) -> Path:
+    """The run that a saved config gives, in its own folder."""
+    other = folder.with_name(f"{folder.name}-{name}")
+    baseline.main(["--config", str(folder / "config.json"), "--output_dir", str(other), *more])
+    return other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_config_gives_the_run_again_to_the_bit_by_deterministic_kernels_too(plain, kind):
+    """On a CPU there are no other kernels, so --deterministic changes nothing. Each has a cache of its own."""
+    folder = plain(kind)
+    cache = ("--cache_dir", str(folder.with_name(f"{kind}-other-cache")))
+    other = again(folder, "deterministic", ("--deterministic", *cache))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert_identical(folder, other)
+    assert json.loads((other / "config.json").read_text())["deterministic"] is True
+
+
+def test_a_saved_config_gives_the_run_again_to_the_bit_from_what_it_has_cached(plain):
+    torch.use_deterministic_algorithms(True)  # as an earlier run in this process may have left it
+    assert_identical(plain("thawing"), again(plain("thawing")))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_demo_and_the_parts_of_repeated_runs_are_given_again_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "write_demo_set", functools.partial(demo.write_demo_set, num_prompts=8))
+    where = ["--demo", "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run")]
+    baseline.main([*where, *shlex.split(f"{PARTIAL} --epochs 1 --repeats 2")])
+    for part in ("seed42", "seed43"):
+        assert_identical(tmp_path / "run" / part, again(tmp_path / "run" / part, "again"))
+
+
+@pytest.mark.slow
+def test_another_process_gives_the_run_again_to_the_bit(plain):
+    folder = plain("preset")
+    threads = json.loads((folder / "config.json").read_text())["provenance"]["resolved"]["threads"]
+    other = folder.with_name("elsewhere")
+    code = f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads({threads}); import baseline"
+    argv = ["--config", str(folder / "config.json"), "--output_dir", str(other)]
+    command = [sys.executable, "-c", f"{code}; baseline.main(sys.argv[1:])", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert_identical(folder, other)
+
+
+def test_what_a_run_needs_to_be_given_again_is_written_down(plain):
+    saved = json.loads((plain("preset") / "config.json").read_text())
+    provenance = saved["provenance"]
+    assert {"torch", "pillow", "open_clip_torch", "numpy", "python"} <= set(provenance["versions"])
+    resolved = provenance["resolved"]
+    assert resolved["threads"] == torch.get_num_threads()
+    assert resolved["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert (resolved["device"], resolved["amp"], resolved["compile"], resolved["processes"]) == ("cpu", "off", False, 1)
+    assert {"num_workers", "cache_views"} <= set(resolved) and {"seed", "deterministic"} <= set(saved)
+    results = json.loads((plain("preset") / "results.json").read_text())
+    assert provenance["data_fingerprint"] == results["data_fingerprint"]
+
+
+# Threads and steps
+
+
+@pytest.mark.parametrize("more", ["--no_cache", "--no_cache --image_memory_gb 0 --cache_max_gb 0", ""])
+def test_how_many_threads_decode_changes_no_bit(train, more):
+    flags = f"{PARTIAL} --epochs 1 {more}"
+    alone, *others = (train(f"{flags} --num_workers {count}", f"threads{count}") for count in (0, 2, 4))
+    for other in others:
+        assert_identical(alone, other)
+
+
+@pytest.mark.parametrize("loss", ["mse", "plcc"])
+def test_how_a_step_is_split_changes_a_sum_by_rounding_alone_and_a_correlation_by_more(train, loss):
+    flags = f"{TINY} --partial_freeze --freeze_layers 23 --epochs 2 --dropout 0 --loss {loss} --warmup_ratio 0"
+    losses, predictions = [], []
+    for size in (8, 4, 2):
+        split = f"--batch_size {size} --gradient_accumulation_steps {8 // size}"
+        folder = train(f"{flags} {split}", f"split{size}")
+        losses.append(pd.read_csv(folder / "metrics.csv")["loss"].to_numpy())
+        predictions.append(pd.read_csv(folder / "predictions.csv")["pred_quality"].to_numpy())
+    for other in (1, 2):
+        if loss == "mse":
+            np.testing.assert_allclose(losses[other], losses[0], rtol=1e-4)
+            np.testing.assert_allclose(predictions[other], predictions[0], atol=1e-3)
+        else:
+            assert np.abs(losses[other] / losses[0] - 1).max() > 1e-2
