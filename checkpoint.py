@@ -29,8 +29,9 @@ BEST_DIR = "best"
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "scorer.json"
 CONFIG_FILE = "config.json"
+SKIPPED_FILE = "skipped.csv"
 INPUT_FILES = (CONFIG_FILE, "splits.csv")  # every run begins by writing these
-RUN_FILES = (*INPUT_FILES, "metrics.csv", RESULTS_FILE, "predictions.csv", "report.html")
+RUN_FILES = (*INPUT_FILES, SKIPPED_FILE, "metrics.csv", RESULTS_FILE, "predictions.csv", "report.html")
 RUN_FOLDERS = (BEST_DIR, "figures", "tensorboard", "wandb")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn")
 

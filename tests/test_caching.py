@@ -170,11 +170,11 @@ def computed(monkeypatch) -> Counter[str]:
 
 
 @pytest.fixture
-def decoded(monkeypatch) -> list[Path]:
-    """The images that were decoded."""
-    found: list[Path] = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda path, size: found.append(path) or decode(path, size))
+def decoded(monkeypatch) -> list[int]:
+    """The images that were read to be decoded."""
+    found: list[int] = []
+    read = images.ImageStore.read
+    monkeypatch.setattr(images.ImageStore, "read", lambda store, row: found.append(row) or read(store, row))
     return found
 
 

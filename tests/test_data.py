@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import COLUMNS, csv_text, scored_rows
+from conftest import COLUMNS, DataFiles, csv_text, scored_rows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -300,11 +300,30 @@ def test_names_with_dots_and_folders_that_stay_inside_are_fine(make_dataset, nam
     assert read(make_dataset([{"name": name, "prompt": "b", "mos_quality": 1}]))["path"][0].is_file()
 
 
-def test_links_inside_the_image_folder_may_point_out_of_it(make_dataset, tmp_path):
-    files = make_dataset([{"name": "link.png", "prompt": "b", "mos_quality": 1}], without=["link.png"])
-    Image.new("RGB", (8, 8)).save(tmp_path / "store.png")
-    (files.images / "link.png").symlink_to(tmp_path / "store.png")
-    assert images.check_images(read(files)["path"].tolist())
+def test_links_that_leave_the_image_folder_are_refused_by_name_unless_allowed(make_dataset, tmp_path):
+    rows = [{"name": f"{place}.png", "prompt": "b", "mos_quality": 1} for place in ("out", "in", "deep/out", "plain")]
+    files = make_dataset(rows, without=["out.png", "in.png", "deep/out.png"])
+    (tmp_path / "store").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "store" / "out.png")
+    (files.images / "out.png").symlink_to(tmp_path / "store" / "out.png")
+    (files.images / "in.png").symlink_to("plain.png")
+    (files.images / "deep").symlink_to(tmp_path / "store")
+    message = refusal(read, files)
+    assert "2 image(s) lie behind links that leave " in message
+    assert message.endswith(": out.png, deep/out.png; --follow_links allows that")
+    assert len(images.check_images(read(files, follow_links=True)["path"].tolist())) == 4
+
+
+def test_the_image_folder_itself_may_be_a_link_and_a_folder_whose_name_begins_alike_is_outside(make_dataset, tmp_path):
+    files = make_dataset(scored_rows(1, 2))
+    (tmp_path / "link").symlink_to(files.images)
+    linked = DataFiles(files.csv, tmp_path / "link")
+    assert len(read(linked)) == 2
+    beside = files.images.with_name("images2")
+    beside.mkdir()
+    (files.images / "gen0_0.png").rename(beside / "gen0_0.png")
+    (files.images / "gen0_0.png").symlink_to(beside / "gen0_0.png")
+    assert "1 image(s) lie behind links" in refusal(read, linked)
 
 
 def test_all_missing_images_are_counted_and_the_first_five_named(make_dataset):
@@ -322,10 +341,13 @@ def test_five_missing_images_are_all_named_without_dots(make_dataset):
     assert message.endswith(", ".join(row["name"] for row in rows[:5]))
 
 
-def test_a_folder_in_place_of_an_image_is_missing(make_dataset):
-    files = make_dataset(scored_rows(1, 2), without=["gen0_0.png"])
+def test_what_is_there_but_no_file_is_not_called_missing(make_dataset):
+    files = make_dataset(scored_rows(1, 3), without=["gen0_0.png", "gen1_0.png"])
     (files.images / "gen0_0.png").mkdir()
-    assert "1 of 2 images are missing: gen0_0.png" in refusal(read, files)
+    (files.images / "gen1_0.png").symlink_to("gen1_0.png")  # in a circle
+    paths = read(files)["path"].tolist()
+    message = refusal(images.check_images, paths)
+    assert message.endswith("gen0_0.png (no regular file), gen1_0.png (no regular file)")
 
 
 @pytest.mark.parametrize("again", ["gen0_0.png", "./gen0_0.png", " gen0_0.png "])
