@@ -110,12 +110,12 @@ def is_missing(path: Path) -> bool:
 
 def leave_folder(paths: Sequence[Path], *homes: Path) -> list[bool]:
     """For each path whether links lead it out of all of these folders, which may be links themselves."""
-    roots = [Path(os.path.realpath(home)) for home in homes]
+    roots = tuple(os.path.join(os.path.realpath(home), "") for home in homes)  # with a slash at the end
     real = {folder: os.path.realpath(folder) for folder in {path.parent for path in paths}}  # few, so files cost a look
 
     def leaves(path: Path) -> bool:
         place = os.path.realpath(path) if path.is_symlink() else os.path.join(real[path.parent], path.name)
-        return not any(Path(place).is_relative_to(root) for root in roots)
+        return not place.startswith(roots)
 
     return [leaves(path) for path in paths]
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -23,8 +24,10 @@ Source = str | Path | bytes | Image.Image  # a file, the content of one, or an i
 
 # Of Pillow's readers, those of pixels alone: others, such as EPS, start programs, or open further files.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-MAX_BYTES = 512 << 20  # what the most pixels that Pillow decodes take without compression
+MAX_BYTES = 256 << 20  # of a file
+LARGE = 50_000_000  # pixels, above which images are decoded one at a time: many threads of them would fill the memory
 NOT_REGULAR = "no regular file"
+one_large = threading.Lock()
 
 
 def read_file(path: str | Path) -> bytes:
@@ -74,7 +77,7 @@ def opened(source: Source) -> Iterator[Image.Image]:
         else:
             content = source if isinstance(source, bytes) else read_file(source)
             image = Image.open(BytesIO(content), formats=formats())
-        with image:
+        with image, one_large if image.width * image.height > LARGE else nullcontext():
             if image.mode == "F":
                 raise OSError("floating-point pixels have no known range; save it with 8 bits")
             yield image
