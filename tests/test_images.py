@@ -524,6 +524,29 @@ def test_a_file_that_has_another_size_than_when_it_was_checked_is_an_error_that_
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_a_file_that_holds_another_image_of_the_same_size_than_when_it_was_checked_is_an_error(files, tmp_path, place):
+    store = store_in(place, files, tmp_path)
+    Image.new("RGB", files[0].size).save(files[0].path, "PNG")
+    with pytest.raises(images.Unreadable, match="has changed since it was checked") as caught:
+        store.load([1, 0, 2])
+    assert caught.value.reasons == {0: "has changed since it was checked"}
+    assert str(files[0].path) in str(caught.value)
+
+
+def test_all_rows_that_can_no_longer_be_read_are_told_with_their_reasons_and_five_are_named(files, tmp_path):
+    store = store_in("nowhere", files, tmp_path)
+    for file in files[:6]:
+        file.path.unlink()
+    os.mkfifo(files[0].path)
+    with pytest.raises(images.Unreadable) as caught:
+        store.load(np.arange(len(files))[::-1])
+    gone = "No such file or directory"
+    assert caught.value.reasons == {5: gone, 4: gone, 3: gone, 2: gone, 1: gone, 0: "no regular file"}
+    assert str(caught.value).startswith("6 image(s) can no longer be read: ")
+    assert str(caught.value).endswith(f"1.img ({gone}), ...")
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("loss", ["deleted", "cut", "text"])
 def test_a_file_that_can_no_longer_be_read_is_an_os_error(files, tmp_path, place, loss):
     store, path = store_in(place, files, tmp_path), files[3].path
