@@ -115,7 +115,7 @@ def leave_folder(paths: Sequence[Path], *homes: Path) -> list[bool]:
 
     def leaves(path: Path) -> bool:
         place = os.path.realpath(path) if path.is_symlink() else os.path.join(real[path.parent], path.name)
-        return not place.startswith(roots)
+        return not f"{place}/".startswith(roots)  # the folder itself is within
 
     return [leaves(path) for path in paths]
 
