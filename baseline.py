@@ -712,6 +712,8 @@ def build_dropping(config: TrainingConfig, examples: data.Examples, runtime: eng
     if config.bad_images == "error":
         return inputs.Dropping()
     if runtime.world > 1:
+        if runtime.agree(examples.fingerprint) != examples.fingerprint:  # or they would wait for each other for ever
+            raise ValueError("--bad_images skip: the processes have not found the same images readable")
         return inputs.Dropping(otherwise="; --bad_images skip: several processes cannot leave out images in mid-run")
     return inputs.Dropping(
         examples.rows("train"),

@@ -426,7 +426,9 @@ class TrainingConfig:
         False, "speed", "when GPU memory runs out, put smaller parts of a batch through; the step stays as large"
     )
     deterministic: bool = option(
-        False, "speed", "only kernels that give the same result every time: on a GPU slower, on a CPU the default anyway"
+        False,
+        "speed",
+        "only kernels that give the same result every time: on a GPU slower, on a CPU the default anyway",
     )
     max_memory_usage: float = option(
         0.9, "speed", "share of GPU memory that --dynamic_batch_size plans for at the start", within="(0, 1]"

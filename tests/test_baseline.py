@@ -685,7 +685,7 @@ def test_images_that_change_in_mid_run_end_it_in_one_line_unless_they_may_be_lef
     assert not (copy_set.run / "skipped.csv").exists()
 
 
-def test_several_processes_leave_nothing_out_in_mid_run(copy_set):
+def test_several_processes_leave_nothing_out_in_mid_run_and_must_have_found_the_same(copy_set, monkeypatch):
     flags = ["--data_csv_path", str(copy_set.csv), "--image_base_dir", str(copy_set.images), "--bad_images", "skip"]
     config = parse_args(flags)
     examples = baseline.read_examples(config)
@@ -695,6 +695,10 @@ def test_several_processes_leave_nothing_out_in_mid_run(copy_set):
     def load(rows):
         raise images.Unreadable(dict.fromkeys(rows.tolist(), "gone"), [copy_set.images])
 
+    first = examples.fingerprint
+    monkeypatch.setattr(engine.Runtime, "agree", lambda runtime, value: first)
+    with pytest.raises(ValueError, match="have not found the same images readable"):
+        baseline.build_dropping(config, replace(examples, fingerprint="other"), replace(alone, world=2))
     dropping = baseline.build_dropping(config, examples, replace(alone, world=2))
     with pytest.raises(OSError, match="several processes cannot leave out images in mid-run"):
         dropping.load(lost, load)
