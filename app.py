@@ -38,25 +38,18 @@ if __name__ == "__main__":
 import gradio as gr
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import checkpoint
 import data
 import explain
 from commands import parse_app_args
 from configs import one_line_errors
+from image_files import opened, read_file
 from images import first_five, load_image
-from predict import UNREADABLE, Scorer
+from predict import Scorer
 from scores import columns_of, title_of
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-)  # told by the first bytes, before anything else opens a file: some of Pillow's readers run programs
 SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
 MAX_FILE_SIZE = "100mb"
 MAX_IMAGES = 500  # at once; more are for predict.py
@@ -130,19 +123,17 @@ def small_image(upload: Upload, max_pixels: int, side: int) -> Image.Image:
     The header is read first; what it promises too much of is never decoded.
 
     Raises:
-        ValueError: not an image of FORMATS, broken, or too large.
+        ValueError: it cannot be read, see `image_files.opened`, or is too large.
     """
     try:
-        with Image.open(upload.path, formats=FORMATS) as header:
+        content = read_file(upload.path)
+        with opened(content) as header:
             width, height = header.size
         if width * height > max_pixels:
-            raise ValueError(f"{width} x {height} are more than {max_pixels / 1e6:g} million pixels")
-        image = load_image(upload.path, side)
-    except UnidentifiedImageError:
-        raise ValueError(f"{upload.name} (not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image)") from None
-    except UNREADABLE as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"{upload.name} ({reason})") from None
+            raise OSError(f"{width} x {height} are more than {max_pixels / 1e6:g} million pixels")
+        image = load_image(content, side)
+    except OSError as error:
+        raise ValueError(f"{upload.name} ({error})") from None
     image.thumbnail((side, side))
     return image
 

@@ -135,16 +135,15 @@ def run(
     if config.dry_run:
         return {}
 
-    def predict(scorer: models.ScoreModel, fold: str, compute: Any = models.score_batch, **how: Any) -> Scores:
-        return engine.predict(scorer, feed.batches(orders[fold]), compute, runtime=runtime, **how)
-
+    predict = build_predict(feed, orders, runtime)
     with open_folder(config, folder, runtime, resume=found == "interrupted") as writer:
         write_inputs(writer, config, examples, runtime)
+        feed.dropping.tell = skipped_writer(writer, examples, runtime)
 
         # What CLIP knows before training: the point to start from, and to be compared with at the end.
         ready = time.perf_counter()
         store = open_cache(config)
-        statistics = caching.Statistics(feed.pixels.store, store)
+        statistics = caching.Statistics(feed.pixels.store, store, feed.dropping)
         cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
         known, base = learn_base(config, model, predict, orders, examples, kept)
         if config.calibration and not config.init_from:
@@ -158,7 +157,7 @@ def run(
             every_seconds=SAVE_EVERY_SECONDS,
             constant=trained.constant,
         )
-        saver = build_saver(config, examples, writer, trained, runtime, newest_best, listening, started)
+        saver = build_saver(config, examples, feed, writer, trained, runtime, newest_best, listening, started)
         course, stage, trainee = saver.course, config.stages[0], None
 
         with open_trackers(config, writer, runtime, course) as trackers, newest_best, saver.guarding():
@@ -215,6 +214,18 @@ def run(
         writer.forget_states()
     runtime.say("\n".join(closing_lines(results, examples, folder)))
     return results
+
+
+def build_predict(
+    feed: inputs.Feed[inputs.PixelSource], orders: Mapping[str, inputs.BatchOrder], runtime: engine.Runtime
+) -> Callable[..., Scores]:
+    """The function (model, fold, what to compute, hooks of `engine.predict`) -> (n,) arrays of all rows of the fold."""
+
+    def predict(scorer: models.ScoreModel, fold: str, compute: Any = models.score_batch, **hooks: Any) -> Scores:
+        found = engine.predict(scorer, feed.batches(orders[fold]), compute, runtime=runtime, **hooks)
+        return {name: feed.dropping.whole(orders[fold].rows, values) for name, values in found.items()}
+
+    return predict
 
 
 def conclude(
@@ -289,6 +300,7 @@ def build_training(
 def build_saver(
     config: TrainingConfig,
     examples: data.Examples,
+    feed: inputs.Feed[inputs.PixelSource],
     writer: checkpoint.RunFolder,
     trained: resuming.Trained,
     runtime: engine.Runtime,
@@ -315,6 +327,7 @@ def build_saver(
         every_seconds=60 * config.save_every_minutes,
         listening=listening,
         before=newest_best.flush,
+        dropped=feed.dropping.rows,
         tell=tell,
         started=started,
     )
@@ -674,6 +687,7 @@ def cache_frozen(
         reserve=BYTES_PER_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad),
         keep_decoded=len(config.stages) > 1,
         fingerprint=fingerprints(config, model, kept),
+        dropping=feed.dropping,
     )
     train = examples.rows("train")
     rows_of: dict[inputs.View, inputs.Rows] = {
@@ -866,8 +880,7 @@ def build_feed(
     store = kept.value("images", key, lambda: images.ImageStore(examples.files, **settings))
     views = images.Views(
         image_size=config.image_size,
-        mean=backbone.config["preprocess_cfg"]["mean"],
-        std=backbone.config["preprocess_cfg"]["std"],
+        **backbone.config["preprocess_cfg"],
         device=runtime.device,
         crop_scale_min=config.crop_scale_min,
         flip=config.horizontal_flip,
@@ -885,8 +898,40 @@ def build_feed(
         rationales=(rationales, (examples.table["explanation"] != "").to_numpy()) if rationales else None,
         share=runtime.share,
         num_ahead=runtime.num_ahead,
+        dropping=build_dropping(config, examples, runtime),
     )
     return feed, num_truncated
+
+
+def build_dropping(config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime) -> inputs.Dropping:
+    """What happens to images that can no longer be used in mid-run: training images may be left out if so asked."""
+    if config.bad_images == "error":
+        return inputs.Dropping()
+    if runtime.world > 1:
+        if runtime.agree(examples.fingerprint) != examples.fingerprint:  # or they would wait for each other for ever
+            raise ValueError("--bad_images skip: the processes have not found the same images readable")
+        return inputs.Dropping(otherwise="; --bad_images skip: several processes cannot leave out images in mid-run")
+    return inputs.Dropping(
+        examples.rows("train"),
+        otherwise="; --bad_images skip: leaves out training images only, no score is measured on a changing fold",
+    )
+
+
+def skipped_writer(
+    writer: checkpoint.RunFolder, examples: data.Examples, runtime: engine.Runtime
+) -> Callable[[Mapping[int, str]], None]:
+    """The function that says which rows are left out in mid-run, and adds them to skipped.csv."""
+
+    def tell(reasons: Mapping[int, str]) -> None:
+        rows = list(reasons)
+        table = examples.table.iloc[rows].assign(fold=examples.folds[rows], reason=list(reasons.values()))
+        for path, reason in zip(table["path"], table["reason"], strict=True):
+            runtime.say(f"left out  {path} ({reason}): the rest of the run goes on without it")
+        file = writer.path / checkpoint.SKIPPED_FILE
+        before = [pd.read_csv(file, dtype=str, keep_default_na=False)] if file.exists() else []
+        writer.csv(checkpoint.SKIPPED_FILE, pd.concat([*before, table[data.SKIPPED]]))
+
+    return tell
 
 
 def build_orders(config: TrainingConfig, examples: data.Examples) -> dict[str, inputs.BatchOrder]:
@@ -997,7 +1042,11 @@ def run_folder(config: TrainingConfig) -> Path:
 def write_inputs(
     writer: checkpoint.RunFolder, config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime
 ) -> None:
-    """Write what the run starts from: config.json and splits.csv. Raises ValueError if that has changed since."""
+    """Write what the run starts from: config.json, splits.csv and, where images were left out, skipped.csv.
+
+    Raises:
+        ValueError: an interrupted run is gone on with, and that has changed.
+    """
     if writer.resume:
         before = checkpoint.read_json(writer.path / checkpoint.CONFIG_FILE)["provenance"]
         runtime.say(changes_since(before, writer.path, examples))
@@ -1021,9 +1070,13 @@ def write_inputs(
     writer.json(checkpoint.CONFIG_FILE, {**config.to_json(), "provenance": provenance})
     splits = pd.DataFrame({"name": examples.table["name"], "split": examples.folds})
     found = {"digest": [file.digest for file in examples.files], "path": [str(file.path) for file in examples.files]}
-    writer.csv("splits.csv", splits.assign(**found))
+    splits = splits.assign(**found)
+    if len(skipped := examples.skipped):  # they keep their fold for when they can be read again
+        splits = pd.concat([splits, skipped[["name", "path"]].assign(split=skipped["fold"], digest="")])
+        writer.csv(checkpoint.SKIPPED_FILE, skipped)
+    writer.csv("splits.csv", splits)
     if config.split_file and runtime.is_main and not Path(config.split_file).exists():
-        checkpoint.write_csv(Path(config.split_file), splits)
+        checkpoint.write_csv(Path(config.split_file), splits[["name", "split"]])
 
 
 def changes_since(before: Mapping[str, Any], folder: Path, examples: data.Examples) -> str:
@@ -1105,6 +1158,8 @@ def plan(
     if config.preset:
         lines.insert(0, ("preset", f"{config.preset}; --preset list shows what that is"))
     notes = [*data.leakage_notes(examples), *backbone.notes]
+    if len(examples.skipped):
+        notes.insert(0, f"--bad_images skip: {sources.skipped_note(examples)}")
     if num_truncated:
         notes.append(f"{num_truncated} text(s) exceed CLIP's context length and were cut")
     if config.freeze_layers != TrainingConfig.freeze_layers:

@@ -23,13 +23,13 @@ from tqdm import tqdm
 import models
 from engine import Runtime
 from features import FeatureCache, FeatureSet, key_of
-from images import ImageStore, as_tensor, decode, reduction
-from inputs import CachedSource, PixelSource, Rows, TextTable, View, run_ahead
+from images import ImageStore, Unreadable, as_tensor, decode, reduction
+from inputs import CachedSource, Dropping, PixelSource, Rows, TextTable, View, run_ahead
 from simple_statistics import NAMES, simple_statistics
 
 # What the cached values depend on besides weights and inputs: this code, and the libraries it calls.
-CODE = ("images.py", "models.py", "backbones.py", "caching.py", "features.py", "inputs.py")
-STATISTICS_CODE = ("images.py", "simple_statistics.py")
+CODE = ("image_files.py", "images.py", "models.py", "backbones.py", "caching.py", "features.py", "inputs.py")
+STATISTICS_CODE = ("image_files.py", "images.py", "simple_statistics.py")
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESIDENT_SHARE = 0.5  # of the free GPU memory beside the reserve; the activations of training need the rest
@@ -47,6 +47,7 @@ class Caching:
     reserve: float  # bytes of GPU memory that training will take for gradients and the optimiser
     keep_decoded: bool  # whether images will be decoded again, for another stage
     fingerprint: Callable[[nn.Module, int], str]  # of the weights of a tower's first stages, see `fingerprint`
+    dropping: Dropping  # which rows may be left out if their images can no longer be read
 
     def fits_device(self, num_bytes: float) -> bool:
         """Whether so much may be held in the GPU's memory; on a CPU that is the page cache's business."""
@@ -185,12 +186,13 @@ def cache_images(
         return source.size({view: source.missing(view) for view in rows_of})
 
     def wanted() -> Rows:
-        return np.unique(np.concatenate([source.missing(view) for view in rows_of])).astype(int)
+        return caching.dropping.left(np.unique(np.concatenate([source.missing(view) for view in rows_of])).astype(int))
 
     compute = partial(add_views, source, pixels, encode, caching, observe)
     if not caching.fill(sets, needed, wanted, compute):
         return f"would take {needed() / 1e9:.1f} GB, more than --cache_max_gb or the disk has left"
-    if caching.fits_device(source.size(rows_of)):
+    source.rows_of = {view: caching.dropping.left(rows) for view, rows in rows_of.items()}
+    if caching.fits_device(source.size(source.rows_of)):
         source.move_to_device()
     return source
 
@@ -208,20 +210,26 @@ def add_views(
     todo = {view: set(source.missing(view).tolist()) for view in source.rows_of}
 
     def load(piece: Rows) -> tuple[Rows, list[Tensor]]:
-        return piece, store.load(piece, keep=caching.keep_decoded)
+        left, decoded = caching.dropping.load(piece, lambda rows: store.load(rows, keep=caching.keep_decoded))
+        return left, decoded or []
 
     pieces = run_ahead(load, chunks(rows, caching.batch_size), caching.runtime.num_ahead)
     with tqdm(total=len(rows), unit="img", leave=False, disable=caching.runtime.hide_progress) as bar:
-        for piece, decoded in pieces:
-            observe(piece, decoded)
-            images = [image.to(caching.runtime.device) for image in decoded]
+        for loaded, decoded in pieces:
+            image_of = dict(zip(loaded.tolist(), decoded, strict=True))
+
+            def watch(rows: Rows, image_of: dict[int, Tensor] = image_of) -> None:
+                observe(rows, [image_of[row] for row in rows.tolist()])
+
+            piece, _ = caching.dropping.load(loaded, watch)
+            images = [image_of[row].to(caching.runtime.device) for row in piece.tolist()]
             for view, rows_left in todo.items():
                 places = [place for place, row in enumerate(piece) if int(row) in rows_left]
                 if places:
                     features, keys = source.keys(piece[places], view)
                     digests = [store.files[row].digest for row in piece[places]]
                     features.add(keys, encode(pixels.views([images[place] for place in places], digests, view)))
-            bar.update(len(piece))
+            bar.update(len(loaded))
     source.evaluation.flush()
     source.training.flush()
 
@@ -229,12 +237,13 @@ def add_views(
 class Statistics:
     """Simple statistics of all images of a store, each computed when its image is decoded anyway, or at the end."""
 
-    def __init__(self, store: ImageStore, cache: FeatureCache | None) -> None:
-        """`cache` keeps them for other runs; None keeps nothing."""
+    def __init__(self, store: ImageStore, cache: FeatureCache | None, dropping: Dropping | None = None) -> None:
+        """`cache` keeps them for other runs; None keeps nothing. `dropping`: which rows may be left out."""
         code = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in STATISTICS_CODE))
         recipe = {"what": "simple statistics", "code": code.hexdigest(), "pillow": version("pillow")}
         self.store = store
         self.cache = cache
+        self.dropping = dropping or Dropping()
         self.features = cache.open(recipe, (len(NAMES),), torch.float32) if cache else None
         self.computed: dict[str, Tensor] = {}
 
@@ -256,14 +265,20 @@ class Statistics:
     def whole(self, row: int, decoded: Tensor) -> Tensor:
         """An image in all its pixels: very large ones were decoded at a fraction."""
         file = self.store.files[row]
-        reduced = reduction(file.size, self.store.image_size) > 1
-        return as_tensor(decode(file.path, None)) if reduced else decoded
+        if reduction(file.size, self.store.image_size) == 1:
+            return decoded
+        try:
+            return as_tensor(decode(self.store.read(row), None))
+        except OSError as error:
+            raise Unreadable({row: str(error)}, [file.path]) from error
 
     def of_all(self) -> np.ndarray:
-        """(n, 12) of all images."""
-        for piece in chunks(self.missing(np.arange(len(self.store.files))), 64):
-            self.observe(piece, self.store.load(piece, keep=False))
-        keys = [file.digest for file in self.store.files]
+        """(n, 12) of all images; NaN for those that were dropped. Raises OSError, see `inputs.Dropping`."""
+        rows = np.arange(len(self.store.files))
+        for piece in chunks(self.missing(rows), 64):
+            self.dropping.load(piece, lambda left: self.observe(left, self.store.load(left, keep=False)))
+        rows = np.setdiff1d(rows, self.missing(rows))
+        keys = [self.store.files[row].digest for row in rows]
         new = [key for key in dict.fromkeys(keys) if key in self.computed]
         if self.cache and self.features and new and self.cache.make_room(len(new) * self.features.row_bytes):
             with self.cache.alone([self.features]):
@@ -275,7 +290,9 @@ class Statistics:
         known = dict(self.computed)
         if self.features and stored:
             known |= dict(zip(stored, self.features.stack(stored), strict=True))
-        return torch.stack([known[key] for key in keys]).double().numpy()
+        found = np.full((len(self.store.files), len(NAMES)), np.nan)
+        found[rows] = torch.stack([known[key] for key in keys]).double().numpy()
+        return found
 
 
 def cache_texts(caching: Caching, text: nn.Module, table: TextTable) -> str:

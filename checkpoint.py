@@ -36,7 +36,11 @@ DESCRIPTION_FILE = "scorer.json"
 CONFIG_FILE = "config.json"
 STATE_DIR = "state"
 FAILURE_FILE = "failure.json"
-RUN_FILES = (CONFIG_FILE, "splits.csv", "metrics.csv", FAILURE_FILE, RESULTS_FILE, "predictions.csv", "report.html")
+SKIPPED_FILE = "skipped.csv"
+RUN_FILES = (
+    *(CONFIG_FILE, "splits.csv", SKIPPED_FILE, "metrics.csv", FAILURE_FILE, RESULTS_FILE),
+    *("predictions.csv", "report.html"),
+)
 RUN_FOLDERS = (BEST_DIR, STATE_DIR, "figures", "tensorboard", "wandb")
 PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow"),
@@ -153,7 +157,7 @@ class RunFolder:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Have a run's folder, which is made if it is not there, for this run alone. Raises ValueError if another has it."""
+    """Have a folder, which is made if it is not there, for this run alone. Raises ValueError if another run has it."""
     with ExitStack() as leaving:
         try:
             can_lock = leaving.enter_context(locked(folder, wait=None))

@@ -33,6 +33,9 @@ def build_predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", metavar="TEXT", help="what the images should show; without it: quality alone")
     parser.add_argument("--csv", metavar="FILE", help="table of image names and prompts")
     parser.add_argument("--image_dir", metavar="DIR", help="folder of the CSV's names; alone: score all images in it")
+    parser.add_argument(
+        "--follow_links", action="store_true", help="also take images through links that leave --image_dir"
+    )
     parser.add_argument("--name_column", default="name", metavar="COLUMN", help="(default: name)")
     parser.add_argument("--prompt_column", default="prompt", metavar="COLUMN", help="(default: prompt)")
     parser.add_argument(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -18,10 +19,11 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import GroupShuffleSplit
 
-from images import ImageFile, check_images, first_five
+from images import ImageFile, first_five, is_missing, leave_folder, refuse_broken, try_images
 from scores import TASKS, title_of
 
 FOLDS = ("train", "val", "test")
+SKIPPED = ["name", "row", "path", "fold", "reason"]  # columns of what says which images were left out
 
 # How pandas gives every cell as text, blank lines included, which count as rows.
 CSV_AS_TEXT: dict[str, Any] = {
@@ -55,7 +57,13 @@ class Columns:
 
 
 def read_table(
-    csv_path: str | Path, image_dir: str | Path, columns: Columns, *, scored: bool = True, extra: Sequence[str] = ()
+    csv_path: str | Path,
+    image_dir: str | Path,
+    columns: Columns,
+    *,
+    scored: bool = True,
+    extra: Sequence[str] = (),
+    **rules: Any,
 ) -> pd.DataFrame:
     """Read and check a CSV of images.
 
@@ -64,6 +72,7 @@ def read_table(
         image_dir: the folder that the names are relative to.
         scored: whether the scores are read, and at least one of the two columns must hold some.
         extra: columns of further scores.
+        rules: of `check_names`.
 
     Returns:
         One row per image: name, path, prompt ("" if none), explanation ("" if none), q, c and each extra score (MOS,
@@ -97,7 +106,15 @@ def read_table(
         }
     )
     table["group"] = texts(columns.group) if columns.group else table["name"].map(generator_of)
-    if scored and table[["q", "c"]].isna().all(axis=None):
+    if scored:
+        check_scored(table, columns, csv_path)
+    table["path"] = check_names(table, Path(image_dir), csv_path, **rules)
+    return table.reset_index(drop=True)
+
+
+def check_scored(table: pd.DataFrame, columns: Columns, csv_path: str | Path) -> None:
+    """Raise ValueError for a table without any score, or a consistency score without a prompt."""
+    if table[["q", "c"]].isna().all(axis=None):
         raise ValueError(
             f"{csv_path}: no scores in column {columns.quality!r} or {columns.consistency!r}; "
             "name yours with --quality_column, --consistency_column"
@@ -108,8 +125,6 @@ def read_table(
             f"{csv_path} row {no_prompt['row'].iloc[0]}: a consistency score without a prompt (column "
             f"{columns.prompt!r}); {len(no_prompt)} such row(s)"
         )
-    table["path"] = check_names(table, Path(image_dir), csv_path)
-    return table.reset_index(drop=True)
 
 
 def check_columns(present: Sequence[str], columns: Columns, extra: Sequence[str], csv_path: str | Path) -> None:
@@ -199,12 +214,27 @@ def generator_of(name: str) -> str:
     return PurePosixPath(name).name.rpartition("_")[0]
 
 
-def check_names(table: pd.DataFrame, image_dir: Path, csv_path: str | Path) -> list[Path]:
-    """Paths of all images. Raises ValueError for empty, repeated, escaping or missing names."""
+def check_names(
+    table: pd.DataFrame,
+    image_dir: Path,
+    csv_path: str | Path,
+    *,
+    homes: Sequence[Path] = (),
+    follow_links: bool = False,
+    may_be_missing: bool = False,
+) -> list[Path]:
+    """Paths of all images.
+
+    Args:
+        homes: folders beside `image_dir` that links may lead to; any of them may be a link itself.
+        follow_links: links may lead anywhere.
+
+    Raises:
+        ValueError: empty or repeated names, names or links that leave the folder, or missing images.
+    """
     empty = table.loc[table["name"] == "", "row"]
     if len(empty):
         raise ValueError(f"{csv_path} row {empty.iloc[0]}: the image name is empty; {len(empty)} such row(s)")
-    # The names alone decide: a link inside the folder may point anywhere, as links of data stores do.
     outside = [
         name
         for name in table["name"]
@@ -216,9 +246,18 @@ def check_names(table: pd.DataFrame, image_dir: Path, csv_path: str | Path) -> l
     repeated = table.loc[pd.Series(paths, index=table.index).duplicated(), "name"].unique().tolist()
     if repeated:
         raise ValueError(f"{csv_path}: {len(repeated)} image name(s) occur more than once: {first_five(repeated)}")
-    missing = [name for name, path in zip(table["name"], paths, strict=True) if not path.is_file()]
-    if missing:
+    is_there = [not is_missing(path) for path in paths]
+    missing = table.loc[[not there for there in is_there], "name"].tolist()
+    if missing and not may_be_missing:
         raise ValueError(f"{image_dir}: {len(missing)} of {len(paths)} images are missing: {first_five(missing)}")
+    present = [path for path, there in zip(paths, is_there, strict=True) if there]
+    leaves = dict(zip(present, leave_folder(present, image_dir, *homes), strict=True)) if not follow_links else {}
+    linked = [name for name, path in zip(table["name"], paths, strict=True) if leaves.get(path)]
+    if linked:
+        raise ValueError(
+            f"{csv_path}: {len(linked)} image(s) lie behind links that leave {image_dir}: {first_five(linked)}; "
+            "--follow_links allows that"
+        )
     return paths
 
 
@@ -408,6 +447,7 @@ class Examples:
     scales: dict[str, LabelScale]  # task -> MOS scale; the tasks that have scores
     files: list[ImageFile]  # the checked images
     fingerprint: str
+    skipped: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=SKIPPED))  # rows that were left out
 
     @cached_property
     def test_digest(self) -> str:
@@ -509,26 +549,41 @@ class Labelled:
     labels: bytes  # stands for the label file
 
 
-def named_table(found: pd.DataFrame, root: Path) -> pd.DataFrame:
-    """A table as `labels.read_dataset` gives it, as `read_table` does. Raises ValueError."""
+def named_table(found: pd.DataFrame, root: Path, folders: Sequence[str] = (), **rules: Any) -> pd.DataFrame:
+    """A table as `labels.read_dataset` gives it, as `read_table` does.
+
+    Args:
+        folders: where below the root the images of such a data set may be.
+        rules: of `check_names`.
+
+    Raises:
+        ValueError: one line naming the folder and the rule.
+    """
     table = found.rename(columns={"unit": "reference"}).assign(explanation="", row=np.arange(len(found)) + 1)
     no_prompt = table["c"].notna() & (table["prompt"] == "")
     if no_prompt.any():
         raise ValueError(f"{root}: {no_prompt.sum()} image(s) have a consistency score but no prompt")
     if "test" not in set(table["split"]):  # as published, the scores of the test fold may be withheld
         table["split"] = ""
-    return table.assign(path=check_names(table, root, root))
+    homes = [root / folder for folder in folders]
+    return table.assign(path=check_names(table, root, root, homes=homes, **rules))
 
 
 def build_examples(
-    sources: Sequence[Labelled], *, split_by: str | Sequence[str], extra: Sequence[str] = (), **options: Any
+    sources: Sequence[Labelled],
+    *,
+    split_by: str | Sequence[str],
+    extra: Sequence[str] = (),
+    skip_bad: bool = False,
+    **options: Any,
 ) -> Examples:
-    """Split and scale data sets, bring them to the scale of the first that has a score, and check their images.
+    """Split data sets, check their images, and bring all to the scale of the first that has a score.
 
     Args:
         sources: with several, names get the set's title in front.
         split_by: as `assign_folds` takes it; a list gives each set its own.
         extra: scores beside q and c.
+        skip_bad: leave out images that cannot be read. All others keep their folds, and the rest is as without them.
         options: further ones of `assign_folds`.
 
     Raises:
@@ -536,20 +591,16 @@ def build_examples(
     """
     tasks = (*TASKS, *extra)
     scales: dict[str, LabelScale] = {}
-    placed: dict[str, str] = {}
     tables, folds = [], []
-    for number, source in enumerate(sources):
-        table = source.table.assign(set=source.title)
-        unit = split_by if isinstance(split_by, str) else split_by[number]
-        own = assign_folds(table, split_by=unit, tasks=tasks, **options)
-        if unit == "prompt":
-            own = follow_prompts(table, own, placed)
-            check_folds(table, own, tasks)
+    found = check_files(sources, place(sources, split_by, tasks, options), tasks, skip_bad=skip_bad)
+    for source, own, files in found:
+        kept = np.array([isinstance(file, ImageFile) for file in files])
+        table = source.table[kept].reset_index(drop=True).assign(set=source.title)
         for task in tasks:
             if table[task].isna().all():
                 continue
             flag = f"--mos_range_{task}" if task in TASKS else "--extra_scores"
-            scale = label_scale(table[task].to_numpy(), own, source.ranges.get(task), flag)
+            scale = label_scale(table[task].to_numpy(), own[kept], source.ranges.get(task), flag)
             common = scales.setdefault(task, scale)
             table[task] = common.to_mos(scale.to_unit(table[task].to_numpy())) if scale != common else table[task]
             if f"{task}_std" in table:
@@ -557,13 +608,68 @@ def build_examples(
         if len(sources) > 1:
             table["name"] = source.title + "/" + table["name"]
         tables.append(table)
-        folds.append(own)
+        folds.append(own[kept])
     whole = pd.concat(tables, ignore_index=True)
-    files = check_images(whole["path"].tolist())
-    digests = [file.digest for file in files]
+    usable = [file for *_, files in found for file in files if isinstance(file, ImageFile)]
     labels = b"".join(source.labels for source in sources)
     ordered = {task: scales[task] for task in tasks if task in scales}
-    return Examples(whole, np.concatenate(folds), ordered, files, fingerprint(labels, digests))
+    digest = fingerprint(labels, [file.digest for file in usable])
+    return Examples(whole, np.concatenate(folds), ordered, usable, digest, skipped_rows(found))
+
+
+def place(
+    sources: Sequence[Labelled], split_by: str | Sequence[str], tasks: Sequence[str], options: Mapping[str, Any]
+) -> list[np.ndarray]:
+    """The folds of each data set's rows. Raises ValueError."""
+    placed: dict[str, str] = {}
+    folds = []
+    for number, source in enumerate(sources):
+        unit = split_by if isinstance(split_by, str) else split_by[number]
+        own = assign_folds(source.table, split_by=unit, tasks=tasks, **options)
+        if unit == "prompt":
+            own = follow_prompts(source.table, own, placed)
+            check_folds(source.table, own, tasks)
+        folds.append(own)
+    return folds
+
+
+Checked = list[tuple[Labelled, np.ndarray, list[ImageFile | str]]]  # data set, folds, files or what is wrong with them
+
+
+def check_files(
+    sources: Sequence[Labelled], folds: Sequence[np.ndarray], tasks: Sequence[str], *, skip_bad: bool
+) -> Checked:
+    """Read every image once. Raises ValueError for broken ones, or for what is left without them."""
+    paths = [path for source in sources for path in source.table["path"]]
+    results = try_images(paths)
+    if not skip_bad:
+        refuse_broken(paths, results)
+    rest = iter(results)
+    found = [(source, own, list(islice(rest, len(own)))) for source, own in zip(sources, folds, strict=True)]
+    for source, own, files in found:
+        kept = np.array([isinstance(file, ImageFile) for file in files])
+        if not kept.any():
+            first = f"{source.table['name'].iloc[0]} ({files[0]})"
+            raise ValueError(
+                f"--bad_images skip: none of the {len(files)} images of {source.title} is left: {first}, ..."
+            )
+        if not kept.all():
+            try:
+                check_folds(source.table, np.where(kept, own, "skipped"), tasks)
+            except ValueError as error:
+                raise ValueError(f"--bad_images skip: without {(~kept).sum()} images {error}") from None
+    return found
+
+
+def skipped_rows(found: Checked) -> pd.DataFrame:
+    """The columns of SKIPPED for every image that cannot be read."""
+    rows = [
+        (f"{source.title}/{name}" if len(found) > 1 else name, row, path, fold, file)
+        for source, own, files in found
+        for name, row, path, fold, file in zip(*(source.table[key] for key in SKIPPED[:3]), own, files, strict=True)
+        if isinstance(file, str)
+    ]
+    return pd.DataFrame(rows, columns=SKIPPED)
 
 
 def follow_prompts(table: pd.DataFrame, folds: np.ndarray, placed: dict[str, str]) -> np.ndarray:

@@ -56,6 +56,8 @@ def facts(examples: data.Examples) -> list[tuple[str, str]]:
         ("rationales", f"{(table['explanation'] != '').sum()} images"),
         ("duplicates", duplicates(examples)),
     ]
+    if len(examples.skipped):
+        found.append(("left out", sources.skipped_note(examples)))
     return [(name, text) for name, text in found if text not in ("none", "0 images") or name == "duplicates"]
 
 

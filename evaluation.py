@@ -35,15 +35,29 @@ class LabelledSet:
 
 
 def read_sets(
-    csv: str | None, image_dir: Path, columns: data.Columns, named: Sequence[tuple[str, str]], extra: Sequence[str]
+    csv: str | None,
+    image_dir: Path,
+    columns: data.Columns,
+    named: Sequence[tuple[str, str]],
+    extra: Sequence[str],
+    *,
+    follow_links: bool = False,
 ) -> list[LabelledSet]:
-    """The sets that a command line names: a CSV, or (name, folder) pairs of known data sets. Raises ValueError."""
+    """The sets that a command line names: a CSV, or (name, folder) pairs of known data sets. Raises ValueError.
+
+    `follow_links`: links may lead out of the image folders.
+    """
     if csv and not image_dir.is_dir():
         raise ValueError(f"--image_dir {image_dir}: no such folder")
-    tables = {name: data.named_table(labels.read_dataset(name, Path(root)), Path(root)) for name, root in named}
+    tables = {}
+    for name, folder in named:
+        root = Path(folder)
+        found = labels.read_dataset(name, root)
+        tables[name] = data.named_table(found, root, labels.image_folders(name), follow_links=follow_links)
     if csv:
         title = csv if Path(csv).stem in tables else Path(csv).stem
-        tables[title] = data.read_table(csv, image_dir, columns, extra=data.columns_present(csv, extra))
+        present = data.columns_present(csv, extra)
+        tables[title] = data.read_table(csv, image_dir, columns, extra=present, follow_links=follow_links)
     return [
         LabelledSet(title, table, [file.digest for file in check_images(table["path"].tolist())])
         for title, table in tables.items()

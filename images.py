@@ -12,19 +12,20 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from image_files import Source, opened, read_file, to_rgb
 
 MAX_REDUCTION = 8  # what JPEG decoders offer: a half, a quarter, an eighth of the size
 # Where an image is so large that a half of it still has three times the pixels per side that the model sees, it is
@@ -48,41 +49,76 @@ def first_five(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
 
 
-def check_images(paths: Sequence[Path], *, num_threads: int = 8) -> list[ImageFile]:
-    """Read every image once.
+class Unreadable(OSError):
+    """Images that were checked and can no longer be used."""
+
+    def __init__(self, reasons: Mapping[int, str], paths: Sequence[Path]) -> None:
+        """`reasons`: row -> what is wrong; `paths`: of these rows."""
+        found = [f"{path} ({reason})" for path, reason in zip(paths, reasons.values(), strict=True)]
+        super().__init__(f"{len(found)} image(s) can no longer be read: {first_five(found)}")
+        self.reasons = dict(reasons)
+
+
+def try_images(paths: Sequence[Path], *, num_threads: int = 8) -> list[ImageFile | str]:
+    """Read every image once: the checked file of each, or what is wrong with it.
 
     JPEGs are decoded at an eighth of their size: that still reads the file to its end, so a truncated one shows.
-
-    Raises:
-        ValueError: some cannot be read; all are counted, the first five named.
     """
 
     def check(path: Path) -> ImageFile | str:
         try:
-            content = path.read_bytes()
-            with Image.open(BytesIO(content)) as image:
+            content = read_file(path)
+            with opened(content) as image:
                 size = image.size
                 image.draft("RGB", (1, 1))
                 image.load()
-                check_mode(image)
             return ImageFile(path, hashlib.sha256(content).hexdigest(), size)
-        except UnidentifiedImageError:
-            return f"{path.name} (not an image)"
-        except UNREADABLE as error:
-            return f"{path.name} ({str(error) or type(error).__name__})"
+        except OSError as error:
+            return str(error)
 
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
-        results = list(pool.map(check, paths, chunksize=8))
-    broken = [problem for problem in results if isinstance(problem, str)]
-    if broken:
-        raise ValueError(f"{len(broken)} of {len(paths)} images cannot be read: {first_five(broken)}")
+        return list(pool.map(check, paths, chunksize=8))
+
+
+def check_images(paths: Sequence[Path], *, num_threads: int = 8) -> list[ImageFile]:
+    """Read every image once, see `try_images`.
+
+    Raises:
+        ValueError: some cannot be read; all are counted, the first five named.
+    """
+    results = try_images(paths, num_threads=num_threads)
+    refuse_broken(paths, results)
     return [file for file in results if isinstance(file, ImageFile)]
 
 
-def check_mode(image: Image.Image) -> None:
-    """Raise ValueError for a pixel format without a known range."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 bits")
+def refuse_broken(paths: Sequence[Path], results: Sequence[ImageFile | str]) -> None:
+    """Raise ValueError if any image of `try_images` cannot be read; all are counted, the first five named."""
+    broken = [f"{path.name} ({item})" for path, item in zip(paths, results, strict=True) if isinstance(item, str)]
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(paths)} images cannot be read: {first_five(broken)}")
+
+
+def is_missing(path: Path) -> bool:
+    """Whether nothing is there; what is there but no image is told when it is read."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character in the name
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def leave_folder(paths: Sequence[Path], *homes: Path) -> list[bool]:
+    """For each path whether links lead it out of all of these folders, which may be links themselves."""
+    roots = tuple(os.path.join(os.path.realpath(home), "") for home in homes)  # with a slash at the end
+    real = {folder: os.path.realpath(folder) for folder in {path.parent for path in paths}}  # few, so files cost a look
+
+    def leaves(path: Path) -> bool:
+        place = os.path.realpath(path) if path.is_symlink() else os.path.join(real[path.parent], path.name)
+        return not f"{place}/".startswith(roots)  # the folder itself is within
+
+    return [leaves(path) for path in paths]
 
 
 def reduction(size: tuple[int, int], image_size: int | None) -> int:
@@ -96,37 +132,24 @@ def reduction(size: tuple[int, int], image_size: int | None) -> int:
     return factor
 
 
-def load_image(path: str | Path | Image.Image, image_size: int | None = None) -> Image.Image:
-    """Any image as upright 8-bit RGB: EXIF rotation applied, transparency on white, 16-bit scaled down.
+def load_image(source: Source, image_size: int | None = None) -> Image.Image:
+    """Any image as upright 8-bit RGB, see `image_files.to_rgb`.
 
     Args:
         image_size: what views will be taken at; a far larger image is reduced, see `reduction`. None never does.
 
     Raises:
-        OSError: not an image, or truncated. ValueError: a pixel format without a known range.
+        OSError: it cannot be read, see `image_files.opened`.
     """
-    with Image.open(path) if not isinstance(path, Image.Image) else path.copy() as source:
-        factor = reduction(source.size, image_size)
-        reduced = tuple(math.ceil(side / factor) for side in source.size)
+    with opened(source) as image:
+        factor = reduction(image.size, image_size)
+        reduced = tuple(math.ceil(side / factor) for side in image.size)
         if factor > 1:  # a JPEG decoder can skip detail; other formats ignore it
-            width, height = source.size
-            source.draft(None, (width // factor, height // factor))  # rounded up, it would choose a larger fraction
-        image = to_rgb(source)
-    done = sorted(image.size) == sorted(reduced)  # a rotation may have swapped the sides
-    return image if done else image.reduce(factor)
-
-
-def to_rgb(source: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB of an opened image."""
-    check_mode(source)
-    image = ImageOps.exif_transpose(source)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white rather than scale
-        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+            width, height = image.size
+            image.draft(None, (width // factor, height // factor))  # rounded up, it would choose a larger fraction
+        upright = to_rgb(image)
+    done = sorted(upright.size) == sorted(reduced)  # a rotation may have swapped the sides
+    return upright if done else upright.reduce(factor)
 
 
 class ImageStore:
@@ -184,30 +207,40 @@ class ImageStore:
             keep: False for images that will hardly be asked for again.
 
         Raises:
-            OSError: a file can no longer be read.
+            Unreadable: files can no longer be read or have changed; tells which rows.
         """
-        return list(self.pool.map(lambda row: self.load_one(int(row), keep=keep), rows))
+
+        def attempt(row: int) -> Tensor | OSError:
+            try:
+                return self.load_one(row, keep=keep)
+            except OSError as error:
+                return error
+
+        found = list(self.pool.map(attempt, map(int, rows)))
+        reasons = {int(row): str(item) for row, item in zip(rows, found, strict=True) if isinstance(item, OSError)}
+        if reasons:
+            raise Unreadable(reasons, [self.files[row].path for row in reasons])
+        return [item for item in found if isinstance(item, Tensor)]
 
     def load_one(self, row: int, *, keep: bool = True) -> Tensor:
-        """As `load`, one row."""
+        """As `load`, one row; the OSError does not name it."""
         shape = self.shapes[row]
         if self.pixels is not None and shape is not None:
             start, stop = self.offsets[row : row + 2]
             return as_tensor(self.pixels[start:stop].reshape(shape))
-        path = self.files[row].path
-        try:
-            decoded = decode(path, self.image_size)
-        except FileNotFoundError:
-            raise
-        except UNREADABLE as error:
-            raise OSError(f"{path}: {str(error) or type(error).__name__}") from error
+        decoded = decode(self.read(row), self.image_size)
         if self.pixels is not None and keep:
             start, stop = self.offsets[row : row + 2]
-            if decoded.size != stop - start:
-                raise OSError(f"{path}: has changed since it was checked")
             self.pixels[start:stop] = decoded.reshape(-1)
             self.shapes[row] = decoded.shape  # last: another thread may look
         return as_tensor(decoded)
+
+    def read(self, row: int) -> bytes:
+        """The content of a file, which is the one that was checked. Raises OSError, without the name."""
+        content = read_file(self.files[row].path)
+        if hashlib.sha256(content).hexdigest() != self.files[row].digest:
+            raise OSError("has changed since it was checked")
+        return content
 
 
 def file_without_name(folder: Path, size: int) -> np.ndarray | None:
@@ -222,9 +255,9 @@ def file_without_name(folder: Path, size: int) -> np.ndarray | None:
         return np.memmap(file, np.uint8, "r+", shape=(size,))
 
 
-def decode(path: str | Path | Image.Image, image_size: int | None) -> np.ndarray:
-    """(H, W, 3) uint8 pixels of an image for views of `image_size`."""
-    return np.array(load_image(path, image_size))
+def decode(source: Source, image_size: int | None) -> np.ndarray:
+    """(H, W, 3) uint8 pixels of an image for views of `image_size`. Raises OSError."""
+    return np.array(load_image(source, image_size))
 
 
 def as_tensor(pixels_HW3: np.ndarray) -> Tensor:
@@ -360,8 +393,8 @@ class Views:
         return torch.stack(found)
 
 
-def decode_all(sources: Sequence[str | Path | Image.Image], image_size: int | None, num_threads: int) -> list[Tensor]:
-    """Decode files or Pillow images that are needed once. Raises OSError, ValueError."""
+def decode_all(sources: Sequence[Source], image_size: int | None, num_threads: int) -> list[Tensor]:
+    """Decode files or Pillow images that are needed once. Raises OSError."""
     load: Callable[[Any], Tensor] = lambda source: as_tensor(decode(source, image_size))  # noqa: E731
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         return list(pool.map(load, sources))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from features import FeatureSet, key_of
-from images import ImageStore, Views
+from images import ImageStore, Unreadable, Views
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -282,6 +282,53 @@ class Batch:
         return len(self.rows)
 
 
+class Dropping:
+    """Which rows have been dropped because their images can no longer be used, and which may be.
+
+    Whoever reads images in mid-run does it through `load`. A row that was dropped stays out, also if its file comes
+    back: what is trained on would otherwise depend on when somebody looked.
+    """
+
+    def __init__(self, may_go: Iterable[int] = (), *, otherwise: str = "") -> None:
+        """`may_go`: rows that may be dropped; `otherwise`: ends the error of all others."""
+        self.rows: set[int] = set()
+        self.may_go = {int(row) for row in may_go}
+        self.otherwise = otherwise
+        self.tell: Callable[[Mapping[int, str]], None] = lambda reasons: None  # is told of each row once, and why
+
+    def left(self, rows: Rows) -> Rows:
+        """Those of the rows that have not been dropped."""
+        return rows[self.is_left(rows)]
+
+    def is_left(self, rows: Rows) -> np.ndarray:
+        """(n,) whether each of the rows has not been dropped."""
+        return ~np.isin(rows, list(self.rows))
+
+    def load(self, rows: Rows, load: Callable[[Rows], R]) -> tuple[Rows, R | None]:
+        """The rows that are left and what `load` makes of them; None if none is left.
+
+        Raises:
+            OSError: the image of a row that may not be dropped cannot be used, or no row that may be is left.
+        """
+        while len(rows := self.left(rows)):
+            try:
+                return rows, load(rows)
+            except Unreadable as error:
+                if not error.reasons.keys() <= self.may_go:
+                    raise OSError(f"{error}{self.otherwise}") from error
+                self.rows |= error.reasons.keys()
+                self.tell(error.reasons)
+                if self.may_go <= self.rows:
+                    raise OSError(f"{error}; no training image is left") from error
+        return rows, None
+
+    def whole(self, rows: Rows, values: np.ndarray) -> np.ndarray:
+        """What was computed of the rows that are left, (m, ...), as (n, ...) of all: NaN for those dropped."""
+        found = np.full((len(rows), *values.shape[1:]), np.nan)
+        found[self.is_left(rows)] = values
+        return found
+
+
 P = TypeVar("P", bound=ImageSource)
 
 
@@ -298,8 +345,12 @@ class Feed(Generic[P]):
         rationales: tuple[TextTable, np.ndarray] | None = None,
         share: Callable[[Rows], Rows] = lambda rows: rows,
         num_ahead: int = 0,
+        dropping: Dropping | None = None,
     ) -> None:
-        """`share` picks this process's part of a batch's rows, at least one; `num_ahead` batches are prepared early."""
+        """`share` picks this process's part of a batch's rows, at least one; `num_ahead` batches are prepared early.
+
+        `dropping`: which rows may be left out; None: none.
+        """
         self.pixels = pixels
         self.source: ImageSource = pixels  # or cached activations in its place
         self.device = device
@@ -308,15 +359,27 @@ class Feed(Generic[P]):
         self.rationales = rationales
         self.share = share
         self.num_ahead = num_ahead
+        self.dropping = dropping or Dropping()
+
+    @property
+    def dropped(self) -> set[int]:
+        """The rows that have been left out since the run began; may be added to, to leave out more."""
+        return self.dropping.rows
 
     def batches(self, order: Iterable[tuple[View, Rows]]) -> Iterator[Batch]:
-        """One Batch for each (view, rows)."""
+        """One Batch for each (view, rows), without rows that have been dropped; none where all of them have been.
+
+        Raises:
+            OSError: images can no longer be used, see `Dropping`.
+        """
 
         def prepare(item: tuple[View, Rows]) -> tuple[View, Rows, Any]:
             view, rows = item
-            return view, rows, self.source.prepare(self.share(rows), view)
+            return view, *self.dropping.load(rows, lambda left: self.source.prepare(self.share(left), view))
 
         for view, rows, prepared in run_ahead(prepare, order, self.num_ahead):
+            if not len(rows):
+                continue
             images = self.source.finish(prepared, self.share(rows), view)
             yield self.assemble(rows, images, self.source.count(view))
 

@@ -70,19 +70,25 @@ def read_dataset(name: str, root: Path) -> Table:
         raise ValueError(f"{root}: {(found['name'] == '').sum()} row(s) of {known_set.title} name no image")
     for split in found["split"].unique():
         rows = found["split"] == split
-        folder = image_folder(root, found.loc[rows, "name"].iloc[0], known_set.images, split)
+        folder = image_folder(root, found.loc[rows, "name"].tolist(), known_set.images, split)
         found.loc[rows, "name"] = [str(PurePosixPath(folder) / image) for image in found.loc[rows, "name"]]
     return found
 
 
-def image_folder(root: Path, image: str, candidates: Sequence[str], split: str) -> str:
-    """The first of the folders that has the image. Raises ValueError if none has."""
+def image_folder(root: Path, names: Sequence[str], candidates: Sequence[str], split: str) -> str:
+    """The first of the folders that has the first image that is in any. Raises ValueError if none is."""
     folders = list(dict.fromkeys(folder.format(split=split).rstrip("/") for folder in candidates))
-    for folder in folders:
-        if (root / folder / image).is_file():
-            return folder
+    for image in names:
+        for folder in folders:
+            if (root / folder / image).is_file():
+                return folder
     looked = ", ".join(folder or "the folder itself" for folder in folders)
-    raise ValueError(f"{root}: the labels' first image, {image}, is not here; looked in {looked}")
+    raise ValueError(f"{root}: none of the labels' images, such as {names[0]}, is here; looked in {looked}")
+
+
+def image_folders(name: str) -> list[str]:
+    """Where below its root a data set may have its images."""
+    return [folder.format(split=split) for folder in DATASETS[name].images for split in ("train", "val", "test")]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,7 +30,7 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,7 +43,8 @@ import inputs
 import models
 from commands import parse_predict_args
 from configs import one_line_errors, split_list
-from images import UNREADABLE, Views, decode, decode_all, first_five
+from image_files import read_file
+from images import Views, decode, decode_all, first_five, is_missing, leave_folder
 from parts import Parts
 from scores import TASKS, columns_of
 
@@ -67,7 +69,7 @@ class LoosePixels:
         """Decoded images. Raises OSError that counts all images that cannot be read and names the first five."""
         try:
             decoded = decode_all([self.images[row] for row in rows], self.views.decode_size, self.num_threads)
-        except UNREADABLE as error:
+        except OSError as error:
             with ThreadPoolExecutor(max(1, self.num_threads)) as pool:
                 problems = [problem for problem in pool.map(self.problem, range(len(self.images))) if problem]
             found = f"{len(problems)} of {len(self.images)} images cannot be read: {first_five(problems)}"
@@ -79,11 +81,9 @@ class LoosePixels:
         image = self.images[row]
         name = f"image {row + 1}" if isinstance(image, Image.Image) else str(image)
         try:
-            decode(image, self.views.decode_size)
-        except UnidentifiedImageError:
-            return f"{name} (not an image)"
-        except UNREADABLE as error:
-            return f"{name} ({getattr(error, 'strerror', None) or str(error) or type(error).__name__})"
+            decode(image if isinstance(image, Image.Image) else read_file(image), self.views.decode_size)
+        except OSError as error:
+            return f"{name} ({error})"
         return ""
 
     def finish(self, prepared: list[Tensor], rows: inputs.Rows, view: inputs.View) -> Tensor:
@@ -225,22 +225,47 @@ def names_given(args: argparse.Namespace) -> list[str]:
     if args.image_dir and not Path(args.image_dir).is_dir():
         raise ValueError(f"--image_dir {args.image_dir}: no such folder")
     for path in args.images:
-        if not Path(path).is_file():
+        if is_missing(Path(path)):
             raise ValueError(f"{path}: no such image")
-    return images_in(Path(args.image_dir)) if args.image_dir and not args.csv else args.images
+    if not args.image_dir or args.csv:
+        return args.images
+    return images_in(Path(args.image_dir), follow_links=args.follow_links)
 
 
-def images_in(folder: Path) -> list[str]:
-    """Names of all image files below a folder, sorted. Raises ValueError if there are none."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if is_image(path)]
-    if not names:
+def images_in(folder: Path, *, follow_links: bool = False) -> list[str]:
+    """Names of all image files below a folder, sorted.
+
+    Args:
+        follow_links: also those behind links that leave the folder; otherwise their number is said.
+
+    Raises:
+        ValueError: there are none. OSError: a folder cannot be read.
+    """
+    found, folders_linked, seen = [], [], set()
+    for place, folders, files in os.walk(folder, followlinks=follow_links, onerror=raise_error):
+        real = os.path.realpath(place)
+        if real in seen:  # links that lead in a circle, or twice to the same folder
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        folders_linked += [path for name in folders if (path := Path(place, name)).is_symlink()]
+        found += [Path(place, name) for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if not follow_links:
+        leaves = leave_folder(found, folder)
+        num_passed = sum(leaves) + sum(leave_folder(folders_linked, folder))
+        found = [path for path, outside in zip(found, leaves, strict=True) if not outside]
+        if num_passed and int(os.environ.get("RANK", 0)) == 0:
+            text = f"note: {num_passed} link(s) that leave {folder} were passed over; --follow_links takes them"
+            print(text, file=sys.stderr)
+    if not found:
         raise ValueError(f"--image_dir {folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
-    return names
+    return [path.relative_to(folder).as_posix() for path in sorted(found)]
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file's name says that it is an image."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+def raise_error(error: OSError) -> None:
+    """Raise an error that `os.walk` would pass over."""
+    raise error
 
 
 def image_folder(args: argparse.Namespace) -> Path:
@@ -295,7 +320,7 @@ def image_paths(args: argparse.Namespace, piece: pd.DataFrame) -> list[Path]:
     folder = image_folder(args)
     if args.csv:
         repeated = piece["name"].map(Path).duplicated() & (piece["name"] != "")
-        data.check_names(piece[~repeated], folder, args.csv)
+        data.check_names(piece[~repeated], folder, args.csv, follow_links=args.follow_links)
     return [folder / name for name in piece["name"]]
 
 
@@ -415,7 +440,8 @@ def evaluate(args: argparse.Namespace) -> pd.DataFrame:
     scorers = {run: Scorer.load(run, device=args.device) for run in args.checkpoints}
     extra = sorted({task for scorer in scorers.values() for task in scorer.scales} - set(TASKS))
     named = list(zip(split_list(args.dataset), split_list(args.data_root), strict=True))
-    sets = evaluation.read_sets(args.csv, image_folder(args), columns, named, extra)
+    folder = image_folder(args)
+    sets = evaluation.read_sets(args.csv, folder, columns, named, extra, follow_links=args.follow_links)
     rows = []
     for labelled in sets:
         for run, scorer in scorers.items():

@@ -30,11 +30,11 @@ import jinja2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 
 import compare
 import figures
 from configs import NOT_SAVED, OPTIONS, OneLineParser, one_line_errors
+from image_files import opened, read_file, to_rgb
 from scores import MEASURES, columns_of, tasks_of, title_of, title_of_stem
 from writing import write_whole
 
@@ -595,30 +595,18 @@ def example_list(run: Run, rows: pd.DataFrame) -> list[Example]:
 def thumbnail(path: str, digest: str) -> str:
     """The image as a small JPEG in a data URL; "" if there is no such file, or its content is not what was scored."""
     try:
-        content = Path(path).read_bytes() if path and Path(path).is_file() else b""
+        content = read_file(path) if path else b""
         if not content or hashlib.sha256(content).hexdigest() != digest:
             return ""
-        with Image.open(io.BytesIO(content)) as image:
+        with opened(content) as image:
             image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-            small = upright_rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+            small = to_rgb(image)
+    except OSError:
         return ""
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """At most THUMBNAIL pixels per side, as a person would see it: rotated by EXIF, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
 
 
 def folds_table(run: Run) -> Table:

@@ -51,13 +51,14 @@ class Base:
 
 
 def fit_base(known: Mapping[str, Scores], examples: data.Examples) -> Base:
-    """Fit the base terms on the training fold's embeddings."""
+    """Fit the base terms on the training fold's embeddings, those that are NaN left out."""
     rows = examples.rows("train")
+    is_known = np.isfinite(known["train_eval"]["image"]).all(axis=1)
     groups = data.clusters(examples.table)[rows]
     images, levels = {}, {}
     cosine = None
     for task, values in examples.unit_targets.items():
-        keep = ~np.isnan(values[rows])
+        keep = ~np.isnan(values[rows]) & is_known
         target = values[rows][keep]
         if task == "c":
             cosine = calibration.fit_line((known["train_eval"]["cos"][keep] + 1) / 2, target)
@@ -211,6 +212,7 @@ def floors(
     Args:
         known: fold -> "image" (n, E) and, with prompts, "text" (n, E) and "cos" (n,), of the frozen CLIP.
         statistics_NS: (n, S) of all images.
+            Training rows that are NaN, here or there, were dropped and teach nothing.
     """
     found = {name: agreements(scores, "test", examples) for name, scores in pixel_free(examples).items()}
     train, test = examples.rows("train"), examples.rows("test")
@@ -262,14 +264,15 @@ def ridge_scores(
     """
     rows = examples.rows("train")
     groups = data.clusters(examples.table)[rows]
-    centre, spread = train_ND.mean(axis=0), train_ND.std(axis=0)
+    is_known = np.isfinite(train_ND).all(axis=1)
+    centre, spread = train_ND[is_known].mean(axis=0), train_ND[is_known].std(axis=0)
     # Rows of length 1 on average, as the embeddings are for which the penalties were chosen.
     size = np.where(spread > 0, spread, 1.0) * np.sqrt(train_ND.shape[1])
     train, test = ((values - centre) / size for values in (train_ND, test_MD))
     found = {}
     for task in tasks:
         mos = examples.mos(task, "train")
-        keep = ~np.isnan(mos)
+        keep = ~np.isnan(mos) & is_known
         weights, bias = calibration.fit_ridge(train[keep], mos[keep], groups[keep])
         found[task] = test @ weights + bias
     return found

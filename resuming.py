@@ -145,6 +145,7 @@ class Saver:
         every_seconds: the time between two states; 0 saves only when asked to stop, or on an error.
         listening: the signals.
         before: is called before each state, to write the best weights.
+        dropped: rows that are left out since their images were lost.
         tell: is called with an error after whose state is saved.
         started: the clock (`time.perf_counter`) when this process's part of the run began.
     """
@@ -160,6 +161,7 @@ class Saver:
         every_seconds: float,
         listening: signals.Signals,
         before: Callable[[], object],
+        dropped: set[int],
         tell: Callable[[Exception], object],
         started: float,
     ) -> None:
@@ -171,6 +173,7 @@ class Saver:
         self.every_seconds = every_seconds
         self.listening = listening
         self.before = before
+        self.dropped = dropped
         self.tell = tell
         self.started = started
         self.since = time.perf_counter()
@@ -185,6 +188,7 @@ class Saver:
         if len(state["random"]) != self.runtime.world:
             raise ValueError(f"--resume: was saved by {len(state['random'])} process(es), go on with as many")
         self.course.load(state["course"])
+        self.dropped.update(state["dropped"])
         if state["trained"] is not None:
             self.trained.load(state["trained"])
         engine.set_random_state(state["random"][self.runtime.rank], self.runtime)
@@ -219,7 +223,7 @@ class Saver:
             seconds = self.course.seconds + time.perf_counter() - self.started
             course = {**self.course.state(), "seconds": seconds}
             trained = None if self.is_over else self.trained.state()
-            found = {"course": course, "trained": trained, "random": states}
+            found = {"course": course, "trained": trained, "random": states, "dropped": sorted(self.dropped)}
             self.states.save(self.step(), self.course.best_epoch, found)
         self.runtime.of_main(lambda: None)  # wait for it
         self.since = time.perf_counter()

@@ -12,6 +12,7 @@ import data
 import demo
 import labels
 from configs import TrainingConfig
+from images import first_five
 
 
 def draw_demo(config: TrainingConfig) -> TrainingConfig:
@@ -53,7 +54,8 @@ def read_sources(config: TrainingConfig) -> list[data.Labelled]:
         if name == "csv":
             sources.append(read_csv_source(config, given))
         else:
-            sources.append(read_named_source(name, Path(next(roots)), given if len(config.dataset_names) == 1 else {}))
+            ranges = given if len(config.dataset_names) == 1 else {}
+            sources.append(read_named_source(name, Path(next(roots)), ranges, **name_rules(config)))
     sources = [with_columns(source, extra) for source in sources]
     for name in extra:
         if all(source.table[name].isna().all() for source in sources):
@@ -73,6 +75,7 @@ def build(config: TrainingConfig, sources: list[data.Labelled]) -> data.Examples
         val_size=config.val_size,
         seed=config.seed,
         part=(config.fold, config.kfold) if config.fold else None,
+        skip_bad=config.bad_images == "skip",
     )
 
 
@@ -92,16 +95,30 @@ def read_csv_source(config: TrainingConfig, ranges: dict[str, tuple[float, float
     extra = config.extra_score_names
     if len(config.dataset_names) > 1:
         extra = data.columns_present(config.data_csv_path, extra)
-    table = data.read_table(config.data_csv_path, config.image_base_dir, columns, extra=extra)
+    table = data.read_table(config.data_csv_path, config.image_base_dir, columns, extra=extra, **name_rules(config))
     return data.Labelled(title="csv", table=table, ranges=ranges, labels=Path(config.data_csv_path).read_bytes())
 
 
-def read_named_source(name: str, root: Path, given: dict[str, tuple[float, float] | None]) -> data.Labelled:
-    """A data set as downloaded. Raises ValueError."""
-    table = data.named_table(labels.read_dataset(name, root), root)
+def name_rules(config: TrainingConfig) -> dict[str, bool]:
+    """What `data.check_names` is to allow."""
+    return {"follow_links": config.follow_links, "may_be_missing": config.bad_images == "skip"}
+
+
+def read_named_source(
+    name: str, root: Path, given: dict[str, tuple[float, float] | None], **rules: bool
+) -> data.Labelled:
+    """A data set as downloaded; `rules` are those of `data.check_names`. Raises ValueError."""
+    table = data.named_table(labels.read_dataset(name, root), root, labels.image_folders(name), **rules)
     known = labels.DATASETS[name].ranges
     ranges = {task: given.get(task) or known.get(task) for task in {*known, *given}}
     return data.Labelled(title=name, table=table, ranges=ranges, labels=table.drop(columns="path").to_csv().encode())
+
+
+def skipped_note(examples: data.Examples) -> str:
+    """How many images were left out of the data, the first five and why."""
+    table = examples.skipped
+    found = [f"{name} ({reason})" for name, reason in zip(table["name"], table["reason"], strict=True)]
+    return f"{len(table)} of {len(table) + len(examples.table)} images left out: {first_five(found)}"
 
 
 def with_columns(source: data.Labelled, extra: list[str]) -> data.Labelled:

@@ -258,14 +258,14 @@ def test_names_and_prompts_are_shown_as_text(page):
 def test_broken_images_are_named_and_the_others_scored(page, files):
     page.upload([as_sent(files[0].name, files[0].read_bytes()), as_sent(HOSTILE, b"no image")])
     assert [name for name, _ in page.score()] == [files[0].name]
-    assert f"1 of 2 images cannot be read: {HOSTILE} (not a JPEG" in page.shown.inner_text()
+    assert f"1 of 2 images cannot be read: {HOSTILE} (not an image" in page.shown.inner_text()
 
 
 def test_an_image_that_cannot_be_used_is_a_message(page):
     page.upload([as_sent(HOSTILE, b"no image")])
     page.press("Score")
     message = page.message()
-    assert f"1 of 1 images cannot be read: {HOSTILE} (not a JPEG" in message
+    assert f"1 of 1 images cannot be read: {HOSTILE} (not an image" in message
     assert "Traceback" not in message and "/tmp" not in message
 
 
@@ -464,13 +464,13 @@ def claiming(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"no image", "not a JPEG, PNG, WEBP, BMP, GIF or TIFF image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG, PNG"),
+        (b"no image", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (png(1200, 1000), "1200 x 1000 are more than 1 million pixels"),
         (claiming(1200, 1000), "1200 x 1000 are more than 1 million pixels"),
         (claiming(60000, 60000), "decompression bomb"),
         (png(900, 900)[:60], "truncated"),
-        (b"", "not a JPEG"),
+        (b"", "not an image"),
     ],
 )
 def test_what_cannot_be_decoded_is_told_in_one_line(upload, content, reason):

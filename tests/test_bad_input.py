@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,45 @@ def test_unreadable_and_truncated_images_are_counted_and_named(make_dataset, tra
     (files.images / "gen1_2.png").write_bytes(whole[: len(whole) // 2])
     message = training_on(files)
     assert "2 of 24 images cannot be read: gen0_0.png (not an image), gen1_2.png (" in message
+
+
+def test_what_is_no_regular_file_is_refused_without_a_wait(make_dataset, training_on, ends_in_time):
+    files = make_dataset(scored_rows(), without=["gen0_0.png", "gen1_1.png", "gen2_2.png"])
+    os.mkfifo(files.images / "gen0_0.png")
+    (files.images / "gen1_1.png").mkdir()
+    (files.images / "gen2_2.png").symlink_to("gen2_2.png")
+    message = training_on(files)
+    reasons = ", ".join(f"{name} (no regular file)" for name in ("gen0_0.png", "gen1_1.png", "gen2_2.png"))
+    assert message == f"error: 3 of 24 images cannot be read: {reasons}\n"
+
+
+def test_links_out_of_the_image_folder_are_refused_unless_asked_for(make_dataset, training_on, tmp_path, capsys):
+    files = make_dataset(scored_rows())
+    (files.images / "gen0_0.png").rename(tmp_path / "elsewhere.png")
+    (files.images / "gen0_0.png").symlink_to(tmp_path / "elsewhere.png")
+    assert "1 image(s) lie behind links that leave " in training_on(files)
+    assert "24 images" in planned(files, capsys, "--follow_links")
+
+
+def test_a_data_set_by_name_is_held_to_its_folder_too_and_its_image_folder_may_be_a_link(tmp_path, refused, capsys):
+    root, store = tmp_path / "set", tmp_path / "store"
+    rows = [{**row, "std_quality": 1, "std_align": 1} for row in scored_rows()]
+    for folder in (root, store):
+        folder.mkdir()
+    (root / "data.csv").write_text(csv_text(rows), encoding="utf-8")
+    for row in rows:
+        Image.new("RGB", (24, 24)).save(store / row["name"])
+    (root / "images").symlink_to(store)
+    flags = ["--dataset", "agiqa-3k", "--data_root", str(root), *TINY]
+    assert baseline.main([*flags, "--dry_run"]) == {}
+    assert "24 images" in capsys.readouterr().out
+    (store / "gen1_1.png").rename(tmp_path / "outside.png")
+    (store / "gen1_1.png").symlink_to(tmp_path / "outside.png")
+    message = refused([*flags, "--output_dir", "run"])
+    assert "1 image(s) lie behind links" in message and "images/gen1_1.png; --follow_links allows that" in message
+    (store / "gen0_0.png").unlink()  # the first of all
+    assert baseline.main([*flags, "--dry_run", "--follow_links", "--bad_images", "skip"]) == {}
+    assert "1 of 24 images left out: images/gen0_0.png (No such file" in capsys.readouterr().out
 
 
 def test_floating_point_images_are_refused_before_training(make_dataset, training_on):
@@ -358,10 +398,13 @@ def test_a_description_of_another_model_is_refused_in_one_line(scoring, picture,
     assert "does not fit the weights" in message and "size mismatch" in message
 
 
-def test_missing_and_unreadable_images_are_refused_by_name(scoring, picture, trained, tmp_path):
+def test_missing_and_unreadable_images_are_refused_by_name(scoring, picture, trained, tmp_path, ends_in_time):
     assert "nowhere.png: no such image" in scoring("--checkpoint", trained, picture, "nowhere.png")
     (tmp_path / "broken.png").write_bytes(b"x")
     assert "1 of 2 images cannot be read: broken.png" in scoring("--checkpoint", trained, picture, "broken.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    message = scoring("--checkpoint", trained, picture, "pipe.png")
+    assert "1 of 2 images cannot be read: pipe.png (no regular file)" in message
 
 
 def test_folders_and_tables_without_images_are_refused(scoring, trained, tmp_path):

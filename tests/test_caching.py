@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,11 +171,11 @@ def computed(monkeypatch) -> Counter[str]:
 
 
 @pytest.fixture
-def decoded(monkeypatch) -> list[Path]:
-    """The images that were decoded."""
-    found: list[Path] = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda path, size: found.append(path) or decode(path, size))
+def decoded(monkeypatch) -> list[int]:
+    """The images that were read to be decoded."""
+    found: list[int] = []
+    read = images.ImageStore.read
+    monkeypatch.setattr(images.ImageStore, "read", lambda store, row: found.append(row) or read(store, row))
     return found
 
 
@@ -609,3 +609,35 @@ def test_statistics_of_a_cache_are_those_computed_and_each_is_computed_once(tmp_
     monkeypatch.setattr(store, "load", None)  # nothing is left to decode
     again = caching.Statistics(store, features.FeatureCache(tmp_path / "cache", 1e9))
     np.testing.assert_allclose(again.of_all(), expected, rtol=1e-6)
+
+
+@pytest.fixture
+def large_files(tmp_path) -> list[images.ImageFile]:
+    """Checked images that are decoded at a fraction of their size."""
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (700, 800, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    return images.check_images(sorted(tmp_path.glob("*.png")))
+
+
+def test_statistics_of_an_image_that_is_lost_are_not_a_number_where_it_may_be_left_out(large_files):
+    def statistics(may_go: Sequence[int]) -> caching.Statistics:
+        store = images.ImageStore(large_files, image_size=56, num_threads=1)
+        return caching.Statistics(store, None, inputs.Dropping(may_go))
+
+    expected = statistics([]).of_all()
+    Image.new("RGB", (800, 700)).save(large_files[1].path)
+    lost = statistics([0, 1])
+    found = lost.of_all()
+    np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+    assert np.isnan(found[1]).all() and lost.dropping.rows == {1}
+    with pytest.raises(OSError, match=r"1\.png \(has changed since it was checked\)"):
+        statistics([0, 2]).of_all()
+
+
+def test_statistics_look_at_no_other_image_than_was_decoded(large_files):
+    store = images.ImageStore(large_files, image_size=56, num_threads=1)
+    decoded = store.load([1])
+    Image.new("RGB", (800, 700)).save(large_files[1].path)
+    with pytest.raises(images.Unreadable, match="has changed since it was checked"):
+        caching.Statistics(store, None).observe(np.array([1]), decoded)

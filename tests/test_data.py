@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import COLUMNS, csv_text, scored_rows
+from conftest import COLUMNS, DataFiles, csv_text, scored_rows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -300,11 +302,30 @@ def test_names_with_dots_and_folders_that_stay_inside_are_fine(make_dataset, nam
     assert read(make_dataset([{"name": name, "prompt": "b", "mos_quality": 1}]))["path"][0].is_file()
 
 
-def test_links_inside_the_image_folder_may_point_out_of_it(make_dataset, tmp_path):
-    files = make_dataset([{"name": "link.png", "prompt": "b", "mos_quality": 1}], without=["link.png"])
-    Image.new("RGB", (8, 8)).save(tmp_path / "store.png")
-    (files.images / "link.png").symlink_to(tmp_path / "store.png")
-    assert images.check_images(read(files)["path"].tolist())
+def test_links_that_leave_the_image_folder_are_refused_by_name_unless_allowed(make_dataset, tmp_path):
+    rows = [{"name": f"{place}.png", "prompt": "b", "mos_quality": 1} for place in ("out", "in", "deep/out", "plain")]
+    files = make_dataset(rows, without=["out.png", "in.png", "deep/out.png"])
+    (tmp_path / "store").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "store" / "out.png")
+    (files.images / "out.png").symlink_to(tmp_path / "store" / "out.png")
+    (files.images / "in.png").symlink_to("plain.png")
+    (files.images / "deep").symlink_to(tmp_path / "store")
+    message = refusal(read, files)
+    assert "2 image(s) lie behind links that leave " in message
+    assert message.endswith(": out.png, deep/out.png; --follow_links allows that")
+    assert len(images.check_images(read(files, follow_links=True)["path"].tolist())) == 4
+
+
+def test_the_image_folder_itself_may_be_a_link_and_a_folder_whose_name_begins_alike_is_outside(make_dataset, tmp_path):
+    files = make_dataset(scored_rows(1, 2))
+    (tmp_path / "link").symlink_to(files.images)
+    linked = DataFiles(files.csv, tmp_path / "link")
+    assert len(read(linked)) == 2
+    beside = files.images.with_name("images2")
+    beside.mkdir()
+    (files.images / "gen0_0.png").rename(beside / "gen0_0.png")
+    (files.images / "gen0_0.png").symlink_to(beside / "gen0_0.png")
+    assert "1 image(s) lie behind links" in refusal(read, linked)
 
 
 def test_all_missing_images_are_counted_and_the_first_five_named(make_dataset):
@@ -322,10 +343,13 @@ def test_five_missing_images_are_all_named_without_dots(make_dataset):
     assert message.endswith(", ".join(row["name"] for row in rows[:5]))
 
 
-def test_a_folder_in_place_of_an_image_is_missing(make_dataset):
-    files = make_dataset(scored_rows(1, 2), without=["gen0_0.png"])
+def test_what_is_there_but_no_file_is_not_called_missing(make_dataset):
+    files = make_dataset(scored_rows(1, 3), without=["gen0_0.png", "gen1_0.png"])
     (files.images / "gen0_0.png").mkdir()
-    assert "1 of 2 images are missing: gen0_0.png" in refusal(read, files)
+    (files.images / "gen1_0.png").symlink_to("gen1_0.png")  # in a circle
+    paths = read(files)["path"].tolist()
+    message = refusal(images.check_images, paths)
+    assert message.endswith("gen0_0.png (no regular file), gen1_0.png (no regular file)")
 
 
 @pytest.mark.parametrize("again", ["gen0_0.png", "./gen0_0.png", " gen0_0.png "])
@@ -936,3 +960,86 @@ def test_the_digest_of_the_test_fold_knows_its_images_and_scores_and_nothing_els
     turned = replace(examples, table=examples.table[::-1].reset_index(drop=True), folds=examples.folds[::-1])
     turned = replace(turned, files=examples.files[::-1])
     assert turned.test_digest == examples.test_digest
+
+
+# -- images that are left out
+
+
+def skipping(files, **options: Any) -> data.Examples:
+    table = data.read_table(files.csv, files.images, USUAL, may_be_missing=True)
+    source = data.Labelled(title="csv", table=table, ranges={}, labels=files.csv.read_bytes())
+    usual = {"split_by": "prompt", "test_size": 0.2, "val_size": 0.2, "seed": 3}
+    return data.build_examples([source], **{**usual, "skip_bad": True, **options})
+
+
+@pytest.fixture
+def damaged(make_dataset) -> SimpleNamespace:
+    """A data set of 36 rows, its examples, and what lies at four of them afterwards."""
+    files = make_dataset(scored_rows(12, 3))
+    whole = skipping(files)
+    rows = [0, 7, 20, 35]  # the first has the lowest quality and the highest consistency of all
+    names = whole.table["name"].iloc[rows].tolist()
+    for name in names:
+        (files.images / name).unlink()
+    os.mkfifo(files.images / names[1])
+    (files.images / names[2]).write_bytes(b"no image")
+    (files.images / names[3]).symlink_to(names[3])
+    reasons = ["No such file or directory", "no regular file", "not an image", "no regular file"]
+    return SimpleNamespace(files=files, whole=whole, rows=rows, names=names, reasons=reasons)
+
+
+def test_images_that_cannot_be_read_are_left_out_and_all_others_keep_their_folds(damaged):
+    found = skipping(damaged.files)
+    rest = np.setdiff1d(np.arange(36), damaged.rows)
+    assert found.table["name"].tolist() == damaged.whole.table["name"].iloc[rest].tolist()
+    assert found.folds.tolist() == damaged.whole.folds[rest].tolist()
+    assert [file.path.name for file in found.files] == found.table["name"].tolist()
+    assert found.skipped["name"].tolist() == damaged.names
+    assert found.skipped["row"].tolist() == [row + 2 for row in damaged.rows]
+    assert found.skipped["fold"].tolist() == damaged.whole.folds[damaged.rows].tolist()
+    assert found.skipped["reason"].tolist() == damaged.reasons
+    assert found.skipped["path"].tolist() == [damaged.files.images / name for name in damaged.names]
+    assert len(damaged.whole.skipped) == 0
+
+
+def test_what_is_left_is_as_a_table_without_the_others_that_has_the_same_folds(damaged):
+    found = skipping(damaged.files)
+    folds = dict(zip(found.table["name"], found.folds, strict=True))
+    rows = [{**row, "split": folds[row["name"]]} for row in scored_rows(12, 3) if row["name"] in folds]
+    damaged.files.csv.write_text(csv_text(rows), encoding="utf-8")
+    other = skipping(damaged.files, skip_bad=False)
+    assert found.scales == other.scales != damaged.whole.scales
+    assert found.test_digest == other.test_digest
+    for task, values in other.unit_targets.items():
+        np.testing.assert_array_equal(found.unit_targets[task], values)
+
+
+def test_what_is_left_must_still_fill_the_folds_with_the_scores_that_the_data_had(damaged):
+    for name in damaged.whole.table["name"][damaged.whole.rows("val")][1:]:
+        (damaged.files.images / name).unlink(missing_ok=True)
+    message = refusal(skipping, damaged.files)
+    assert message.startswith("--bad_images skip: without ") and "the val fold has " in message
+
+
+def test_a_score_that_only_lost_images_had_is_missed(make_dataset):
+    rows = scored_rows(12, 3)
+    for row in rows[6:]:
+        row["mos_align"] = ""
+    files = make_dataset([{**row, "split": ("train", "val", "test")[number % 3]} for number, row in enumerate(rows)])
+    assert set(skipping(files).scales) == {"q", "c"}
+    for row in rows[:6]:
+        (files.images / row["name"]).unlink()
+    assert "has 0 image(s) with a score of consistency" in refusal(skipping, files)
+
+
+def test_nothing_left_is_refused_in_words(make_dataset):
+    rows = scored_rows(12, 3)
+    files = make_dataset(rows, without=[row["name"] for row in rows])
+    message = refusal(skipping, files)
+    assert "none of the 36 images of csv is left: gen0_0.png (No such file or directory)" in message
+
+
+def test_unreadable_images_are_refused_with_their_reasons_unless_they_may_be_skipped(damaged):
+    assert refusal(skipping, damaged.files, skip_bad=False) == "4 of 36 images cannot be read: " + ", ".join(
+        f"{name} ({reason})" for name, reason in zip(damaged.names, damaged.reasons, strict=True)
+    )

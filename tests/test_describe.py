@@ -269,3 +269,14 @@ def test_other_commands_and_wrong_flags_are_refused_in_one_line(refused, tmp_pat
 
 def test_no_command_at_all_is_refused(refused):
     assert refused().startswith("error: usage: ")
+
+
+def test_images_that_are_left_out_are_told_with_their_reasons(make_dataset):
+    files = make_dataset(scored_rows(12, 3), without=["gen0_0.png"])
+    (files.images / "gen1_4.png").write_bytes(b"no image")
+    found = said_of(files, "--bad_images", "skip")
+    expected = "2 of 36 images left out: gen0_0.png (No such file or directory), gen1_4.png (not an image)"
+    assert fact(found, "left out") == expected
+    for name in ("gen0_0.png", "gen1_4.png"):
+        Image.new("RGB", (24, 16)).save(files.images / name)
+    assert fact(said_of(files), "left out") == ""

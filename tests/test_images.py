@@ -196,7 +196,8 @@ def test_floating_point_images_are_refused_before_training_and_when_loaded(tmp_p
     path = tmp_path / "x.tif"
     Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(path)
     assert "1 of 1 images cannot be read: x.tif (floating-point pixels" in refusal(images.check_images, [path])
-    assert "floating-point" in refusal(images.load_image, path)
+    with pytest.raises(OSError, match="floating-point"):
+        images.load_image(path)
 
 
 KINDS = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {})]
@@ -407,16 +408,16 @@ def store_in(place: str, files: Sequence[images.ImageFile], folder: Path) -> ima
 
 @pytest.fixture
 def decoded_paths(monkeypatch) -> Counter[Path]:
-    """How often each file was decoded, counted from now on."""
+    """How often each file was read, counted from now on."""
     counts: Counter[Path] = Counter()
-    lock, decode = threading.Lock(), images.decode
+    lock, read_file = threading.Lock(), images.read_file
 
-    def counted(path: Path, image_size: int | None) -> np.ndarray:
+    def counted(path: Path) -> bytes:
         with lock:
             counts[path] += 1
-        return decode(path, image_size)
+        return read_file(path)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(images, "read_file", counted)
     return counts
 
 
@@ -520,6 +521,29 @@ def test_a_file_that_has_another_size_than_when_it_was_checked_is_an_error_that_
         store.load(range(len(files)))
     assert str(files[0].path) in str(caught.value)
     assert_equal(store.load([1, 2]), files[1:3])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_file_that_holds_another_image_of_the_same_size_than_when_it_was_checked_is_an_error(files, tmp_path, place):
+    store = store_in(place, files, tmp_path)
+    Image.new("RGB", files[0].size).save(files[0].path, "PNG")
+    with pytest.raises(images.Unreadable, match="has changed since it was checked") as caught:
+        store.load([1, 0, 2])
+    assert caught.value.reasons == {0: "has changed since it was checked"}
+    assert str(files[0].path) in str(caught.value)
+
+
+def test_all_rows_that_can_no_longer_be_read_are_told_with_their_reasons_and_five_are_named(files, tmp_path):
+    store = store_in("nowhere", files, tmp_path)
+    for file in files[:6]:
+        file.path.unlink()
+    os.mkfifo(files[0].path)
+    with pytest.raises(images.Unreadable) as caught:
+        store.load(np.arange(len(files))[::-1])
+    gone = "No such file or directory"
+    assert caught.value.reasons == {5: gone, 4: gone, 3: gone, 2: gone, 1: gone, 0: "no regular file"}
+    assert str(caught.value).startswith("6 image(s) can no longer be read: ")
+    assert str(caught.value).endswith(f"1.img ({gone}), ...")
 
 
 @pytest.mark.parametrize("place", PLACES)

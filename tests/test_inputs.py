@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 import features
@@ -593,3 +595,102 @@ def test_a_cached_source_of_several_views_says_the_same_of_all_of_them(tmp_path,
     size = (9000 * 5 + 7000 * 2) * np.prod(shape) * 2
     assert source.size(rows_of) == size and source.size({0: np.arange(10)}) == 10 * 2 * np.prod(shape) * 2
     assert source.describe() == f"{what}, 1 training view(s), {size / 1e9:.2f} GB memory-mapped"
+
+
+# -- images that can no longer be used
+
+
+class Vanishing(RowNumbers):
+    """A source some of whose rows can be had no more."""
+
+    def __init__(self, gone: set[int]) -> None:
+        super().__init__()
+        self.gone = gone
+
+    def prepare(self, rows: inputs.Rows, view: inputs.View) -> Tensor:
+        lost = [row for row in rows.tolist() if row in self.gone]
+        if lost:
+            raise images.Unreadable(dict.fromkeys(lost, "gone"), [Path(f"{row}.png") for row in lost])
+        return super().prepare(rows, view)
+
+
+def own_label_files(folder: Path, count: int) -> tuple[list[images.ImageFile], np.ndarray]:
+    """Images in one grey each, which is also their label."""
+    greys = 20 * np.arange(count)
+    for row, grey in enumerate(greys):
+        Image.new("RGB", (40, 40), (grey,) * 3).save(folder / f"{row:02}.png")
+    return images.check_images(sorted(folder.iterdir())), greys.astype(float)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sets(st.integers(0, 9), max_size=9), st.integers(1, 7), st.sampled_from([0, 2]), st.data())
+def test_labels_stay_with_their_images_whatever_is_lost_and_when(tmp_path_factory, lost, batch_size, num_ahead, data):
+    files, greys = own_label_files(tmp_path_factory.mktemp("greys"), 10)
+    store = images.ImageStore(files, image_size=32, num_threads=2)
+    dropping = inputs.Dropping(range(10))
+    views = inputs.Views(image_size=32, mean=[0.0] * 3, std=[1 / 255] * 3, device=CPU)
+    feed = feed_of(
+        inputs.PixelSource(store, views),
+        targets={"q": np.where(greys == 60, np.nan, greys)},
+        prompts=table_of([str(row) for row in range(10)]),
+        num_ahead=num_ahead,
+        dropping=dropping,
+    )
+    order = inputs.BatchOrder(np.arange(10), batch_size=batch_size, shuffle=True)
+    when = {row: data.draw(st.integers(0, 2), label=f"pass before which {row} is lost") for row in sorted(lost)}
+    told: list[int] = []
+    dropping.tell = told.extend
+    for number in range(4):
+        for row in (row for row, at in when.items() if at == number):
+            Image.new("RGB", (40, 40), "white").save(files[row].path)  # another image under the same name
+        seen = []
+        for batch in feed.batches(order):
+            pixels = batch.inputs["image"].mean(dim=(1, 2, 3))
+            assert len(batch) == len(batch.rows) == len(pixels) > 0
+            torch.testing.assert_close(pixels, torch.tensor(greys[batch.rows], dtype=torch.float32))
+            expected = torch.tensor(np.where(batch.rows == 3, np.nan, greys[batch.rows]), dtype=torch.float32)
+            torch.testing.assert_close(batch.targets["q"], expected, equal_nan=True)
+            texts = batch.inputs["tokens_PN"][batch.inputs["prompt_of_B"]]
+            assert texts[:, 0].tolist() == [ord(str(row)) for row in batch.rows]
+            seen += batch.rows.tolist()
+        gone = {row for row, at in when.items() if at <= number}
+        assert sorted(seen) == sorted(set(range(10)) - gone)
+        assert feed.dropped == gone
+    assert sorted(told) == sorted(lost), "each is told once"
+
+
+def test_a_row_that_was_dropped_stays_out_also_when_its_file_comes_back_and_so_does_one_that_is_restored():
+    source = Vanishing({1, 4})
+    feed = feed_of(source, dropping=inputs.Dropping(range(5)))
+    order = [(0, np.array([0, 1])), (0, np.array([4])), (0, np.array([2, 3]))]
+    assert [batch.rows.tolist() for batch in feed.batches(order)] == [[0], [2, 3]], "a batch without rows is none"
+    source.gone = set()
+    assert [batch.rows.tolist() for batch in feed.batches(order)] == [[0], [2, 3]]
+    again = feed_of(source, dropping=inputs.Dropping(range(5)))
+    again.dropped.update(feed.dropped)
+    assert [batch.rows.tolist() for batch in again.batches(order)] == [[0], [2, 3]]
+
+
+def test_a_row_that_may_not_go_is_an_error_that_says_why_and_nothing_is_dropped():
+    feed = feed_of(Vanishing({1, 4}), dropping=inputs.Dropping([0, 1, 2], otherwise="; because"))
+    with pytest.raises(OSError, match=r"^2 image\(s\) can no longer be read: 1.png \(gone\), 4.png \(gone\); because$"):
+        list(feed.batches([(0, np.array([0, 1, 4]))]))
+    assert feed.dropped == set()
+    with pytest.raises(OSError, match=r"1.png \(gone\)$"):
+        list(feed_of(Vanishing({1})).batches([(0, np.array([0, 1]))]))
+
+
+def test_the_last_row_that_may_go_is_an_error():
+    feed = feed_of(Vanishing({0, 1, 2}), dropping=inputs.Dropping([0, 1, 2]))
+    with pytest.raises(OSError, match="no training image is left"):
+        list(feed.batches([(0, np.array([row])) for row in range(5)]))
+
+
+@given(st.lists(st.integers(0, 30), unique=True, max_size=12), st.sets(st.integers(0, 30)))
+def test_values_of_the_rows_left_find_their_places_among_all(rows, gone):
+    dropping = inputs.Dropping()
+    dropping.rows |= gone
+    left = dropping.left(np.array(rows, dtype=int))
+    found = dropping.whole(np.array(rows, dtype=int), np.stack([left, 2.0 * left], axis=1))
+    expected = [[np.nan, np.nan] if row in gone else [row, 2 * row] for row in rows]
+    np.testing.assert_array_equal(found, np.reshape(expected, (len(rows), 2)))

@@ -433,10 +433,11 @@ def test_a_row_without_an_image_name_is_refused(tmp_path):
     assert "1 row(s) of KADID-10k name no image" in message("kadid-10k", tmp_path)
 
 
-def test_where_no_folder_has_the_first_image_those_looked_in_are_named(tmp_path):
+def test_where_no_folder_has_any_image_those_looked_in_are_named(tmp_path):
     spaq(tmp_path)
     (tmp_path / "TestImage" / "00001.jpg").unlink()
-    assert message("spaq", tmp_path).endswith("00001.jpg, is not here; looked in TestImage, images, the folder itself")
+    found = message("spaq", tmp_path)
+    assert found.endswith("such as 00001.jpg, is here; looked in TestImage, images, the folder itself")
 
 
 def test_the_command_line_knows_every_data_set():

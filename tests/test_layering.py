@@ -39,13 +39,14 @@ LAYOUT = {
     "backbones": Place(0),
     "models": Place(0, outside=names("numpy open_clip torch")),
     "calibration": Place(0, outside=names("numpy sklearn")),
-    "images": Place(0, outside=names("numpy PIL torch torchvision")),
+    "image_files": Place(0, outside=names("numpy PIL")),
+    "images": Place(1, names("image_files"), outside=names("numpy PIL torch torchvision")),
     "features": Place(1, names("locking writing"), outside=names("safetensors torch")),
     "locking": Place(0, outside=names("")),
     "kept": Place(0, outside=names("")),
     "scores": Place(0, outside=names("")),
     # None of these knows CLIP, and the engine and checkpoints know nothing of images either.
-    "data": Place(1, names("images scores"), outside=names("numpy pandas sklearn")),
+    "data": Place(2, names("images scores"), outside=names("numpy pandas sklearn")),
     "commands": Place(1, names("configs"), outside=names("")),
     "advice": Place(1, names("configs"), outside=names("")),
     "diagnosis": Place(2, names("advice configs scores"), outside=names("")),
@@ -61,26 +62,29 @@ LAYOUT = {
     "caching": Place(
         3, names("engine features images inputs models simple_statistics"), outside=names("numpy torch tqdm")
     ),
-    "sources": Place(2, names("configs data demo labels"), outside=names("pandas")),
-    "reporting": Place(2, names("calibration data metrics scores"), outside=names("numpy pandas")),
-    "describe": Place(3, names("configs data scores sources"), outside=names("numpy pandas")),
+    "sources": Place(3, names("configs data demo images labels"), outside=names("pandas")),
+    "reporting": Place(3, names("calibration data metrics scores"), outside=names("numpy pandas")),
+    "describe": Place(4, names("configs data scores sources"), outside=names("numpy pandas")),
     "protocol": Place(
-        3, names("checkpoint compare configs data engine metrics reporting scores"), outside=names("numpy pandas")
+        4, names("checkpoint compare configs data engine metrics reporting scores"), outside=names("numpy pandas")
     ),
     "figures": Place(1, names("metrics"), outside=names("matplotlib numpy")),
     "report": Place(
-        2, names("compare configs figures metrics scores writing"), outside=names("jinja2 matplotlib numpy pandas PIL")
+        2,
+        names("compare configs figures metrics image_files scores writing"),
+        outside=names("jinja2 matplotlib numpy pandas"),
     ),
     "evaluation": Place(
-        3, names("checkpoint data images labels metrics reporting scores"), outside=names("numpy pandas")
+        4, names("checkpoint data images labels metrics reporting scores"), outside=names("numpy pandas")
     ),
 }
 LAYOUT |= {
-    "baseline": Place(4, frozenset(LAYOUT)),
+    "baseline": Place(5, frozenset(LAYOUT)),
     "predict": Place(
-        4,
+        5,
         names(
-            "backbones checkpoint commands configs data engine evaluation images inputs models parts reporting scores"
+            "backbones checkpoint commands configs data engine evaluation images inputs models parts image_files "
+            "reporting scores"
         ),
     ),
 }
@@ -88,12 +92,12 @@ LAYOUT |= {
     "space": Place(1, names("configs"), outside=names("")),  # so that search.py --help answers at once
     "sensitivity": Place(2, names("space"), outside=names("matplotlib numpy optuna pandas sklearn")),
     "search": Place(
-        5,
+        6,
         names("baseline checkpoint compare configs engine kept protocol sensitivity sources space writing"),
         outside=names("numpy optuna pandas sqlalchemy torch"),
     ),
-    "explain": Place(5, names("images predict reporting scores"), outside=names("numpy pandas PIL")),
-    "app": Place(6, names("checkpoint commands configs data explain images predict reporting scores")),
+    "explain": Place(6, names("images predict reporting scores"), outside=names("numpy pandas PIL")),
+    "app": Place(7, names("checkpoint commands configs data explain images predict image_files reporting scores")),
 }
 HANDS_OVER = {("data", "describe")}  # what a file's last lines may call, being the name of a program
 FREE_OF_TORCH = [
@@ -109,6 +113,7 @@ FREE_OF_TORCH = [
     "demo",
     "calibration",
     "figures",
+    "image_files",
     "report",
 ]
 LONGEST = 60  # lines of a function, docstring included

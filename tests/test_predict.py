@@ -472,3 +472,43 @@ def test_a_process_that_fails_ends_the_job_with_its_message_and_the_same_command
     predict.main(command)
     assert capsys.readouterr().out.startswith("going on: ")
     assert_scores(table.out, expected)
+
+
+# -- links and pipes
+
+
+@pytest.fixture
+def linked(table, tmp_path) -> SimpleNamespace:
+    """The table, one of whose images lies behind a link out of its folder, and one behind a link inside it."""
+    outside, inside = table.rows["name"][:2]
+    (tmp_path / "store").mkdir()
+    shutil.move(table.images / outside, tmp_path / "store" / outside)
+    (table.images / outside).symlink_to(tmp_path / "store" / outside)
+    (table.images / "deep").mkdir()
+    shutil.move(table.images / inside, table.images / "deep" / inside)
+    (table.images / inside).symlink_to(Path("deep") / inside)
+    (table.images / "more").symlink_to(tmp_path / "store")
+    (table.images / "round").symlink_to(table.images)
+    return SimpleNamespace(**vars(table), outside=outside, inside=inside)
+
+
+def test_a_table_is_held_to_its_folder_unless_links_may_be_followed(command, linked, expected, refused):
+    message = refused(command)
+    assert f"1 image(s) lie behind links that leave {linked.images}: {linked.outside}; --follow_links" in message
+    predict.main([*command, "--follow_links"])
+    assert_scores(linked.out, expected)
+
+
+def test_a_folder_is_searched_without_links_that_leave_it_and_says_how_many_it_passed_over(linked, capsys):
+    found = predict.images_in(linked.images)
+    assert sorted(found) == sorted({*linked.rows["name"], f"deep/{linked.inside}"} - {linked.outside})
+    assert capsys.readouterr().err.startswith(f"note: 2 link(s) that leave {linked.images} were passed over; --follow")
+    found = predict.images_in(linked.images, follow_links=True)
+    assert sorted(found) == sorted({*linked.rows["name"], f"deep/{linked.inside}", f"more/{linked.outside}"})
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_named_as_an_image_is_an_error_and_not_passed_over(trained, table, refused, ends_in_time):
+    os.mkfifo(table.images / "a.png")
+    message = refused(["--checkpoint", str(trained), "--image_dir", str(table.images)])
+    assert f"1 of 29 images cannot be read: {table.images / 'a.png'} (no regular file)" in message

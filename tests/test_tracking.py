@@ -17,6 +17,7 @@ import pytest
 import baseline
 import checkpoint
 import engine
+import resuming
 import tracking
 from configs import TrainingConfig
 from tracking import TENSORBOARD_DIR, Trackers, tag_of
@@ -176,7 +177,7 @@ def test_an_older_runs_events_do_not_mix_with_those_of_the_next(train):
 def test_only_the_process_that_writes_sends_anything(service, tmp_path):
     config = TrainingConfig(tensorboard=True, tracker=service[0])
     other = checkpoint.RunFolder(tmp_path / "run", active=False)
-    with baseline.open_trackers(config, other, engine.start_runtime("cpu", "off")) as trackers:
+    with baseline.open_trackers(config, other, engine.start_runtime("cpu", "off"), resuming.Course()) as trackers:
         trackers.log({"loss": 1.0}, 1)
     assert (service[1].started, service[1].logged) == ([], []) and not list(tmp_path.iterdir())
 
