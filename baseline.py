@@ -39,6 +39,7 @@ import backbones
 import caching
 import checkpoint
 import data
+import described
 import diagnosis
 import engine
 import evaluation
@@ -392,6 +393,7 @@ def load_first_stage(
     Raises:
         ValueError: its heads are not those asked for, or it was trained on images that are now to be tested on.
     """
+    described.check_checkpoint(Path(str(config.init_from)))
     folder, state, description = checkpoint.load_weights(Path(str(config.init_from)))
     backbone = backbones.rebuild(description["clip"], folder, image_size=config.image_size)
     arguments = model_arguments(config, backbone.embed_dim)

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tables
+from reading import read_json, weight_shapes
 from writing import write_whole
 
 RESULTS_FILE = "results.json"
@@ -42,8 +44,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write UTF-8 CSV without an index; numbers with nine significant digits."""
-    write_whole(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.9g", encoding="utf-8"))
+    """Write UTF-8 CSV without an index; numbers with nine significant digits, texts as `tables.escape` makes them."""
+    safe = tables.escaped(table)
+    write_whole(path, lambda temporary: safe.to_csv(temporary, index=False, float_format="%.9g", encoding="utf-8"))
 
 
 def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
@@ -177,10 +180,15 @@ def load_description(folder: Path) -> dict[str, Any]:
     """Read what describes the weights that `save_weights` wrote. Raises ValueError: no checkpoint, or a damaged one."""
     folder = weights_folder(folder)
     with damage_told(folder):
-        description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-    if not isinstance(description, dict):
-        raise ValueError(f"{folder}: damaged checkpoint ({DESCRIPTION_FILE} is not a JSON object)")
-    return description
+        return read_json(folder / DESCRIPTION_FILE)
+
+
+def load_shapes(folder: Path) -> tuple[Path, dict[str, tuple[int, ...]], dict[str, Any]]:
+    """As `load_weights`, but shapes in the place of the weights, which stay unread. Raises ValueError."""
+    folder = weights_folder(folder)
+    description = load_description(folder)
+    with damage_told(folder):
+        return folder, weight_shapes(folder / WEIGHTS_FILE), description
 
 
 def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -192,6 +200,7 @@ def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
     folder = weights_folder(folder)
     description = load_description(folder)
     with damage_told(folder):
+        weight_shapes(folder / WEIGHTS_FILE)  # a stricter reader of headers than the next
         return folder, load_file(folder / WEIGHTS_FILE), description
 
 
@@ -204,7 +213,7 @@ def damage_told(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{folder}: not a checkpoint, {Path(error.filename or WEIGHTS_FILE).name} is missing"
         ) from None
-    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged checkpoint ({error})") from None
 
 
