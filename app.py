@@ -116,7 +116,7 @@ def read_test_fold(path: Path) -> TestFold:
     """What the run folder of a checkpoint says of its test fold. Raises ValueError for a damaged results.json."""
     folder = checkpoint.weights_folder(path).resolve()
     file = folder.parent / checkpoint.RESULTS_FILE
-    if folder.name != checkpoint.BEST_DIR or not file.is_file():
+    if folder.name != checkpoint.BEST_DIR or not file.exists():
         return TestFold()
     try:
         results = read_json(file)

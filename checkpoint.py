@@ -44,9 +44,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write UTF-8 CSV without an index; numbers with nine significant digits, texts as `tables.escape` makes them."""
-    safe = tables.escaped(table)
-    write_whole(path, lambda temporary: safe.to_csv(temporary, index=False, float_format="%.9g", encoding="utf-8"))
+    """Write UTF-8 CSV without an index; numbers with nine significant digits, texts as `tables.escape` has them."""
+    write_whole(path, lambda temporary: tables.write(table, temporary))
 
 
 def refuse_occupied(folder: Path, *, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,13 @@ def unescape(cell: Any) -> Any:
     return cell[1:] if isinstance(cell, str) and ESCAPED.match(cell) else cell
 
 
-def escaped(table: pd.DataFrame) -> pd.DataFrame:
-    """A table whose texts, those of the header too, are escaped; numbers stay numbers."""
-    return changed(table, escape)
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write UTF-8 CSV without an index: numbers with nine significant digits, texts, the header's too, escaped."""
+    safe = changed(table, escape)
+    # A bare carriage return ends a row for whoever reads it, but is no reason to quote for who writes it.
+    texts = [*safe.columns, *(cell for _, column in safe.items() if not is_numeric_dtype(column) for cell in column)]
+    quoting = csv.QUOTE_ALL if any("\r" in str(text) for text in texts) else csv.QUOTE_MINIMAL
+    safe.to_csv(path, index=False, float_format="%.9g", encoding="utf-8", quoting=quoting)  # type: ignore[call-overload]
 
 
 def read_csv(path: Path, **options: Any) -> pd.DataFrame:
