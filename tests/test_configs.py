@@ -1031,8 +1031,9 @@ def test_control_characters_are_spelt_out_and_everything_else_is_left(capsys):
     assert configs.printable(text) == text
     hostile = "\x1b[2J\r\x00\x7f\x9b\u202e\u2066\ud800"
     assert configs.printable(hostile) == "\\x1b[2J\\r\\x00\\x7f\\x9b\\u202e\\u2066\\ud800"
-    with pytest.raises(SystemExit), configs.one_line_errors():
+    with configs.one_line_errors():
         print(f"printed {hostile}", flush=True)
+    with pytest.raises(SystemExit), configs.one_line_errors():
         raise ValueError(hostile)
     out, err = capsys.readouterr()
     assert out == f"printed {configs.printable(hostile)}\n" and err == f"error: {configs.printable(hostile)}\n"
