@@ -118,10 +118,11 @@ def read_test_fold(path: Path) -> TestFold:
     file = folder.parent / checkpoint.RESULTS_FILE
     if folder.name != checkpoint.BEST_DIR or not file.exists():
         return TestFold()
+    results = read_json(file)
     try:
-        results = read_json(file)
-        return TestFold(int(results["images"]["test"]), dict(results["test"]))
-    except (KeyError, TypeError) as error:
+        measures = {name: float(value) for name, value in dict(results["test"]).items() if value is not None}
+        return TestFold(int(results["images"]["test"]), measures)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
 
 

@@ -586,6 +586,11 @@ def test_what_a_run_says_of_its_test_fold(run, tmp_path):
     assert app.read_test_fold(tmp_path / "best") == app.TestFold()
     (tmp_path / "results.json").write_text(json.dumps({**results, "test": {}}))  # of a run with --no_test
     assert app.read_test_fold(tmp_path / "best").of("q") is None
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results.json: cannot be read"):
-        app.read_test_fold(tmp_path / "best")
+    for damage in (
+        "{",
+        json.dumps({**results, "test": {"rmse_q": [1]}}),
+        json.dumps({**results, "test": {"plcc_c": "x"}}),
+    ):
+        (tmp_path / "results.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"results.json: cannot be read"):
+            app.read_test_fold(tmp_path / "best")
