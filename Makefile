@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard *.py) $(wildcard tools/*.py) $(wildcard bench/*.py)
 
-.PHONY: help $(VENV) demo test torture bench lint clean
+.PHONY: help $(VENV) demo test torture bench lint audit clean
 .DEFAULT_GOAL := help
 
 help:  ## one line
-	@echo "make demo (train and report on generated images) | test | torture (its long versions) | bench | lint | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
+	@echo "make demo (train and report on generated images) | test | torture (its long versions) | bench | lint | audit | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
 
 $(VENV): $(STAMP)
 
@@ -29,7 +29,7 @@ $(STAMP): requirements.txt requirements-extra.txt requirements-dev.txt constrain
 	@touch $@
 
 ifneq ($(origin PYTHON),file)  # asked for by name: an environment of another version must not stand in for it
-$(VENV) demo test torture bench lint: same-python
+$(VENV) demo test torture bench lint audit: same-python
 .PHONY: same-python
 VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 same-python: $(STAMP)
@@ -54,6 +54,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy $(SOURCES)
+
+audit: $(STAMP)
+	$(BIN)/python tools/audit.py
 
 clean:
 	rm -rf $(VENV) runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

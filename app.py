@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import importlib.util
-import json
 import os
 import signal
 import sys
@@ -43,20 +42,22 @@ from PIL import Image
 import checkpoint
 import data
 import explain
+import tables
 from commands import parse_app_args
 from configs import one_line_errors
 from image_files import opened, read_file
 from images import first_five, load_image
 from predict import Scorer
+from reading import read_json
 from scores import columns_of, title_of
 
 SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
 MAX_FILE_SIZE = "100mb"
 MAX_IMAGES = 500  # at once; more are for predict.py
 MAX_PROMPT = 2000  # characters
+MAX_SHEET = 4 * 2**20  # bytes of a CSV, which is room for prompts of that length
 MAX_ROWS_SHOWN = 100
 THUMB_SIDE, PICTURE_SIDE = 160, 720  # pixels of what the page shows
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take for a formula
 PROGRESS = gr.Progress()  # as a default value it tells Gradio to show progress
 STYLE = Path(__file__).with_name("assets") / "app.css"
 
@@ -108,12 +109,13 @@ def read_test_fold(path: Path) -> TestFold:
     """What the run folder of a checkpoint says of its test fold. Raises ValueError for a damaged results.json."""
     folder = checkpoint.weights_folder(path).resolve()
     file = folder.parent / checkpoint.RESULTS_FILE
-    if folder.name != checkpoint.BEST_DIR or not file.is_file():
+    if folder.name != checkpoint.BEST_DIR or not file.exists():
         return TestFold()
+    results = read_json(file)
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        return TestFold(int(results["images"]["test"]), dict(results["test"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        measures = {name: float(value) for name, value in dict(results["test"]).items() if value is not None}
+        return TestFold(int(results["images"]["test"]), measures)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
 
 
@@ -143,11 +145,6 @@ def as_link(image: Image.Image) -> str:
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def as_text_cell(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: such text gets an apostrophe in front."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 
 @contextmanager
@@ -371,7 +368,6 @@ class Answers:
     def write(self, rows: Sequence[Scored]) -> str:
         """The CSV to download: name, prompt and a column for each score. Returns its path."""
         table = pd.DataFrame({"name": [row.name for row in rows], "prompt": [row.prompt for row in rows]})
-        table = table.map(as_text_cell)
         for task in self.scorer.scales:
             table[columns_of(task)[1]] = [row.scores[task] for row in rows]
         path = Path(tempfile.mkdtemp(dir=self.folder)) / "scores.csv"
@@ -396,7 +392,9 @@ class Answers:
 
 def read_rows(sheet: Upload) -> tuple[list[str], list[str], list[str]]:
     """Names and prompts ("" for none) of a CSV's rows, and what is to be said about it. Raises ValueError."""
-    table = data.read_csv(sheet.path)
+    if (size := sheet.path.stat().st_size) > MAX_SHEET:
+        raise ValueError(f"{sheet.name}: {size} bytes, at most {MAX_SHEET}; predict.py scores any number")
+    table = data.read_csv(sheet.path).map(tables.unescape)  # it may be one that was downloaded here
     if "name" not in table.columns:
         present = ", ".join(repr(column) for column in table.columns)
         raise ValueError(f"{sheet.name}: no column 'name' among {present}")
@@ -541,12 +539,23 @@ def prompt_box(hint: str) -> gr.Textbox:
     return gr.Textbox(label="Prompt", placeholder=hint, lines=2, max_lines=4, max_length=MAX_PROMPT, submit_btn=False)
 
 
+def refuse_downloads() -> None:
+    """Let Gradio fetch nothing for a visitor: it would get any public address that a request names."""
+
+    async def refuse(*args: Any, **options: Any) -> None:
+        raise ValueError("this page fetches nothing from elsewhere")
+
+    for name in ("get", "async_validate_url"):  # of safehttpx, through which all of it goes
+        setattr(gr.processing_utils.sh, name, refuse)
+
+
 def serve(page: gr.Blocks, host: str, port: int) -> str:
     """Serve the page in other threads, to this machine alone unless `host` says otherwise. Returns its address."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # none that would have to be fetched
     theme = gr.themes.Base(
         primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
     )
+    refuse_downloads()
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,

@@ -8,10 +8,10 @@ silently: what cannot be loaded is refused in one line.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +22,9 @@ import open_clip
 import torch
 from open_clip.model import resize_pos_embed
 from torch import Tensor
+
+from reading import read_json, weight_shapes
+from sizes import refuse_larger
 
 LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
 TINY_DIR = Path(__file__).parent / "assets" / "tiny-clip"
@@ -35,6 +38,10 @@ OFFLINE_WAYS = (
     "Without a network: --clip_model local-dir:FOLDER (open_clip or transformers form), --clip_pretrained WEIGHTS_FILE "
     "(OpenAI's need a -quickgelu model name), or --clip_model tiny --clip_pretrained assets"
 )
+
+MOST_PATCHES = 100_000  # of an image; some position tables are computed for all of them, whatever weights there are
+# What a description may ask of a tokenizer: nothing that names a file, or lets it bring code.
+TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "reduction_mask", "additional_special_tokens"}
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -67,6 +74,7 @@ class Source:
     read_state: Callable[[], Mapping[str, Tensor]]
     tokenizer: Callable[[], Tokenizer]
     notes: tuple[str, ...] = ()
+    is_found: bool = True  # the architecture stands in a file that somebody wrote, not in open_clip's own list
 
 
 def load_backbone(name: str, pretrained: str, *, image_size: int) -> Backbone:
@@ -89,6 +97,9 @@ def load_backbone(name: str, pretrained: str, *, image_size: int) -> Backbone:
     notes = source.notes
     if state is not None and native != image_size:
         notes += (f"this CLIP was trained at {native} pixels; --image_size {native} would match it",)
+    if source.is_found:
+        shapes = None if state is None else {key: tuple(value.shape) for key, value in state.items()}
+        check_size(source.config, name, shapes, image_size=image_size)
     clip = build_clip(source.config, image_size=image_size)
     if state is not None:
         load_state(clip, state, f"{name} ({pretrained}) at {image_size} pixels")
@@ -150,9 +161,38 @@ def from_name(key: str, pretrained: str) -> Source:
     return Source(
         {"model_cfg": model_cfg, "preprocess_cfg": preprocess},
         read_state,
-        lambda: download(f"the tokenizer of {key}", lambda: open_clip.get_tokenizer(key)),
+        lambda: open_tokenizer(key, model_cfg),
         notes,
+        is_found=False,
     )
+
+
+def check_size(
+    config: dict[str, Any], what: str, shapes: Mapping[str, tuple[int, ...]] | None, *, image_size: int
+) -> None:
+    """Raise ValueError if a config describes far more than its weights hold; see `sizes.refuse_larger`."""
+    try:
+        refuse_larger(config, shapes, lambda: build_clip(deepcopy(config), image_size=image_size))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def open_tokenizer(name: str, model_cfg: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a name, folder or hub repository, which may bring no code. Raises ValueError."""
+    text = model_cfg["text_cfg"]
+    check_tokenizer_options(text)
+    if name.startswith(LOCAL_DIR) and text.get("hf_tokenizer_name"):
+        return restore_tokenizer(text, Path(name.removeprefix(LOCAL_DIR)))
+    no_code = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+    return download(f"the tokenizer of {name}", lambda: open_clip.get_tokenizer(name, **no_code))
+
+
+def check_tokenizer_options(text_cfg: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of a tokenizer that a file may not give."""
+    if odd := sorted(set(text_cfg.get("tokenizer_kwargs") or {}) - TOKENIZER_OPTIONS):
+        raise ValueError(
+            f"tokenizer_kwargs: {odd[0]!r} is not allowed, must be of {', '.join(sorted(TOKENIZER_OPTIONS))}"
+        )
 
 
 def from_folder(folder: Path) -> Source:
@@ -190,19 +230,49 @@ def from_hub(model_id: str) -> Source:
 def from_open_clip_files(place: str, scheme: str, config_path: Path, weights_path: Callable[[], Path]) -> Source:
     """A folder or hub repository in open_clip's form. Raises ValueError."""
     try:
-        saved = json.loads(config_path.read_text(encoding="utf-8"))
+        saved = read_json(config_path)
         preprocess = {**DEFAULT_PREPROCESS, **saved.get("preprocess_cfg", {})}
         model_cfg = dict(saved["model_cfg"])
         model_cfg |= {tower: dict(model_cfg[tower]) for tower in ("vision_cfg", "text_cfg")}  # both must be there
         config = {"model_cfg": model_cfg, "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std")}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{config_path}: not an open_clip config with a model_cfg ({error!r})") from None
+    if scheme == LOCAL_DIR:
+        keep_local(model_cfg["text_cfg"], Path(place))
     name = scheme + place
-    return Source(
-        config,
-        lambda: read_weights(weights_path()),
-        lambda: download(f"the tokenizer of {name}", lambda: open_clip.get_tokenizer(name)),
-    )
+    return Source(config, lambda: read_weights(weights_path()), lambda: open_tokenizer(name, model_cfg))
+
+
+def keep_local(text_cfg: dict[str, Any], folder: Path) -> None:
+    """Let the text tower of a folder be read from this machine alone. Raises ValueError if it is not here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = text_cfg.get("hf_model_name")
+    if not name:
+        return
+    if not isinstance(name, str) or not Path(name).is_dir():
+        cached = try_to_load_from_cache(name, "config.json") if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) else None
+        if not isinstance(cached, str):
+            raise ValueError(
+                f"{folder / OPEN_CLIP_CONFIG}: hf_model_name {name!r} is not on this machine, and no file may fetch it"
+            )
+        text_cfg["hf_model_name"] = str(Path(cached).parent)
+    check_hf_text(Path(text_cfg["hf_model_name"]))
+
+
+def check_hf_text(place: Path) -> dict[str, Any]:
+    """The config of a Hugging Face text tower in a folder. Raises ValueError for what open_clip has no tower for."""
+    from open_clip.hf_configs import arch_dict
+
+    try:
+        found = read_json(place / "config.json")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place}: no text tower ({error})") from None
+    if found.get("model_type") not in arch_dict:
+        raise ValueError(
+            f"{place}: a text tower of type {found.get('model_type')!r}, must be of {', '.join(arch_dict)}"
+        )
+    return found
 
 
 def find_weights(folder: Path) -> Path:
@@ -218,7 +288,9 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of them is said in our one line
+            refuse_bomb(path)
             state = open_clip.factory.load_state_dict(str(path), weights_only=True)
+            refuse_claims(path, state)
     except Exception as error:  # pickle, zip and safetensors errors share no base; the cause is kept
         reason = first_line(error)
         if "TorchScript" in str(error):
@@ -230,6 +302,25 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         except KeyError as error:
             raise ValueError(f"{path}: weights in transformers' form without {error}") from None
     return state
+
+
+def refuse_bomb(path: Path) -> None:
+    """Raise ValueError for weights that would unpack to far more than the file holds; torch packs nothing."""
+    if path.suffix == ".safetensors":
+        weight_shapes(path)
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > 2 * path.stat().st_size:
+                raise ValueError("a compressed archive")
+
+
+def refuse_claims(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise ValueError for a tensor that claims to be larger than the file it came from."""
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} is no named tensor")
+        if tensor.numel() * tensor.itemsize > path.stat().st_size:
+            raise ValueError(f"{name!r} claims {tensor.numel()} values")
 
 
 def load_state(clip: open_clip.CustomTextCLIP, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -262,6 +353,8 @@ def from_transformers(place: str) -> Source:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    if Path(place).is_dir():
+        read_json(Path(place) / "config.json")
     found = download(place, lambda: CLIPConfig.get_config_dict(place)[0])
     if found.get("model_type") != "clip":
         raise ValueError(f"{place}: is a {found.get('model_type')!r} model, only 'clip' can be read in this form")
@@ -271,9 +364,22 @@ def from_transformers(place: str) -> Source:
         raise ValueError(f"{place}: config.json cannot be used ({first_line(error, skip=1)})") from error
     config = {"model_cfg": config_from_transformers(parsed, place), "preprocess_cfg": read_preprocess(place)}
 
+    is_local = Path(place).is_dir()
+
     def read_state() -> Mapping[str, Tensor]:
+        if is_local:
+            check_size(
+                config, place, stored_shapes(Path(place)), image_size=config["model_cfg"]["vision_cfg"]["image_size"]
+            )
         model, report = download(
-            place, lambda: CLIPModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+            place,
+            lambda: CLIPModel.from_pretrained(
+                place,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=is_local,
+                trust_remote_code=False,
+            ),
         )
         if report["missing_keys"] or report["mismatched_keys"]:
             names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -281,6 +387,21 @@ def from_transformers(place: str) -> Source:
         return state_from_transformers(model.state_dict())
 
     return Source(config, read_state, lambda: TransformersTokenizer.load(place, parsed.text_config))
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a folder in transformers' form. Raises ValueError for a damaged file, or none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            shapes |= weight_shapes(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read as weights ({error})") from None
+    for path in () if shapes else sorted(folder.glob("*.bin")):
+        shapes |= {name: tuple(tensor.shape) for name, tensor in read_weights(path).items()}
+    if not shapes:
+        raise ValueError(f"{folder}: no model.safetensors in it; --clip_pretrained none starts at random")
+    return shapes
 
 
 def config_from_transformers(config: Any, place: str) -> dict[str, Any]:
@@ -362,7 +483,7 @@ def read_preprocess(place: str) -> dict[str, list[float]]:
 
     def saved_in(name: str) -> dict[str, Any]:
         path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
-        return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        return read_json(Path(path)) if path else {}
 
     saved = download(place, lambda: saved_in("preprocessor_config.json"))
     if not saved:  # transformers 5 saves a whole processor as one file
@@ -390,7 +511,12 @@ class TransformersTokenizer:
             if standard.vocab_size != text_config.vocab_size:
                 raise ValueError(f"{place}: no tokenizer files, and its vocabulary is not CLIP's; add tokenizer.json")
             return standard
-        tokenizer = download(f"the tokenizer of {place}", lambda: AutoTokenizer.from_pretrained(place))
+        tokenizer = download(
+            f"the tokenizer of {place}",
+            lambda: AutoTokenizer.from_pretrained(
+                place, trust_remote_code=False, local_files_only=Path(place).is_dir()
+            ),
+        )
         return cls(tokenizer, text_config.max_position_embeddings)
 
     def __call__(self, texts: Sequence[str], context_length: int | None = None) -> Tensor:
@@ -416,18 +542,22 @@ def build_clip(config: dict[str, Any], *, image_size: int) -> open_clip.CustomTe
         raise ValueError("CoCa models are not supported: their text tower is trained to generate, not to embed")
     try:
         vision = model_cfg["vision_cfg"]
+        if not re.fullmatch(r"[\w.]*", vision.get("timm_model_name", "")):
+            raise AttributeError(f"timm_model_name {vision['timm_model_name']!r} is not one of timm's own")
         patch = vision.get("patch_size", 16)
         if "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int) and image_size % patch:
             near = max(1, round(image_size / patch)) * patch
             raise ValueError(
                 f"--image_size {image_size}: must be a multiple of this model's patch size {patch}, as {near}"
             )
+        if isinstance(patch, int) and (image_size // patch) ** 2 > MOST_PATCHES:
+            raise AttributeError(f"patches of {patch} pixels are more than {MOST_PATCHES} of an image")
         vision["image_size"] = image_size
         plain = {key: value for key, value in deepcopy(model_cfg).items() if key != "custom_text"}
         plain["vision_cfg"]["timm_model_pretrained"] = False
         plain["text_cfg"]["hf_model_pretrained"] = False
         return open_clip.CustomTextCLIP(**plain)
-    except (TypeError, KeyError, AttributeError, AssertionError, RuntimeError, OSError) as error:
+    except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError, OSError) as error:
         raise ValueError(f"cannot build a CLIP from its config: {first_line(error)}. {OFFLINE_WAYS}") from error
 
 
@@ -460,15 +590,30 @@ def save_text_files(backbone: Backbone, folder: Path) -> None:
         backbone.clip.text.config.save_pretrained(str(place))
 
 
+def rebuild_clip(config: Mapping[str, Any], folder: Path, *, image_size: int) -> open_clip.CustomTextCLIP:
+    """The CLIP of a checkpoint folder, with random weights, without a network. Raises ValueError."""
+    own = deepcopy(dict(config))
+    text = own["model_cfg"]["text_cfg"]
+    check_tokenizer_options(text)
+    if text.get("hf_model_name"):
+        check_hf_text(folder / TOKENIZER_DIR)
+        text["hf_model_name"] = str((folder / TOKENIZER_DIR).resolve())  # a relative one could be that of a repository
+    return build_clip(own, image_size=image_size)
+
+
 def rebuild(config: Mapping[str, Any], folder: Path, *, image_size: int) -> Backbone:
     """The backbone of a checkpoint folder, with random weights, without a network. Raises ValueError."""
     own = deepcopy(dict(config))
-    text = own["model_cfg"]["text_cfg"]
-    place = folder / TOKENIZER_DIR
-    if text.get("hf_model_name"):
-        text["hf_model_name"] = str(place)
-    clip = build_clip(own, image_size=image_size)
-    return Backbone(clip=clip, tokenizer=restore_tokenizer(text, place), config=own)
+    clip = rebuild_clip(own, folder, image_size=image_size)
+    own["model_cfg"]["vision_cfg"]["image_size"] = image_size
+    tokenizer = restore_tokenizer(own["model_cfg"]["text_cfg"], folder / TOKENIZER_DIR)
+    return Backbone(clip=clip, tokenizer=tokenizer, config=own)
+
+
+def described(config: Mapping[str, Any], folder: Path) -> list[Any]:
+    """All that decides how large the CLIP of a checkpoint folder is, as JSON values. Raises ValueError."""
+    is_hf = bool(config["model_cfg"]["text_cfg"].get("hf_model_name"))
+    return [config, check_hf_text(folder / TOKENIZER_DIR) if is_hf else {}]
 
 
 def restore_tokenizer(text_cfg: Mapping[str, Any], place: Path) -> Tokenizer:
@@ -477,12 +622,19 @@ def restore_tokenizer(text_cfg: Mapping[str, Any], place: Path) -> Tokenizer:
     options = text_cfg.get("tokenizer_kwargs") or {}
     if not place.is_dir():
         return open_clip.SimpleTokenizer(context_length=length, **options)
-    if text_cfg.get("hf_tokenizer_name"):
-        mode = text_cfg.get("tokenizer_mode")
-        return open_clip.tokenizer.HFTokenizer(str(place), context_length=length, tokenizer_mode=mode, **options)
+    mode = text_cfg.get("tokenizer_mode")
     from transformers import AutoTokenizer
 
-    return TransformersTokenizer(AutoTokenizer.from_pretrained(str(place)), length)
+    closed: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+
+    def load() -> Tokenizer:
+        if text_cfg.get("hf_tokenizer_name"):
+            return open_clip.tokenizer.HFTokenizer(
+                str(place), context_length=length, tokenizer_mode=mode, **options, **closed
+            )
+        return TransformersTokenizer(AutoTokenizer.from_pretrained(str(place), **closed), length)
+
+    return download(f"the tokenizer in {place}", load)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> tuple[Tensor, int]:

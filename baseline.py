@@ -41,6 +41,7 @@ import backbones
 import caching
 import checkpoint
 import data
+import described
 import diagnosis
 import engine
 import evaluation
@@ -58,6 +59,7 @@ import sources
 import tracking
 from configs import OPTIONS, VIEWS, TrainingConfig, one_line_errors, parse_args
 from kept import NOTHING, Kept
+from reading import read_json
 from scores import TASKS, title_of
 
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
@@ -268,7 +270,7 @@ def finished_results(config: TrainingConfig, folder: Path, runtime: engine.Runti
             if not (folder / report.REPORT_FILE).exists():
                 write_report(config, folder, runtime)
             writer.forget_states()
-    return checkpoint.read_json(folder / checkpoint.RESULTS_FILE)
+    return read_json(folder / checkpoint.RESULTS_FILE)
 
 
 def open_folder(config: TrainingConfig, folder: Path, runtime: engine.Runtime, *, resume: bool) -> checkpoint.RunFolder:
@@ -433,7 +435,7 @@ def find_run(config: TrainingConfig, folder: Path) -> str:
     """What `--resume` finds, see `start`. Raises ValueError for a run with other options."""
     if not config.resume or not checkpoint.is_run(folder):
         return ""
-    saved = checkpoint.read_json(folder / checkpoint.CONFIG_FILE)
+    saved = read_json(folder / checkpoint.CONFIG_FILE)
     protocol.refuse_other_options(folder, "its run was begun", saved, config)
     return "finished" if (folder / checkpoint.RESULTS_FILE).exists() else "interrupted"
 
@@ -564,6 +566,7 @@ def load_first_stage(
     Raises:
         ValueError: its heads are not those asked for, or it was trained on images that are now to be tested on.
     """
+    described.check_checkpoint(Path(str(config.init_from)))
     folder, state, description = checkpoint.load_weights(Path(str(config.init_from)))
     backbone = backbones.rebuild(description["clip"], folder, image_size=config.image_size)
     arguments = model_arguments(config, backbone.embed_dim)
@@ -1048,7 +1051,7 @@ def write_inputs(
         ValueError: an interrupted run is gone on with, and that has changed.
     """
     if writer.resume:
-        before = checkpoint.read_json(writer.path / checkpoint.CONFIG_FILE)["provenance"]
+        before = read_json(writer.path / checkpoint.CONFIG_FILE)["provenance"]
         runtime.say(changes_since(before, writer.path, examples))
         return
     config = replace(config, output_dir=str(writer.path))

@@ -26,7 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tables
 from locking import locked
+from reading import read_json, weight_shapes
 from writing import is_temporary, sweep, temporary_name, write_whole
 
 RESULTS_FILE = "results.json"
@@ -54,18 +56,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote. Raises ValueError."""
-    with damage_told(path):
-        value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: damaged (not a JSON object)")
-    return value
-
-
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write UTF-8 CSV without an index; numbers with nine significant digits."""
-    write_whole(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.9g", encoding="utf-8"))
+    """Write UTF-8 CSV without an index; numbers with nine significant digits, texts as `tables.escape` has them."""
+    write_whole(path, lambda temporary: tables.write(table, temporary))
 
 
 def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
@@ -86,8 +79,8 @@ def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
 def is_run(folder: Path) -> bool:
     """Whether the folder holds a run, finished or not; other programs' folders may have a config.json too."""
     try:
-        return "provenance" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return "provenance" in read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError):
         return False
 
 
@@ -398,10 +391,15 @@ def load_description(folder: Path) -> dict[str, Any]:
     """Read what describes the weights that `save_weights` wrote. Raises ValueError: no checkpoint, or a damaged one."""
     folder = weights_folder(folder)
     with damage_told(folder):
-        description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-    if not isinstance(description, dict):
-        raise ValueError(f"{folder}: damaged checkpoint ({DESCRIPTION_FILE} is not a JSON object)")
-    return description
+        return read_json(folder / DESCRIPTION_FILE)
+
+
+def load_shapes(folder: Path) -> tuple[Path, dict[str, tuple[int, ...]], dict[str, Any]]:
+    """As `load_weights`, but shapes in the place of the weights, which stay unread. Raises ValueError."""
+    folder = weights_folder(folder)
+    description = load_description(folder)
+    with damage_told(folder):
+        return folder, weight_shapes(folder / WEIGHTS_FILE), description
 
 
 def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -413,6 +411,7 @@ def load_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]
     folder = weights_folder(folder)
     description = load_description(folder)
     with damage_told(folder):
+        weight_shapes(folder / WEIGHTS_FILE)  # a stricter reader of headers than the next
         state, note = read_tensors(folder / WEIGHTS_FILE)
         found = digests_of_files(folder)
         for name, digest in note["files"].items():

@@ -8,7 +8,6 @@ Every run is compared with the first. Folders of repeated runs (--repeats, --kfo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,9 @@ import numpy as np
 import pandas as pd
 
 import metrics
+import tables
 from configs import OneLineParser, one_line_errors
+from reading import read_json
 from scores import MEASURES, stem_of, tasks_of, title_of_stem
 
 PREDICTIONS_FILE = "predictions.csv"
@@ -60,7 +61,7 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     """The test fold's predictions of a run, by image name. Raises ValueError."""
     path = folder / PREDICTIONS_FILE
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"name": str})
+        table = tables.read_csv(path, keep_default_na=False, na_values=[""], dtype={"name": str})
     except FileNotFoundError:
         unfinished = "an unfinished run" if (folder / "config.json").exists() else "no run folder"
         raise ValueError(f"{folder}: {unfinished}, {PREDICTIONS_FILE} is missing") from None
@@ -205,11 +206,9 @@ def summary_mismatch(found: Any) -> str:
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary that repeated runs have left, with every part it is written with. Raises ValueError."""
     try:
-        found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        found = read_json(folder / SUMMARY_FILE)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder}: no finished repeated runs, {SUMMARY_FILE} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / SUMMARY_FILE}: cannot be read ({error})") from None
     if said := summary_mismatch(found):
         raise ValueError(
             f"{folder / SUMMARY_FILE}: {said}: it was made by another version, or changed; run the same command again"

@@ -13,12 +13,14 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_type_hints
+from typing import Any, NoReturn, TextIO, cast, get_type_hints
+
+from reading import read_json
 
 LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity", "kl", "thurstone")
 SPREAD_LOSSES = ("kl", "thurstone")  # need the standard deviation of the opinions behind each score
@@ -927,13 +929,11 @@ def load_options(path: str | Path, flag: str = "--config") -> dict[str, Any]:
         ValueError: the file is missing, is not a JSON object, or has a key that is no option.
     """
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
+        saved = read_json(Path(path))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{flag} {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{flag} {path}: not a readable JSON file ({error})") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{flag} {path}: must be a JSON object of options")
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
     saved.pop("provenance", None)
     for key in saved:
         if key not in OPTIONS:
@@ -1082,22 +1082,50 @@ def command_line(config: TrainingConfig, program: str = "baseline.py", **changes
     return shlex.join(["python", program, *flag_words(values, base)])
 
 
+# What moves a terminal's cursor, changes its colours or the order of letters, and halves of characters; not \n and \t.
+UNPRINTABLE = {
+    number: ascii(chr(number))[1:-1]
+    for number in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+} | {number: f"\\u{number:x}" for number in range(0xD800, 0xE000)}
+
+
+def printable(text: str) -> str:
+    """A text whose control characters are spelt out, so that names and prompts do nothing to a terminal."""
+    return text.translate(UNPRINTABLE)
+
+
+class Printable:
+    """A stream of text through which everything passes as `printable`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write it; returns its length, as streams do."""
+        self.stream.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextmanager
 def one_line_errors(*failures: type[Exception], retry: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """For command lines: a user's mistake (or the file system's) becomes one line and exit code 2, `failures` 1.
 
-    `retry` is what asks to be run again: exit code 75, as in sysexits.h.
+    `retry` is what asks to be run again: exit code 75, as in sysexits.h. What is printed meanwhile is `printable`.
     """
     try:
-        yield
+        with redirect_stdout(cast(TextIO, Printable(sys.stdout))):
+            yield
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from error
     except failures as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(1) from error
     except retry as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         raise SystemExit(75) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -5,7 +5,6 @@ Images that a run was trained or selected on, known by their content, are left o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ import data
 import labels
 import metrics
 import reporting
+import tables
 from images import check_images
+from reading import read_json
 from scores import MEASURES, columns_of, title_of
 
 COLUMNS = ["run", "set", "score", "images", *MEASURES, "srocc_low", "srocc_high", "generator_mean_srocc"]
@@ -71,9 +72,9 @@ def seen_by(run: Path) -> set[str] | None:
     """
     folder = checkpoint.weights_folder(run).parent
     try:
-        table = pd.read_csv(folder / "splits.csv", dtype=str, keep_default_na=False)
-        config = json.loads((folder / checkpoint.CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        table = tables.read_csv(folder / "splits.csv", dtype=str, keep_default_na=False)
+        config = read_json(folder / checkpoint.CONFIG_FILE)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if "digest" not in table.columns:
         return None
@@ -146,7 +147,7 @@ def prompts_seen_by(run: Path) -> set[str]:
     path = checkpoint.weights_folder(run).parent / "predictions.csv"
     if not path.is_file():
         return set()
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = tables.read_csv(path, dtype=str, keep_default_na=False)
     return set(data.prompt_keys(table[table["split"] != "test"])) - {""} if "prompt" in table else set()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 import checkpoint
+from reading import read_json
 from writing import write_whole
 
 
@@ -39,7 +39,7 @@ class Parts:
 
     def check(self) -> None:
         """Raise ValueError if there are pieces of another command."""
-        before = json.loads(self.job_file.read_text(encoding="utf-8")) if self.job_file.exists() else {}
+        before = read_json(self.job_file) if self.job_file.exists() else {}
         changed = [key for key, value in self.job.items() if before.get(key) != value]
         if changed and self.finished():
             raise ValueError(

@@ -37,6 +37,7 @@ from tqdm import tqdm
 import backbones
 import checkpoint
 import data
+import described
 import engine
 import evaluation
 import inputs
@@ -118,15 +119,15 @@ class Scorer:
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", amp: str = "off") -> Scorer:
         """Load a checkpoint folder (RUN/best, or RUN itself). Raises ValueError if it is none or is damaged."""
+        described.check_checkpoint(Path(path))
         folder, state, description = checkpoint.load_weights(Path(path))
         try:
             backbone = backbones.rebuild(description["clip"], folder, image_size=description["image_size"])
             model = models.build_model(backbone.clip, **description["model"])
             model.load_state_dict(state)
             return cls(model, backbone.tokenizer, description, device=device, amp=amp)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            reason = backbones.first_line(error, skip=1)
-            raise ValueError(f"{folder}: the description does not fit the weights ({reason})") from error
+        except described.MISFITS as error:
+            raise described.misfit(folder, error) from error
 
     def score(
         self,

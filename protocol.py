@@ -6,7 +6,6 @@ The folder of such a protocol holds a run folder for each split, `protocol.json`
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,11 +20,18 @@ import compare
 import metrics
 from configs import FREE, NOT_SAVED, OPTIONS, TrainingConfig, one_line_errors
 from engine import Runtime
+from reading import read_json
 from scores import MEASURES, tasks_of, title_of
 
 SUMMARY_TABLE = "summary.csv"
 TRAINED = "trained_model"
 DRAWN = ("data_csv_path", "image_base_dir")  # what --demo fills in by itself
+RESULTS = {  # what is read of the results of a run that was finished before
+    **dict.fromkeys(("data_fingerprint", "test_digest"), str),
+    "images": {"train": int, "test": int, str: int},
+    "test": {str: compare.NUMBER},
+    "floors": {str: {str: compare.NUMBER}},
+}
 
 
 def parts(config: TrainingConfig) -> dict[str, TrainingConfig]:
@@ -95,7 +101,7 @@ def refuse_occupied(folder: Path, config: TrainingConfig) -> None:
     ):
         raise ValueError(f"--output_dir {folder}: holds other things than repeated runs; choose a new or empty folder")
     if any(folder.glob(f"*/{checkpoint.RESULTS_FILE}")) and not config.overwrite:
-        saved = json.loads((folder / compare.PROTOCOL_FILE).read_text(encoding="utf-8"))
+        saved = read_json(folder / compare.PROTOCOL_FILE)
         refuse_other_options(folder, "its runs were made", saved, replace(config, repeats=saved.get("repeats", 1)))
 
 
@@ -130,11 +136,14 @@ def finished_parts(folder: Path, runs: Mapping[str, TrainingConfig]) -> dict[str
     found = {}
     for name, config in runs.items():
         try:
-            saved = json.loads((folder / name / checkpoint.CONFIG_FILE).read_text(encoding="utf-8"))
-            results = json.loads((folder / name / checkpoint.RESULTS_FILE).read_text(encoding="utf-8"))
+            saved = read_json(folder / name / checkpoint.CONFIG_FILE)
+            results = read_json(folder / name / checkpoint.RESULTS_FILE)
         except FileNotFoundError:
             continue
         refuse_other_options(folder, f"{name} was made", saved, config)
+        said = compare.mismatch(results, RESULTS) or ("" if results["images"]["train"] else "no training images")
+        if said:
+            raise ValueError(f"{folder / name / checkpoint.RESULTS_FILE}: {said}; delete it to run {name} again")
         found[name] = results
     return found
 

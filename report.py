@@ -33,6 +33,8 @@ from matplotlib.figure import Figure
 
 import compare
 import figures
+import reading
+import tables
 from configs import NOT_SAVED, OPTIONS, OneLineParser, one_line_errors
 from image_files import opened, read_file, to_rgb
 from scores import MEASURES, columns_of, tasks_of, title_of, title_of_stem
@@ -147,21 +149,16 @@ def read_run(folder: Path) -> Run:
 def read_json(path: Path, folder: Path) -> dict[str, Any]:
     """A JSON object of a run. Raises ValueError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(missing(path, folder)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: is not a JSON object")
-    return found
 
 
 def read_csv(path: Path, folder: Path, columns: Sequence[str], *, texts: bool = False) -> pd.DataFrame:
     """A table of a run with at least these columns, empty cells as NaN. Raises ValueError."""
     kinds = str if texts else dict.fromkeys(("name", "set", "split", "prompt", "generator"), str)
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=kinds)
+        table = tables.read_csv(path, keep_default_na=False, na_values=[""], dtype=kinds)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(missing(path, folder)) from None
     except (OSError, ValueError) as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -56,6 +55,7 @@ import sensitivity
 import sources
 from configs import FREEZING, NOT_SAVED, TrainingConfig, command_line, one_line_errors
 from kept import Kept
+from reading import read_json
 from space import Dimension, Request, Space, default_space, options_of, parse_search_args
 from writing import write_whole
 
@@ -539,7 +539,7 @@ def place_of_best(folder: Path, config: TrainingConfig, number: int) -> tuple[Pa
     for place in sorted(
         {results.parent.parent for results in folder.glob(f"{BEST_RUNS}*/*/{checkpoint.RESULTS_FILE}")}
     ):
-        saved = json.loads((place / compare.PROTOCOL_FILE).read_text(encoding="utf-8"))
+        saved = read_json(place / compare.PROTOCOL_FILE)
         if protocol.options(replace(config, repeats=saved.get("repeats", 1))) == saved:
             own = place
         else:

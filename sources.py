@@ -11,6 +11,7 @@ import pandas as pd
 import data
 import demo
 import labels
+import tables
 from configs import TrainingConfig
 from images import first_five
 
@@ -140,7 +141,7 @@ def fixed_splits(sources: list[data.Labelled], path: Path) -> list[data.Labelled
     missing = [column for column in ("name", "split") if column not in raw.columns]
     if missing:
         raise ValueError(f"--split_file {path}: no column {missing[0]!r}; it must have name and split")
-    names = raw["name"].str.strip()
+    names = raw["name"].str.strip().map(tables.unescape)  # a run's own splits.csv, or one written by hand
     if names.duplicated().any():
         raise ValueError(f"--split_file {path}: {names[names.duplicated()].iloc[0]!r} occurs more than once")
     folds = dict(zip(names, raw["split"].str.strip(), strict=True))

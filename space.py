@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from configs import (
     parse_loss,
     parse_unfreeze_schedule,
 )
+from reading import read_json
 
 # Of these groups an option says what is compared (images, scores, folds), or is the search's own to set.
 COMPARED = ("data", "meta")
@@ -216,12 +216,12 @@ def default_space(config: TrainingConfig, depth: int | None, given: frozenset[st
 def read_space(path: Path, given: frozenset[str]) -> Space:
     """A space file. Raises ValueError with the file, the option and the rule."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
-    except FileNotFoundError:
+        raw = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"--space {path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"--space {path}: not a readable JSON file ({error})") from None
-    if not isinstance(raw, dict) or not raw:
+    except ValueError as error:
+        raise ValueError(f"--space {error}") from None
+    if not raw:
         raise ValueError(f"--space {path}: must be a JSON object with an option or more")
     space = {}
     for name, text in raw.items():
@@ -240,15 +240,6 @@ def read_space(path: Path, given: frozenset[str]) -> Space:
         if largest > 1:
             raise ValueError(f"--space {path}: w_q: {largest:g} must be at most 1, since w_c is 1 - w_q; or add w_c")
     return space
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one that has a key twice is refused, where json would drop the first."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return found
 
 
 def read_dimension(name: str, raw: Any) -> Dimension:

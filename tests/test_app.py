@@ -333,7 +333,17 @@ def test_a_table_that_cannot_be_scored_is_a_message(page):
 
 
 @pytest.mark.parametrize("place", ["/etc/passwd", "{run}/best/scorer.json", "{run}/results.json", "{root}/app.py"])
-@pytest.mark.parametrize("route", ["/gradio_api/file=", "/file=", "/gradio_api/file=../../../../../../../.."])
+@pytest.mark.parametrize(
+    "route",
+    [
+        "/gradio_api/file=",
+        "/file=",
+        "/gradio_api/file=../../../../../../../..",
+        "/gradio_api/file=..%2f..%2f..%2f..%2f..%2f..%2f..%2f..",
+        "/gradio_api/file=//",
+        "/gradio_api/file=file://",
+    ],
+)
 def test_no_file_but_uploads_is_served(server, run, place, route):
     path = place.format(run=run, root=ROOT)
     status, text = server.get(route + path)
@@ -352,6 +362,30 @@ def test_no_file_but_uploads_is_scored(server, files):
     assert status == 200
     _, answer = server.get("/gradio_api/queue/data?session_hash=abc")
     assert '"success":false' in answer.replace(" ", "") and "root:" not in answer and "/bin/" not in answer
+
+
+@pytest.mark.parametrize("route", ["/gradio_api/file=", "/gradio_api/proxy="])
+@pytest.mark.parametrize("address", ["http://93.184.216.34/a.png", "https://93.184.216.34/", "http://127.0.0.1:1/"])
+def test_the_page_fetches_nothing_for_a_visitor(server, route, address):
+    before = len(server.asked)
+    status, text = server.get(route + address)
+    assert status in (400, 403, 404) and len(text) < 200 and len(server.asked) == before
+
+
+@pytest.mark.parametrize("key", ["path", "url"])
+def test_an_upload_that_is_an_address_is_not_fetched(server, key):
+    """Gradio would fetch it; a server of this machine stands for any public one."""
+    config = json.loads(server.get("/config")[1])
+    inputs = [part["id"] for part in config["components"] if part["type"] == "file"]
+    [event] = [event for event in config["dependencies"] if set(event["inputs"]) == set(inputs[1:])]
+    address = "https://huggingface.co/robots.txt"  # of those that Gradio gets without a check
+    file = {"path": "", "meta": {"_type": "gradio.FileData"}, "orig_name": "rows.csv", key: address}
+    before = len(server.asked)
+    body = {"data": [file, [file]], "fn_index": event["id"], "session_hash": f"url-{key}"}
+    assert server.get("/gradio_api/queue/join", body)[0] == 200
+    _, answer = server.get(f"/gradio_api/queue/data?session_hash=url-{key}")
+    assert '"success":false' in answer.replace(" ", "") and "process_completed" in answer
+    assert len(server.asked) == before
 
 
 def test_uploads_are_bounded(server):
@@ -493,6 +527,8 @@ def test_what_cannot_be_decoded_is_told_in_one_line(upload, content, reason):
         ("name,name\na,b\n", ["a.png"], "the header has"),
         ("name,prompt\n" + "a.png,x\n" * 501, ["a.png"], "501 rows, at most 500"),
         ("name\na.png\n", [], "a CSV and its images are both needed"),
+        ("name" + "," * 1000 + "\na.png\n", ["a.png"], "has more than 1000 columns"),
+        ("name\n" + "a" * app.MAX_SHEET, ["a.png"], f"bytes, at most {app.MAX_SHEET}"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_told(answers, upload, csv, uploaded, message):
@@ -511,6 +547,17 @@ def test_a_csv_without_prompts_gets_quality_alone(answers, upload):
     assert table["pred_align"].isna().all() and table["pred_quality"].notna().all()
 
 
+def test_a_table_comes_back_as_it_was_sent_and_is_safe_in_a_spreadsheet(answers, upload):
+    sheet = upload("rows.csv", b"name,prompt\n=a.png,+1\n@b.png,it's -1\n")
+    uploads = [upload("=a.png"), upload("@b.png", png(9, 9))]
+    for _ in range(2):  # the second time it is the page's own download
+        _, download = answers.table([sheet], uploads)
+        path = Path(download.value["path"] if isinstance(download.value, dict) else download.value)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert [line.split(",")[:2] for line in lines[1:]] == [["'=a.png", "'+1"], ["'@b.png", "it's -1"]]
+        sheet = app.Upload("scores.csv", path)
+
+
 def test_too_many_images_are_refused(answers, upload):
     with pytest.raises(gr.Error, match="501 images at once, at most 500"):
         answers.score([upload("a.png")] * 501, "", "q")
@@ -519,12 +566,6 @@ def test_too_many_images_are_refused(answers, upload):
 def test_prompts_that_are_cut_are_told(answers, upload):
     (_, notes), shown = answers.score([upload("a.png")], "word " * 200, "q")
     assert "1 prompt(s) are longer than the model reads" in notes and notes in shown
-
-
-@pytest.mark.parametrize("start", "=+-@\t\r")
-def test_no_text_is_taken_for_a_formula(start):
-    assert app.as_text_cell(f"{start}1") == f"'{start}1"
-    assert (app.as_text_cell(f"1{start}1"), app.as_text_cell(-1.5)) == (f"1{start}1", -1.5)
 
 
 def test_a_score_stands_at_its_place_on_the_scale():
@@ -545,6 +586,11 @@ def test_what_a_run_says_of_its_test_fold(run, tmp_path):
     assert app.read_test_fold(tmp_path / "best") == app.TestFold()
     (tmp_path / "results.json").write_text(json.dumps({**results, "test": {}}))  # of a run with --no_test
     assert app.read_test_fold(tmp_path / "best").of("q") is None
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results.json: cannot be read"):
-        app.read_test_fold(tmp_path / "best")
+    for damage in (
+        "{",
+        json.dumps({**results, "test": {"rmse_q": [1]}}),
+        json.dumps({**results, "test": {"plcc_c": "x"}}),
+    ):
+        (tmp_path / "results.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"results.json: cannot be read"):
+            app.read_test_fold(tmp_path / "best")

@@ -390,7 +390,7 @@ def test_a_summary_of_another_shape_is_refused_by_name(repeated, refused, change
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert f"{path}: {said}: it was made by another version" in refused(one, other)
     path.write_text("1")
-    assert f"{path}: it is no object" in refused(one, other)
+    assert f"{path}: cannot be read (is not a JSON object)" in refused(one, other)
 
 
 @pytest.mark.parametrize(

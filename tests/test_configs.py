@@ -352,8 +352,6 @@ def test_a_missing_config_and_a_folder_are_refused_by_name(tmp_path):
         ("lr", "1e-3", "a number"),
         ("lr", False, "a number"),
         ("lr", [0.1], "a number"),
-        ("lr", math.nan, "finite"),
-        ("lr", math.inf, "finite"),
         ("freeze_clip", 1, "true or false"),
         ("freeze_clip", "yes", "true or false"),
         ("clip_model", 14, "a text"),
@@ -368,6 +366,13 @@ def test_a_value_of_the_wrong_type_in_a_config_is_refused_by_flag_value_and_rule
     message = outcome("--config", write_json(tmp_path, {key: value}))
     assert message.startswith(f"--{key} ")
     assert rule in message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_in_a_config_that_is_not_finite_is_refused(value, tmp_path):
+    path = write_json(tmp_path, {"lr": value})
+    message = outcome("--config", path)
+    assert message.startswith(f"--config {path}") and "is not a finite number" in message
 
 
 def test_whole_numbers_are_numbers_in_a_config(tmp_path):
@@ -1022,3 +1027,16 @@ def test_errors_become_one_line_and_an_exit_code(error, code, says, capsys):
 def test_faults_of_the_program_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), configs.one_line_errors():
         _ = 1 / 0
+
+
+def test_control_characters_are_spelt_out_and_everything_else_is_left(capsys):
+    text = "".join(map(chr, range(0x20, 0x7F))) + "é猫\t\n"
+    assert configs.printable(text) == text
+    hostile = "\x1b[2J\r\x00\x7f\x9b\u202e\u2066\ud800"
+    assert configs.printable(hostile) == "\\x1b[2J\\r\\x00\\x7f\\x9b\\u202e\\u2066\\ud800"
+    with configs.one_line_errors():
+        print(f"printed {hostile}", flush=True)
+    with pytest.raises(SystemExit), configs.one_line_errors():
+        raise ValueError(hostile)
+    out, err = capsys.readouterr()
+    assert out == f"printed {configs.printable(hostile)}\n" and err == f"error: {configs.printable(hostile)}\n"

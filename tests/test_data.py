@@ -154,7 +154,7 @@ def test_other_encodings_are_refused_with_what_to_do(make_dataset, encoding):
 
 def test_a_missing_csv_and_a_folder_in_its_place_are_refused_by_name(tmp_path):
     assert "nowhere.csv: no such file" in refusal(data.read_csv, tmp_path / "nowhere.csv")
-    assert f"{tmp_path}: cannot be read" in refusal(data.read_csv, tmp_path)
+    assert f"{tmp_path}: is not a plain file" in refusal(data.read_csv, tmp_path)
 
 
 def test_a_missing_image_folder_is_refused_by_flag_and_name(make_dataset, tmp_path):

@@ -30,13 +30,16 @@ def names(text: str) -> frozenset[str]:
 
 
 LAYOUT = {
-    "configs": Place(0, outside=names("")),  # so that --help answers at once
+    "reading": Place(-1, outside=names("")),  # below all: options are read from files too
+    "configs": Place(0, names("reading"), outside=names("")),  # so that --help answers at once
     "metrics": Place(0, outside=names("numpy scipy")),
     "losses": Place(0, outside=names("torch")),
     "labels": Place(0, outside=names("numpy pandas scipy")),
     "simple_statistics": Place(0, outside=names("torch")),
     "demo": Place(1, names("locking"), outside=names("numpy PIL")),
-    "backbones": Place(0),
+    "tables": Place(1, names("reading"), outside=names("pandas")),
+    "sizes": Place(1, names("reading"), outside=names("torch")),
+    "backbones": Place(2, names("reading sizes")),
     "models": Place(0, outside=names("numpy open_clip torch")),
     "calibration": Place(0, outside=names("numpy sklearn")),
     "image_files": Place(0, outside=names("numpy PIL")),
@@ -46,36 +49,41 @@ LAYOUT = {
     "kept": Place(0, outside=names("")),
     "scores": Place(0, outside=names("")),
     # None of these knows CLIP, and the engine and checkpoints know nothing of images either.
-    "data": Place(2, names("images scores"), outside=names("numpy pandas sklearn")),
+    "data": Place(2, names("images reading scores"), outside=names("numpy pandas sklearn")),
     "commands": Place(1, names("configs"), outside=names("")),
     "advice": Place(1, names("configs"), outside=names("")),
     "diagnosis": Place(2, names("advice configs scores"), outside=names("")),
     "tracking": Place(0, outside=names("mlflow torch wandb")),
-    "compare": Place(1, names("configs metrics scores"), outside=names("numpy pandas")),
+    "compare": Place(2, names("configs metrics reading scores tables"), outside=names("numpy pandas")),
     "inputs": Place(2, names("features images"), outside=names("numpy pandas torch")),
     "engine": Place(1, names("metrics"), outside=names("numpy torch")),
     "writing": Place(0, outside=names("")),
     "signals": Place(0, outside=names("")),
-    "checkpoint": Place(1, names("configs locking writing"), outside=names("numpy pandas safetensors torch")),
-    "resuming": Place(2, names("checkpoint engine signals"), outside=names("numpy torch")),
-    "parts": Place(2, names("checkpoint writing"), outside=names("pandas")),
+    "checkpoint": Place(
+        2, names("configs locking reading tables writing"), outside=names("numpy pandas safetensors torch")
+    ),
+    "resuming": Place(3, names("checkpoint engine signals"), outside=names("numpy torch")),
+    "parts": Place(3, names("checkpoint reading tables writing"), outside=names("pandas")),
+    "described": Place(3, names("backbones checkpoint compare configs models sizes"), outside=names("")),
     "caching": Place(
         3, names("engine features images inputs models simple_statistics"), outside=names("numpy torch tqdm")
     ),
-    "sources": Place(3, names("configs data demo images labels"), outside=names("pandas")),
+    "sources": Place(3, names("configs data demo images labels tables"), outside=names("pandas")),
     "reporting": Place(3, names("calibration data metrics scores"), outside=names("numpy pandas")),
     "describe": Place(4, names("configs data scores sources"), outside=names("numpy pandas")),
     "protocol": Place(
-        4, names("checkpoint compare configs data engine metrics reporting scores"), outside=names("numpy pandas")
+        4,
+        names("checkpoint compare configs data engine metrics reading reporting scores"),
+        outside=names("numpy pandas"),
     ),
     "figures": Place(1, names("metrics"), outside=names("matplotlib numpy")),
     "report": Place(
-        2,
-        names("compare configs figures metrics image_files scores writing"),
+        3,
+        names("compare configs figures image_files metrics reading scores tables writing"),
         outside=names("jinja2 matplotlib numpy pandas"),
     ),
     "evaluation": Place(
-        4, names("checkpoint data images labels metrics reporting scores"), outside=names("numpy pandas")
+        4, names("checkpoint data images labels metrics reading reporting scores tables"), outside=names("numpy pandas")
     ),
 }
 LAYOUT |= {
@@ -83,24 +91,29 @@ LAYOUT |= {
     "predict": Place(
         5,
         names(
-            "backbones checkpoint commands configs data engine evaluation images inputs models parts image_files "
-            "reporting scores"
+            "backbones checkpoint commands configs data described engine evaluation images inputs models parts "
+            "image_files reporting scores"
         ),
     ),
 }
 LAYOUT |= {
-    "space": Place(1, names("configs"), outside=names("")),  # so that search.py --help answers at once
+    "space": Place(1, names("configs reading"), outside=names("")),  # so that search.py --help answers at once
     "sensitivity": Place(2, names("space"), outside=names("matplotlib numpy optuna pandas sklearn")),
     "search": Place(
         6,
-        names("baseline checkpoint compare configs engine kept protocol sensitivity sources space writing"),
+        names("baseline checkpoint compare configs engine kept protocol reading sensitivity sources space writing"),
         outside=names("numpy optuna pandas sqlalchemy torch"),
     ),
     "explain": Place(6, names("images predict reporting scores"), outside=names("numpy pandas PIL")),
-    "app": Place(7, names("checkpoint commands configs data explain images predict image_files reporting scores")),
+    "app": Place(
+        7,
+        names("checkpoint commands configs data explain image_files images predict reading reporting scores tables"),
+    ),
 }
 HANDS_OVER = {("data", "describe")}  # what a file's last lines may call, being the name of a program
 FREE_OF_TORCH = [
+    "reading",
+    "tables",
     "configs",
     "scores",
     "writing",

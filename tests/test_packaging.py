@@ -3,12 +3,15 @@
 import ast
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tools import audit
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12")
@@ -81,6 +84,43 @@ def test_continuous_integration_runs_tests_and_lint() -> None:
     script = ROOT / ".ci" / "run"
     commands = script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK)
-    for target in ("test", "lint"):
+    for target in ("test", "lint", "audit"):
         assert re.search(rf"^(step )?make {target}\b", commands, re.MULTILINE)
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def release(name: str, *vulnerabilities: str) -> dict[str, object]:
+    """A release as pip-audit's report has it."""
+    vulns = [{"id": identifier, "fix_versions": ["2"]} for identifier in vulnerabilities]
+    return {"name": name, "version": "1", "vulns": vulns}
+
+
+UNKNOWN = {"name": "c", "skip_reason": "not found"}
+
+
+@pytest.mark.parametrize(
+    ("releases", "code", "said"),
+    [
+        ([release("a"), release("b")], 0, "audit: 2 of 2 releases looked up, 0 known vulnerabilities"),
+        ([release("a", "V-1"), UNKNOWN], 1, "1 of 2 releases looked up, 1 known vulnerabilities; not: c\na 1: V-1"),
+        ([UNKNOWN], 0, "audit skipped: the data on vulnerabilities cannot be reached"),
+        ([release("a", "V-0")], 0, "0 known"),
+    ],
+)
+def test_an_audit_fails_for_what_it_finds_and_says_what_it_does_not_know(monkeypatch, releases, code, said) -> None:
+    monkeypatch.setitem(audit.KNOWN, "V-0", "nothing here calls it")
+    found = audit.verdict({"dependencies": releases})
+    assert found[0] == code and said in found[1]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "code", "said"),
+    [
+        ("...\nrequests.exceptions.ConnectionError: no route", 0, "audit skipped: the data"),
+        ("ModuleNotFoundError: No module named pip_audit", 1, "audit failed: ModuleNotFoundError"),
+    ],
+)
+def test_an_audit_without_a_report_is_skipped_aloud_or_fails(monkeypatch, capsys, stderr, code, said) -> None:
+    done = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
+    assert audit.main() == code and capsys.readouterr().out.startswith(said)

@@ -466,6 +466,7 @@ def test_several_data_sets_are_shown_each_by_itself(run):
 
 HOSTILE = (
     "<script>document.title='taken'</script>\"'><img src=x onerror=document.title='taken'> $x_{$ \u202eRTL \u05d0\u05d1"
+    "</title></style><svg onload=document.title='taken'><a href=\"javascript:document.title='taken'\">{{7*7}} \x1b[31m"
 )
 
 
@@ -533,6 +534,16 @@ def test_a_page_needs_nothing_but_itself_and_fits_its_screen(browser, run, tmp_p
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_hostile_page_stays_harmless_and_in_its_screen(browser, hostile_run, width):
     assert look(browser, report.write_report(hostile_run), "dark", width)["title"] == "run"
+
+
+def test_runs_of_hostile_names_are_compared_harmlessly(browser, tmp_path, capsys):
+    names = ["<img src=x onerror=document.title='taken'>", "'\"><svg onload=document.title='taken'>\x1b[31m"]
+    runs = [write_run(tmp_path / name, spread=0.3 + i, lr=1e-3 * i + 1e-4) for i, name in enumerate(names)]
+    for folder in runs:
+        change(folder, "predictions.csv", lambda table: table.assign(prompt=HOSTILE, generator=HOSTILE, set=HOSTILE))
+    report.main(list(map(str, runs)))
+    assert look(browser, tmp_path / "comparison.html", "light", 1200)["title"] != "taken"
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_other_pages_fit_a_phone_too(browser, tmp_path, capsys):

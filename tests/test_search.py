@@ -138,8 +138,8 @@ def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("content", "flags", "words"),
     [
-        ("{", "", ["not a readable JSON"]),
-        ("[]", "", ["must be a JSON object"]),
+        ("{", "", ["cannot be read"]),
+        ("[]", "", ["is not a JSON object"]),
         ('{"lr": {"low": 1e-5, "high": 1e-3}, "lr": {"low": 1e-5, "high": 1e-3}}', "", ["'lr' occurs twice"]),
         ({"learning_rat": {"low": 0, "high": 1}}, "", ["unknown option 'learning_rat'"]),
         ({"dropuot": {"low": 0, "high": 0.5}}, "", ["did you mean 'dropout'"]),
@@ -147,7 +147,7 @@ def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"lr": {"low": 1e-5, "high": 11}}, "", ["--lr 11", "(0, 10]"]),
         ({"lr": {"low": 0, "high": 1}}, "", ["--lr 0", "(0, 10]"]),
         ({"dropout": {"low": 0, "high": 0.5, "log": True}}, "", ["log works above 0"]),
-        ({"lr": {"low": 1e-5, "high": float("nan")}}, "", ["must be finite"]),
+        ({"lr": {"low": 1e-5, "high": float("nan")}}, "", ["is not a finite number"]),
         ({"lr": {"low": 1e-5}}, "", ['needs "low" and "high"']),
         ({"lr": {"low": 1e-5, "high": 1, "logg": True}}, "", ["unknown key 'logg'"]),
         ({"lr": {"low": "1e-5", "high": 1}}, "", ["'1e-5' must be a number"]),

@@ -1,0 +1,51 @@
+"""The program's own tables as CSV: texts that no spreadsheet takes for a formula, and that come back as they were."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+
+from reading import refuse_odd_file
+
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a formula begins for a spreadsheet, behind any apostrophes
+ESCAPED = re.compile(r"'+[=+\-@\t\r]")
+
+
+def escape(cell: Any) -> Any:
+    """A cell, with an apostrophe in front if it is a text that a spreadsheet would take for a formula."""
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def unescape(cell: Any) -> Any:
+    """The cell that `escape` was given."""
+    return cell[1:] if isinstance(cell, str) and ESCAPED.match(cell) else cell
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write UTF-8 CSV without an index: numbers with nine significant digits, texts, the header's too, escaped."""
+    safe = changed(table, escape)
+    # A bare carriage return ends a row for whoever reads it, but is no reason to quote for who writes it.
+    texts = [*safe.columns, *(cell for _, column in safe.items() if not is_numeric_dtype(column) for cell in column)]
+    quoting = csv.QUOTE_ALL if any("\r" in str(text) for text in texts) else csv.QUOTE_MINIMAL
+    safe.to_csv(path, index=False, float_format="%.9g", encoding="utf-8", quoting=quoting)  # type: ignore[call-overload]
+
+
+def read_csv(path: Path, **options: Any) -> pd.DataFrame:
+    """A table that the program wrote, by `pandas.read_csv` with these options. Raises what that raises, ValueError."""
+    refuse_odd_file(path)
+    return changed(pd.read_csv(path, **options), unescape)
+
+
+def changed(table: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFrame:
+    """A table with each text cell, the header's too, changed."""
+    columns = {
+        place: column if is_numeric_dtype(column) else column.map(change, na_action="ignore").astype(column.dtype)
+        for place, (_, column) in enumerate(table.items())
+    }
+    return pd.DataFrame(columns, index=table.index).set_axis([change(name) for name in table.columns], axis=1)

@@ -1,0 +1,54 @@
+"""`tables.py`: no text is taken for a formula, and every one comes back."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import tables
+
+TEXTS = st.text(st.one_of(st.sampled_from("'=+-@\t\r\n,\" 1a"), st.characters(codec="utf-8", exclude_characters="\0")))
+
+
+@given(st.lists(TEXTS, min_size=1), TEXTS)
+@example(["=", "'=", "''=", "'", "'a", "-1", "\t"], "=score")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_texts_come_back_from_a_file_in_which_none_begins_as_a_formula(tmp_path, texts, title):
+    path = tmp_path / "a.csv"
+    table = pd.DataFrame({title + "x": texts, "number": np.arange(len(texts)) - 1.5})
+    checkpoint.write_csv(path, table)
+    options = {"keep_default_na": False, "dtype": {0: str}}
+    pd.testing.assert_frame_equal(tables.read_csv(path, **options), table, check_dtype=False)
+    raw = pd.read_csv(path, **options)
+    assert not any(re.match(r"[=+\-@\t\r]", text) for text in [*raw.iloc[:, 0], *raw.columns])
+    assert raw["number"].tolist() == table["number"].tolist()
+
+
+@pytest.mark.parametrize("start", "=+-@\t\r")
+def test_an_apostrophe_goes_before_what_begins_as_a_formula_and_nothing_else(start):
+    assert tables.escape(f"{start}1") == f"'{start}1"
+    assert (tables.escape(f"1{start}1"), tables.escape(-1.5), tables.escape("it's")) == (f"1{start}1", -1.5, "it's")
+
+
+def test_columns_keep_their_kind():
+    table = pd.DataFrame({"text": ["=a", None], "none": [None, None], "number": [-1.0, np.nan], "is": [True, False]})
+    changed = tables.changed(table, tables.escape)
+    assert changed.dtypes.tolist() == table.dtypes.tolist() and changed["text"].tolist()[0] == "'=a"
+
+
+def test_a_carriage_return_begins_no_row(tmp_path):
+    checkpoint.write_csv(tmp_path / "a.csv", pd.DataFrame({"name": ["a\r=1"], "score": [0.5]}))
+    assert (tmp_path / "a.csv").read_bytes().splitlines(keepends=True)[0].startswith(b'"name"')
+    assert len(pd.read_csv(tmp_path / "a.csv")) == 1
+
+
+def test_a_table_that_somebody_else_wrote_keeps_its_apostrophes_but_before_formulas(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("name\n'quoted'\n'=a\n=b\n")
+    assert tables.read_csv(tmp_path / "a.csv")["name"].tolist() == ["'quoted'", "=a", "=b"]
