@@ -56,6 +56,7 @@ import reporting
 import resuming
 import signals
 import sources
+import tables
 import tracking
 from configs import OPTIONS, VIEWS, TrainingConfig, one_line_errors, parse_args
 from kept import NOTHING, Kept
@@ -674,8 +675,8 @@ def cache_frozen(
 ) -> None:
     """Compute what the frozen layers make of images and prompts once, as far as there are any and it fits."""
     feed.source = feed.pixels
-    tables = {"prompts": feed.prompts, "rationales": feed.rationales[0] if feed.rationales else None}
-    for table in tables.values():
+    text_tables = {"prompts": feed.prompts, "rationales": feed.rationales[0] if feed.rationales else None}
+    for table in text_tables.values():
         if table:
             table.enter_at(0, None)
     if store is None or caches_nothing(config, model):
@@ -711,7 +712,7 @@ def cache_frozen(
     reasons = {"images": found} if isinstance(found, str) else {}
     if isinstance(found, inputs.CachedSource):
         feed.source = found
-    for what, table in tables.items():
+    for what, table in text_tables.items():
         if table and (reason := caching.cache_texts(setting, model.clip.text, table)):
             reasons[what] = reason
     said = "; ".join(f"{what} not: {reason}" for what, reason in reasons.items())
@@ -931,7 +932,7 @@ def skipped_writer(
         for path, reason in zip(table["path"], table["reason"], strict=True):
             runtime.say(f"left out  {path} ({reason}): the rest of the run goes on without it")
         file = writer.path / checkpoint.SKIPPED_FILE
-        before = [pd.read_csv(file, dtype=str, keep_default_na=False)] if file.exists() else []
+        before = [tables.read_csv(file, dtype=str, keep_default_na=False)] if file.exists() else []
         writer.csv(checkpoint.SKIPPED_FILE, pd.concat([*before, table[data.SKIPPED]]))
 
     return tell

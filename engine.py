@@ -547,7 +547,7 @@ class EpochRecord:
     Until they are, no step is taken after one whose values are not finite: see `is_broken_by`.
     """
 
-    KEPT = ("step", "num_samples", "num_measured", "num_skipped", "sums", "norms", "seconds", "waited")
+    KEPT = ("step", "num_samples", "num_measured", "num_skipped", "sums", "seconds", "waited")
 
     def __init__(self) -> None:
         self.step = 0  # how many it has taken in
@@ -565,11 +565,12 @@ class EpochRecord:
     def state(self) -> dict[str, Any]:
         """What a new record needs to go on as this one. Raises NonFiniteLoss, see `settle`."""
         self.settle()
-        return {name: getattr(self, name) for name in self.KEPT}
+        norms = torch.stack(self.norms) if self.norms else torch.zeros(0)  # one tensor, however long the epoch
+        return {**{name: getattr(self, name) for name in self.KEPT}, "norms": norms}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on as the record whose `state` this is."""
-        vars(self).update(state)
+        vars(self).update({**state, "norms": list(state["norms"])})
 
     def is_broken_by(self, losses: Sequence[tuple[int, dict[str, Tensor]]], norm: Tensor) -> Tensor:
         """1.0 if a step of these values must not be taken: it or one before it is not finite. Stays on the device."""

@@ -371,7 +371,7 @@ def outcome(
 
     try:
         config = options_of(request.config, search.space, values, request.given)
-        config = replace(config, output_dir=str(folder), test=False, report=False)
+        config = replace(config, output_dir=str(folder), test=False, report=False, save_every_minutes=0.0)
         with folder.with_suffix(".log").open("w", encoding="utf-8") as log, redirect_stdout(log):
             results = baseline.run(config, after_epoch=after_epoch, kept=search.kept)
     except optuna.TrialPruned:
@@ -381,7 +381,8 @@ def outcome(
     except FAILURES as error:
         return TrialState.FAIL, None, str(error) or type(error).__name__
     finally:
-        shutil.rmtree(folder / checkpoint.BEST_DIR, ignore_errors=True)  # a whole CLIP for each trial is too much
+        for name in (checkpoint.BEST_DIR, checkpoint.STATE_DIR):  # a whole CLIP for each trial is too much
+            shutil.rmtree(folder / name, ignore_errors=True)
         gc.collect()  # what refers to itself holds a model in memory
     trial.set_user_attr("best_epoch", results["best_epoch"])
     return TrialState.COMPLETE, results["val"][search.score], None
