@@ -260,7 +260,8 @@ def times(course: resuming.Course, started: float, ready: float) -> dict[str, fl
 def closing_lines(results: Mapping[str, Any], examples: data.Examples, folder: Path) -> list[str]:
     """What is said at the end of a run."""
     findings = [diagnosis.Finding(**finding) for finding in results["diagnosis"]]
-    return [reporting.results_table(results, examples), *diagnosis.lines(findings), f"run folder: {folder}"]
+    notes = [f"note      {note}" for note in results["notes"]]
+    return [reporting.results_table(results, examples), *notes, *diagnosis.lines(findings), f"run folder: {folder}"]
 
 
 def finished_results(config: TrainingConfig, folder: Path, runtime: engine.Runtime) -> dict[str, Any]:
@@ -397,6 +398,7 @@ def measure(
         fold: reporting.agreements(base.scores(known[fold]), fold, examples) for fold in folds_read(config)
     }
     found |= reporting.of_data(examples)
+    found["notes"] = reporting.of_constants({fold: predictions[fold] for fold in folds_read(config)}, examples)
     if not config.test:
         return {**found, **{key: {} for key in ("test", "floors", "certainty", "generators", "sets")}}
     floors = reporting.floors(examples, base, known, statistics())
@@ -1161,7 +1163,8 @@ def plan(
     ]
     if config.preset:
         lines.insert(0, ("preset", f"{config.preset}; --preset list shows what that is"))
-    notes = [*data.leakage_notes(examples), *backbone.notes]
+    folds = dict.fromkeys(folds_read(config))
+    notes = [*data.leakage_notes(examples), *reporting.of_constants(folds, examples), *backbone.notes]
     if len(examples.skipped):
         notes.insert(0, f"--bad_images skip: {sources.skipped_note(examples)}")
     if num_truncated:

@@ -96,6 +96,25 @@ def agreements(in_mos: Scores, fold: str, examples: data.Examples) -> dict[str, 
     return {**means, "main": metrics.main_score(two)} if two else means
 
 
+def of_constants(folds: Mapping[str, Scores | None], examples: data.Examples) -> list[str]:
+    """A line for each fold and score whose correlations are 0 by definition, since one side of them is constant.
+
+    Args:
+        folds: predictions of each fold; None looks at the human scores alone.
+    """
+    found = []
+    for fold, scores in folds.items():
+        for task in examples.scales:
+            mos = examples.mos(task, fold)
+            sides = {"human": mos, "predicted": None if scores is None else scores[task]}
+            for side, values in sides.items():
+                known = values[~np.isnan(mos)] if values is not None else np.empty(0)
+                if len(known) and np.ptp(known) == 0:
+                    what = f"all {len(known)} {side} scores of {title_of(task)} in the {fold} fold are equal"
+                    found.append(f"{what}: correlations with them are 0 by definition")
+    return found
+
+
 def in_mos_units(scores: Scores, examples: data.Examples) -> dict[str, np.ndarray]:
     """Label units -> MOS units, of the scores that have labels."""
     return {task: scale.to_mos(scores[task]) for task, scale in examples.scales.items()}

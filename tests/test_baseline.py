@@ -12,6 +12,7 @@ import shlex
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -697,3 +698,37 @@ def test_several_processes_leave_nothing_out_in_mid_run_and_must_have_found_the_
         dropping.load(lost, load)
     dropping = baseline.build_dropping(config, examples, alone)
     assert len(dropping.load(lost, load)[0]) == 0 and dropping.rows == set(lost.tolist())
+
+
+def test_scores_that_are_all_equal_are_told_and_have_correlation_0(demo_set, tmp_path, capsys, monkeypatch):
+    table = pd.read_csv(demo_set[0])
+    prompts = table["prompt"].unique().tolist()
+    folds = table["prompt"].map(lambda prompt: ("val", "test", "train")[min(prompts.index(prompt), 2)])
+    table = table.assign(split=folds)
+    table.loc[folds != "train", "mos_quality"] = 3.0
+    table.to_csv(tmp_path / "equal.csv", index=False)
+    real = models.score_batch
+
+    def constant(model: torch.nn.Module, batch: object) -> dict[str, torch.Tensor]:
+        return {**(found := real(model, batch)), "c": torch.full_like(found["c"], 0.5)}
+
+    predict_with = baseline.build_predict
+
+    def build(*given: Any) -> Any:
+        predict = predict_with(*given)
+        return lambda scorer, fold, compute=constant, **hooks: predict(scorer, fold, compute, **hooks)
+
+    monkeypatch.setattr(baseline, "build_predict", build)
+    paths = ["--data_csv_path", str(tmp_path / "equal.csv"), "--image_base_dir", str(demo_set[1])]
+    results = baseline.main([*paths, *shlex.split(SHORT), "--epochs", "1", "--output_dir", str(tmp_path / "run")])
+    lines = [
+        f"all {count} {side} scores of {title} in the {fold} fold are equal: correlations with them are 0 by definition"
+        for fold, count in (("val", 8), ("test", 8))
+        for side, title in (("human", "quality"), ("predicted", "consistency"))
+    ]
+    assert results["notes"] == lines
+    said = capsys.readouterr().out
+    assert all(f"note      {line}" in said for line in lines)
+    for fold in ("val", "test"):
+        assert {results[fold][f"{name}_{task}"] for name in ("srocc", "plcc", "krocc") for task in "qc"} == {0.0}
+    json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=pytest.fail)

@@ -560,3 +560,27 @@ def test_resuming_knows_other_weights(tmp_path):
         trained(2.0).load(state)
     with pytest.raises(ValueError, match="of another model"):
         trained(1.0).load({**state, "model": {"2.weight": torch.ones(1)}})
+
+
+def test_repeated_runs_go_on_in_the_middle_of_one(demo_set, tmp_path, monkeypatch, capsys):
+    argv = flags_of(demo_set, "--freeze_clip", "--repeats", "2", "--epochs", "2")
+    whole = baseline.main([*argv, "--output_dir", str(tmp_path / "whole")])
+    looks, real = [0], resuming.Saver.check
+
+    def check(self: resuming.Saver) -> None:
+        looks[0] += 1
+        if looks[0] == 25:  # in the second run
+            self.listening.asked = "SIGTERM"
+        real(self)
+
+    monkeypatch.setattr(resuming.Saver, "check", check)
+    with pytest.raises(SystemExit) as caught:
+        baseline.main([*argv, "--output_dir", str(tmp_path / "part")])
+    assert caught.value.code == 75
+    assert sorted(path.parent.name for path in (tmp_path / "part").glob("*/results.json")) == ["seed42"]
+    capsys.readouterr()
+    found = baseline.main(["--resume", str(tmp_path / "part")])
+    said = capsys.readouterr().out
+    assert "1 of 2 runs in" in said and "resume    epoch" in said
+    assert unequal(found, whole, "summary") == []
+    assert differences(tmp_path / "whole" / "seed43", tmp_path / "part" / "seed43") == []
