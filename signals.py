@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -19,7 +20,8 @@ class Signals:
     """Listens as long as the block lasts: the first signal stops the run, the second one stops it at once.
 
     Where nothing would be lost the run stops by `Stopped` wherever it is; in a block of `held_back` it only learns that
-    `asked` is true, and has to raise `Stopped` itself when what it is doing is done.
+    `asked` is true, and has to raise `Stopped` itself when what it is doing is done. In a thread it hears nothing: signals
+    come to the main one.
     """
 
     def __init__(self) -> None:
@@ -28,7 +30,8 @@ class Signals:
         self.before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Signals:
-        self.before = {number: signal.signal(number, self.take) for number in ASKING}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.take) for number in ASKING}
         return self
 
     def __exit__(
@@ -43,7 +46,7 @@ class Signals:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
         if not self.is_held_back:
-            raise Stopped(f"stopped by {self.asked} before there was anything to save; the same command starts again")
+            raise Stopped(f"stopped by {self.asked} outside of training: start the same command again")
         # Not by print, which a signal may have come in the middle of.
         os.write(2, f"{self.asked}: saving after this step; once more stops at once, without\n".encode())
 

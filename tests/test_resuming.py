@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,10 @@ def test_a_signal_ends_a_run_after_its_step_with_exit_code_75(name, demo_set, tm
 
 
 def test_a_signal_before_training_stops_at_once_and_a_second_one_always(capfd):
-    with signals.Signals() as listening, pytest.raises(signals.Stopped, match=r"SIGTERM before .* starts again"):
+    with (
+        signals.Signals() as listening,
+        pytest.raises(signals.Stopped, match=r"SIGTERM outside of training: start the same"),
+    ):
         signal.raise_signal(signal.SIGTERM)
     assert listening.asked == "SIGTERM"
     with signals.Signals() as listening, listening.held_back():
@@ -199,6 +203,8 @@ def test_a_signal_before_training_stops_at_once_and_a_second_one_always(capfd):
             signal.raise_signal(signal.SIGINT)
     assert capfd.readouterr().err == "SIGUSR1: saving after this step; once more stops at once, without\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: signals.Signals().__enter__().before).result() == {}
 
 
 # States that are damaged, or of something else
