@@ -20,8 +20,8 @@ class Signals:
     """Listens as long as the block lasts: the first signal stops the run, the second one stops it at once.
 
     Where nothing would be lost the run stops by `Stopped` wherever it is; in a block of `held_back` it only learns that
-    `asked` is true, and has to raise `Stopped` itself when what it is doing is done. In a thread it hears nothing: signals
-    come to the main one.
+    `asked` is true, and has to raise `Stopped` itself when what it is doing is done. It hears nothing in a thread:
+    signals come to the main one.
     """
 
     def __init__(self) -> None:
