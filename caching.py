@@ -154,8 +154,7 @@ def cache_images(
     Returns:
         The source of activations, or why there is none.
     """
-    runtime, num_stages = caching.runtime, models.frozen_stages(visual)
-    views = pixels.views
+    runtime, num_stages, views = caching.runtime, models.frozen_stages(visual), pixels.views
     if num_stages == 0:
         return "no frozen layers in front"
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from locking import locked
-from writing import write_whole
+from writing import sweep, write_whole
 
 SEGMENT_BYTES = 256e6  # a segment is written when so much has come together
 RESERVED_BYTES = 1e9  # of the disk, always left free
@@ -132,7 +132,10 @@ class FeatureSet:
 
     def refresh(self) -> None:
         """Take notice of segments that were added, by this process or another."""
-        for path in sorted(self.folder.glob("*.safetensors")):
+        paths: list[Path] = []
+        with suppress(FileNotFoundError):  # the folder may be removed this very moment
+            paths = sorted(self.folder.glob("*.safetensors"))
+        for path in paths:
             if path.name in self.read:
                 continue
             self.read.add(path.name)
@@ -153,7 +156,8 @@ class FeatureSet:
 
     def tidy(self) -> None:
         """Remove damaged segments and what killed processes have left. For who holds the lock: nobody writes then."""
-        for path in [*self.folder.glob(".*.tmp"), *self.damaged]:
+        sweep(self.folder)
+        for path in self.damaged:
             with suppress(OSError):  # another user's, or gone already
                 path.unlink()
         self.damaged.clear()

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what a killed process may leave
+# What a killed process may leave: ours, and what safetensors writes before it renames.
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
 
 
 def temporary_name(path: Path) -> Path:
@@ -59,9 +60,10 @@ def write_errors(path: Path) -> Iterator[None]:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes have left half-written in and below a folder that is this process's alone."""
-    for path in list(folder.rglob(".*.tmp")):
+    for path in list(folder.rglob(".*")):
         if is_temporary(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's, in a cache that is shared
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_temporary(path: Path) -> bool:

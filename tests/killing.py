@@ -69,7 +69,7 @@ def broken_files(folder: Path) -> list[str]:
     }
     found = []
     for path in folder.rglob("*"):
-        if path.is_dir() or any(map(is_temporary, (path, *path.parents))) or path.name.endswith(".tmp"):
+        if path.is_dir() or any(map(is_temporary, (path, *path.parents))):
             continue
         try:
             readers[path.suffix](path)

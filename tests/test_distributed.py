@@ -50,6 +50,7 @@ import torch
 
 import baseline, configs, engine, signals
 import test_distributed as case
+import test_resuming
 
 folder = Path(sys.argv[3])
 runtime = engine.start_runtime("cpu", "off")
@@ -78,7 +79,7 @@ for argv in json.loads(sys.argv[4]):
     baseline.run(configs.parse_args(argv))
 
 # A run that is stopped after 20 looks (every tenth of which both take together) and gone on with.
-for listening, flags in ((case.StopsAt(2), []), (signals.NONE, ["--resume", "auto"])):
+for listening, flags in ((test_resuming.StopsAt(2), []), (signals.NONE, ["--resume", "auto"])):
     try:
         baseline.run(configs.parse_args([*json.loads(sys.argv[5]), *flags]), listening=listening)
     except signals.Stopped:

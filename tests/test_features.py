@@ -193,7 +193,7 @@ def test_a_file_of_another_kind_under_a_segments_name_is_reported_and_not_used(t
 def test_what_a_broken_off_run_left_behind_is_not_used(tmp_path, capsys):
     rows = put(open_set(tmp_path), keys(0, 1))
     whole = segments(tmp_path)[0]
-    left = rows.folder / ".0123456789abcdef.tmp"
+    left = rows.folder / ".0123456789abcdef.safetensors.123.tmp"
     whole.rename(left)
     later = open_set(tmp_path)
     assert later.missing(keys(0, 1)) == [0]

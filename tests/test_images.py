@@ -558,23 +558,6 @@ def test_a_file_that_can_no_longer_be_read_is_an_os_error(files, tmp_path, place
         store.load([2, 3])
 
 
-@pytest.mark.parametrize(
-    "error", [OSError("no more data"), ValueError("odd mode"), SyntaxError("broken header"), EOFError()]
-)
-def test_whatever_breaks_in_a_thread_that_decodes_is_one_error_with_the_file_and_the_cause(files, monkeypatch, error):
-    def fail(path: Path, size: int | None) -> np.ndarray:
-        if path == files[3].path:
-            raise error
-        return np.zeros((2, 2, 3), np.uint8)
-
-    monkeypatch.setattr(images, "decode", fail)
-    store = images.ImageStore(files, image_size=SIZE, num_threads=3)
-    with pytest.raises(OSError, match="3") as caught:
-        store.load(range(len(files)))
-    assert str(caught.value) == f"{files[3].path}: {str(error) or 'EOFError'}"
-    assert caught.value.__cause__ is error
-
-
 @pytest.mark.parametrize("place", ["memory", "file"])
 def test_an_image_that_was_kept_outlives_its_file(files, tmp_path, place):
     store = store_in(place, files, tmp_path)
