@@ -223,7 +223,8 @@ print(peak() - before)
 """
 
 
-def test_bombs_are_refused_by_their_headers_with_their_size_and_take_no_memory(tmp_path):
+@pytest.mark.torture
+def test_bombs_are_refused_by_their_headers_with_their_size_and_take_no_memory(tmp_path, figure):
     write_bombs(tmp_path)
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
@@ -234,6 +235,7 @@ def test_bombs_are_refused_by_their_headers_with_their_size_and_take_no_memory(t
     for name in ("text", "profile"):
         assert "too large" in found[name], name
     assert int(peak) < 60 * 1024, "KiB; the pixels of the first alone would take 2.5 GB"
+    figure("decompression bombs", f"{len(found)} refused, peak memory +{int(peak) / 1024:.1f} MB")
 
 
 def test_very_large_images_are_decoded_one_at_a_time(noise, monkeypatch):

@@ -68,9 +68,13 @@ def slope(values: np.ndarray) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-def test_memory_and_the_time_of_an_epoch_stay_flat_over_200_epochs_and_a_planted_leak_would_show(demo_set, tmp_path):
-    argv = [flags(demo_set, tmp_path, f"leak{leak}", f"--epochs {EPOCHS} --no_report") for leak in (0, LEAK)]
+def test_memory_and_the_time_of_an_epoch_stay_flat_over_200_epochs_and_a_planted_leak_would_show(
+    demo_set, tmp_path, is_torture, figure
+):
+    epochs = 5 * EPOCHS if is_torture else EPOCHS
+    argv = [flags(demo_set, tmp_path, f"leak{leak}", f"--epochs {epochs} --no_report") for leak in (0, LEAK)]
     started = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(ROOT), str(leak), *more],
@@ -80,11 +84,12 @@ def test_memory_and_the_time_of_an_epoch_stay_flat_over_200_epochs_and_a_planted
         )
         for leak, more in zip((0, LEAK), argv, strict=True)
     ]
-    said = [process.communicate(timeout=300)[0] for process in started]
+    said = [process.communicate(timeout=1800)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     plain, leaking = (np.array(json.loads(out.splitlines()[-1])) for out in said)
-    assert len(plain) == len(leaking) == EPOCHS
-    print(f"kB per epoch: {slope(plain[:, 0]) / 1e3:.1f}, with the leak {slope(leaking[:, 0]) / 1e3:.1f}")
+    assert len(plain) == len(leaking) == epochs
+    found = f"{slope(plain[:, 0]) / 1e3:.1f} kB per epoch over {epochs}"
+    figure("memory stays flat", f"{found}; {slope(leaking[:, 0]) / 1e3:.1f} with a planted leak of {LEAK / 1e3:.0f}")
     assert slope(plain[:, 0]) < MOST_BYTES < slope(leaking[:, 0])
     assert slope(plain[:, 1]) < MOST_OBJECTS
     quarters = np.split(np.diff(plain[:, 2], prepend=plain[0, 2]), 4)

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from test_resuming import differences
 
 import baseline
 import demo
@@ -70,16 +70,7 @@ def plain(demo_set, tmp_path_factory) -> Callable[[str], Path]:
 
 def assert_identical(one: Path, other: Path) -> None:
     """All that two runs have found is the same to the bit, but for what clocks say."""
-    tables = [pd.read_csv(folder / "metrics.csv").drop(columns=CLOCKS) for folder in (one, other)]
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
-    results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
-    for name in set(results[0]) - set(SECONDS):
-        assert results[0][name] == results[1][name], name
-    weights = [load_file(folder / "best" / "model.safetensors") for folder in (one, other)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), name
-    assert (one / "predictions.csv").read_bytes() == (other / "predictions.csv").read_bytes()
+    assert differences(one, other) == []
 
 
 # A second time

@@ -902,7 +902,8 @@ def test_a_stopped_run_leaves_no_half_file(make_dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_workers_share_a_real_search_and_its_cache_and_the_best_is_repeated(make_dataset, tmp_path):
+@pytest.mark.torture
+def test_four_workers_share_a_real_search_and_its_cache_and_the_best_is_repeated(make_dataset, tmp_path, figure):
     files = make_dataset(scored_rows())
     trained = ["--no_freeze_clip", "--partial_freeze", "--freeze_layers", "22"]
     flags = ["--cache_dir", str(tmp_path / "cache"), *TINY, *trained, *files.flags, "--workers", "4", "--seeds", "2"]
@@ -926,6 +927,7 @@ def test_four_workers_share_a_real_search_and_its_cache_and_the_best_is_repeated
     assert len(recipes) == 7  # of each seed's CLIP evaluation views, training views and prompts; statistics
     summary = json.loads((tmp_path / "out" / "best" / "summary.json").read_text())
     assert summary["runs"] == ["seed42", "seed43"] and "srocc_q" in summary["test"]
+    figure("four workers", "7 of 7 trials run once, no row of the cache computed twice")
 
 
 @pytest.mark.slow
