@@ -901,6 +901,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ValueErrors of one line, with the nearest flag for a misspelt one."""
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())  # it quotes what was given
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
         raise ValueError(message + (f" (did you mean {near[0]}?)" if near else "; see --help"))

@@ -90,6 +90,11 @@ def integer(text: str) -> int:
     return int(text)
 
 
+def in_a_line(error: Exception) -> str:
+    """What an error says, whatever breaks of lines it quotes."""
+    return " ".join(str(error).split())
+
+
 def shortened(text: str) -> str:
     """A text in quotes, cut where it is long."""
     return repr(text if len(text) <= 60 else text[:59] + "…")

@@ -161,8 +161,6 @@ def read_csv(path: Path, folder: Path, columns: Sequence[str], *, texts: bool = 
         table = tables.read_csv(path, keep_default_na=False, na_values=[""], dtype=kinds)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(missing(path, folder)) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
     absent = [column for column in columns if column not in table.columns]
     if absent:
         raise ValueError(f"{path}: no column {absent[0]!r}; run it again with this version")
