@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_JSON = 8 * 2**20  # bytes; what runs write has thousands
+LONGEST_LINE = 2000  # characters of a message
 LONGEST_INTEGER = 19  # characters: 64 bits
 
 
@@ -90,9 +91,11 @@ def integer(text: str) -> int:
     return int(text)
 
 
-def in_a_line(error: Exception) -> str:
-    """What an error says, whatever breaks of lines it quotes."""
-    return " ".join(str(error).split())
+def in_a_line(error: Exception | str) -> str:
+    """What an error says, whatever breaks of lines and long texts it quotes."""
+    text = " ".join(str(error).split())
+    half = LONGEST_LINE // 2
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 def shortened(text: str) -> str:

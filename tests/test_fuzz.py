@@ -422,6 +422,8 @@ def test_command_lines(cases, tmp_path, capsys):
 
     @FUZZ
     @example([["a\nb"]], "flags", b"")
+    @example([["--loss", "a\nb"]], "flags", b"")
+    @example([], "--config", json.dumps({"loss": "x" * 5000}).encode())
     @given(
         st.lists(flags, max_size=4),
         st.sampled_from(["flags", "flags", "--config", "--resume"]),
