@@ -801,21 +801,32 @@ def test_run_folders(cases, tmp_path, finished_run, capsys):
     whole = Path(shutil.copytree(finished_run, tmp_path / "runs"))
     first = whole / json.loads((whole / "summary.json").read_text())["runs"][0]
     config = configs.parse_args(["--config", str(first / "config.json")])
-    readers: list[Callable[[], object]] = [
-        lambda: report.read_entry(first, "a"),
-        lambda: [report.read_run(first).pairs(task) for task in report.read_run(first).tasks],
-        lambda: report.read_entry(whole, "a"),
-        lambda: compare.read_summary(whole),
-        lambda: protocol.finished_parts(whole, {first.name: config}),
-        lambda: evaluation.seen_by(first),
-        lambda: evaluation.prompts_seen_by(first),
-        lambda: app.read_test_fold(first),
-        lambda: configs.parse_args(["--config", str(first / "config.json")]),
-        lambda: configs.parse_args(["--resume", str(first)]),
+
+    def shown() -> None:
+        run = report.read_run(first)
+        for task in run.tasks:
+            run.pairs(task)
+
+    entry, entries = (lambda: report.read_entry(first, "a")), (lambda: report.read_entry(whole, "a"))
+    kept, seen = (lambda: protocol.finished_parts(whole, {first.name: config})), (lambda: evaluation.seen_by(first))
+    again = [
+        lambda flag=flag, path=path: configs.parse_args([flag, str(path)])
+        for flag, path in (("--config", first / "config.json"), ("--resume", first))
     ]
-    files = [first / name for name in ("config.json", "results.json", "predictions.csv", "splits.csv", "metrics.csv")]
-    files += [whole / name for name in ("summary.json", "protocol.json")]
-    contents = {path: path.read_bytes() for path in files}
+    readers: dict[Path, list[Callable[[], object]]] = {
+        first / "config.json": [entry, kept, seen, *again],
+        first / "results.json": [entry, shown, kept, lambda: app.read_test_fold(first)],
+        first / "predictions.csv": [
+            shown,
+            lambda: evaluation.prompts_seen_by(first),
+            lambda: compare.read_predictions(first),
+        ],
+        first / "splits.csv": [shown, seen],
+        first / "metrics.csv": [shown],
+        whole / "summary.json": [entries, lambda: compare.read_summary(whole)],
+        whole / "protocol.json": [entries],
+    }
+    contents = {path: path.read_bytes() for path in readers}
 
     def damaged_file(path: Path) -> st.SearchStrategy[tuple[Path, bytes]]:
         found = contents[path]
@@ -830,13 +841,13 @@ def test_run_folders(cases, tmp_path, finished_run, capsys):
     @example((first / "splits.csv", b"name,digest\na,b\n"))
     @example((first / "predictions.csv", b"name,prompt\na,b\n"))
     @example((first / "metrics.csv", b"epoch\n" + b"x" * 9999))
-    @given(st.one_of(*map(damaged_file, files)))
+    @given(st.one_of(*map(damaged_file, readers)))
     def read(found):
         cases.num += 1
         path, content = found
         path.write_bytes(content)
         try:
-            for reader in readers:
+            for reader in readers[path]:
                 with cases.one():
                     reader()
         finally:
