@@ -46,7 +46,7 @@ import sources
 from configs import NOT_SAVED, OPTIONS, TrainingConfig
 
 pytestmark = pytest.mark.torture
-# No shrinking over minutes of what takes no time to understand: the case is printed as it was found, and smaller.
+# The profile of --torture asks for more. No case is kept for the next time: examples are what stays.
 FUZZ = settings(
     max_examples=max(500, settings().max_examples),
     deadline=None,
@@ -456,6 +456,7 @@ def test_command_lines(cases, tmp_path, capsys):
 
     @FUZZ
     @example([["a\nb"]], "flags", b"")
+    @example([], "--config", b'{"loss": ' + b"[" * 100_000)
     @example([["--loss", "a\nb"]], "flags", b"")
     @example([], "--config", json.dumps({"loss": "x" * 5000}).encode())
     @given(
