@@ -28,7 +28,7 @@ from torch import Tensor
 
 import tables
 from locking import locked
-from reading import read_json, weight_shapes
+from reading import in_a_line, read_json, weight_shapes
 from writing import is_temporary, sweep, temporary_name, write_whole
 
 RESULTS_FILE = "results.json"
@@ -430,7 +430,7 @@ def damage_told(folder: Path) -> Iterator[None]:
             f"{folder}: not a checkpoint, {Path(error.filename or WEIGHTS_FILE).name} is missing"
         ) from None
     except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError, RecursionError) as error:
-        raise ValueError(f"{folder}: damaged checkpoint ({error})") from None
+        raise ValueError(f"{folder}: damaged checkpoint ({in_a_line(error)})") from None
 
 
 def environment() -> dict[str, Any]:

@@ -65,8 +65,6 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     except FileNotFoundError:
         unfinished = "an unfinished run" if (folder / "config.json").exists() else "no run folder"
         raise ValueError(f"{folder}: {unfinished}, {PREDICTIONS_FILE} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
     missing = [column for column in ("name", "set", "split", "cluster") if column not in table.columns]
     if missing:
         raise ValueError(f"{path}: no column {missing[0]!r}; run it again with this version")

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast, get_type_hints
 
-from reading import read_json
+from reading import in_a_line, read_json, shortened
 
 LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity", "kl", "thurstone")
 SPREAD_LOSSES = ("kl", "thurstone")  # need the standard deviation of the opinions behind each score
@@ -489,9 +489,12 @@ class TrainingConfig:
     device: str = option("auto", "meta", "where to compute", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        for name, spec in OPTIONS.items():
-            spec.check(getattr(self, name))
-        check_together(self)
+        try:
+            for name, spec in OPTIONS.items():
+                spec.check(getattr(self, name))
+            check_together(self)
+        except ValueError as error:  # it quotes what was given
+            raise ValueError(in_a_line(error)) from None
 
     @cached_property
     def loss_terms(self) -> tuple[tuple[float, str], ...]:
@@ -901,6 +904,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ValueErrors of one line, with the nearest flag for a misspelt one."""
 
     def error(self, message: str) -> NoReturn:
+        message = in_a_line(message)  # it quotes what was given
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
         raise ValueError(message + (f" (did you mean {near[0]}?)" if near else "; see --help"))
@@ -939,7 +943,7 @@ def load_options(path: str | Path, flag: str = "--config") -> dict[str, Any]:
         if key not in OPTIONS:
             near = difflib.get_close_matches(key, OPTIONS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{flag} {path}: unknown option {key!r}{hint}")
+            raise ValueError(f"{flag} {path}: unknown option {shortened(key)}{hint}")
     return {
         key: tuple(value) if OPTIONS[key].pair and isinstance(value, list) else value
         for key, value in saved.items()

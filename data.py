@@ -22,7 +22,7 @@ import pandas as pd
 from sklearn.model_selection import GroupShuffleSplit
 
 from images import ImageFile, first_five, is_missing, leave_folder, refuse_broken, try_images
-from reading import refuse_odd_file
+from reading import refuse_odd_file, shortened
 from scores import TASKS, title_of
 
 FOLDS = ("train", "val", "test")
@@ -145,8 +145,12 @@ def check_columns(present: Sequence[str], columns: Columns, extra: Sequence[str]
         *(("--extra_scores", column, None) for column in extra),
     ):
         if column != usual and column not in present:
-            found = ", ".join(map(repr, present))
-            raise ValueError(f"{csv_path}: no column {column!r} among {found}; name yours with {flag}")
+            raise ValueError(f"{csv_path}: no column {column!r} among {columns_found(present)}; name yours with {flag}")
+
+
+def columns_found(present: Sequence[str]) -> str:
+    """The names of columns for a message: the first twenty."""
+    return ", ".join(map(shortened, present[:20])) + (f", ... ({len(present)} in all)" if len(present) > 20 else "")
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
@@ -161,7 +165,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     raw.index = raw.index + 1
     repeated = sorted({column for column in raw.columns[raw.columns.duplicated()] if column})
     if repeated:
-        raise ValueError(f"{path}: the header has {repeated[0]!r} more than once")
+        raise ValueError(f"{path}: the header has {shortened(repeated[0])} more than once")
     rows = raw.iloc[1:]
     rows = rows[(rows.apply(lambda column: column.str.strip()) != "").any(axis=1)]
     if rows.empty:
@@ -225,7 +229,7 @@ def parse_scores(raw: pd.DataFrame, column: str, path: str | Path) -> pd.Series:
     if wrong.any():
         first: Any = wrong.idxmax()
         raise ValueError(
-            f"{path} row {first}: {column} is {text[first]!r}, must be a finite number or empty; "
+            f"{path} row {first}: {column} is {shortened(text[first])}, must be a finite number or empty; "
             f"{wrong.sum()} such row(s)"
         )
     return numbers
@@ -310,8 +314,8 @@ def assign_folds(
         wrong = table[~table["split"].isin(FOLDS)]
         if len(wrong):
             raise ValueError(
-                f"row {wrong['row'].iloc[0]}: split is {wrong['split'].iloc[0]!r}, must be train, val or test; "
-                f"{len(wrong)} such row(s)"
+                f"row {wrong['row'].iloc[0]}: split is {shortened(wrong['split'].iloc[0])}, must be train, val or "
+                f"test; {len(wrong)} such row(s)"
             )
         if part:
             raise ValueError("--kfold: the data set has folds of its own; drop --kfold, or the column 'split' of a CSV")

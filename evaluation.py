@@ -20,7 +20,7 @@ import metrics
 import reporting
 import tables
 from images import check_images
-from reading import read_json
+from reading import read_json, shortened
 from scores import MEASURES, columns_of, title_of
 
 COLUMNS = ["run", "set", "score", "images", *MEASURES, "srocc_low", "srocc_high", "generator_mean_srocc"]
@@ -70,19 +70,29 @@ def seen_by(run: Path) -> set[str] | None:
 
     None if a folder does not tell.
     """
-    folder = checkpoint.weights_folder(run).parent
-    try:
-        table = tables.read_csv(folder / "splits.csv", dtype=str, keep_default_na=False)
-        config = read_json(folder / checkpoint.CONFIG_FILE)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if "digest" not in table.columns:
-        return None
-    own = set(table["digest"][table["split"] != "test"])
-    if not config.get("init_from"):
-        return own
-    before = seen_by(Path(config["init_from"]))
-    return None if before is None else own | before
+    seen: set[str] = set()
+    folders: set[Path] = set()
+    while True:
+        folder = checkpoint.weights_folder(run).parent
+        if folder.resolve() in folders:  # runs that name each other
+            return seen
+        folders.add(folder.resolve())
+        try:
+            table = tables.read_csv(folder / "splits.csv", dtype=str, keep_default_na=False)
+            config = read_json(folder / checkpoint.CONFIG_FILE)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not {"digest", "split"} <= set(table.columns):
+            return None
+        seen |= set(table["digest"][table["split"] != "test"])
+        first = config.get("init_from")
+        if not first:
+            return seen
+        if not isinstance(first, str):
+            raise ValueError(
+                f"{folder / checkpoint.CONFIG_FILE}: init_from is {shortened(repr(first))}, must be a text"
+            )
+        run = Path(first)
 
 
 def evaluate(
@@ -148,7 +158,9 @@ def prompts_seen_by(run: Path) -> set[str]:
     if not path.is_file():
         return set()
     table = tables.read_csv(path, dtype=str, keep_default_na=False)
-    return set(data.prompt_keys(table[table["split"] != "test"])) - {""} if "prompt" in table else set()
+    if not {"prompt", "split"} <= set(table.columns):
+        return set()
+    return set(data.prompt_keys(table[table["split"] != "test"])) - {""}
 
 
 def generator_floor(mos: np.ndarray, makers: np.ndarray) -> float:

@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional as F
 
 from image_files import Source, opened, read_file, to_rgb
 
+LONGEST_ITEM = 300  # characters of a name in a message
 MAX_REDUCTION = 8  # what JPEG decoders offer: a half, a quarter, an eighth of the size
 # Where an image is so large that a half of it still has three times the pixels per side that the model sees, it is
 # decoded at that half: Pillow's documentation calls the difference after resizing indistinguishable from 3 on.
@@ -45,8 +46,11 @@ class ImageFile:
 
 
 def first_five(items: Sequence[object]) -> str:
-    """The first five of a list, and that there are more."""
-    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
+    """The first five of a list in a line, very long ones cut, and that there are more."""
+    texts = [str(item).replace("\n", "\\n") for item in items[:5]]
+    return ", ".join(text if len(text) <= LONGEST_ITEM else f"{text[:LONGEST_ITEM]}…" for text in texts) + (
+        ", ..." if len(items) > 5 else ""
+    )
 
 
 class Unreadable(OSError):
@@ -115,7 +119,7 @@ def leave_folder(paths: Sequence[Path], *homes: Path) -> list[bool]:
     real = {folder: os.path.realpath(folder) for folder in {path.parent for path in paths}}  # few, so files cost a look
 
     def leaves(path: Path) -> bool:
-        place = os.path.realpath(path) if path.is_symlink() else os.path.join(real[path.parent], path.name)
+        place = os.path.realpath(path) if os.path.islink(path) else os.path.join(real[path.parent], path.name)
         return not f"{place}/".startswith(roots)  # the folder itself is within
 
     return [leaves(path) for path in paths]

@@ -310,8 +310,8 @@ def column_places(args: argparse.Namespace, header: Sequence[str]) -> dict[str, 
         if header.count(column) > 1:
             raise ValueError(f"{args.csv}: the header has {column!r} more than once")
         if column not in header and column != data.Columns.prompt:  # may be absent under its usual name
-            present = ", ".join(map(repr, header))
-            raise ValueError(f"{args.csv}: no column {column!r} among {present}; name yours with --{key}_column")
+            found = data.columns_found(header)
+            raise ValueError(f"{args.csv}: no column {column!r} among {found}; name yours with --{key}_column")
         places[key] = header.index(column) if column in header else None
     return places
 

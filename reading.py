@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_JSON = 8 * 2**20  # bytes; what runs write has thousands
+LONGEST_LINE = 2000  # characters of a message
 LONGEST_INTEGER = 19  # characters: 64 bits
 
 
@@ -88,6 +89,13 @@ def integer(text: str) -> int:
     if len(text) > LONGEST_INTEGER:
         raise ValueError(f"{shortened(text)} is too large a number")
     return int(text)
+
+
+def in_a_line(error: Exception | str) -> str:
+    """What an error says, whatever breaks of lines and long texts it quotes."""
+    text = " ".join(str(error).split())
+    half = LONGEST_LINE // 2
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 def shortened(text: str) -> str:

@@ -116,7 +116,7 @@ class Run:
         try:
             table = table.assign(mos=table[mos].astype(float), pred=table[pred].astype(float))
         except ValueError as error:
-            raise ValueError(f"{self.folder / compare.PREDICTIONS_FILE}: cannot be read ({error})") from None
+            raise ValueError(f"{self.folder / compare.PREDICTIONS_FILE}: cannot be read ({one_line(error)})") from None
         return table[np.isfinite(table["mos"]) & np.isfinite(table["pred"])]
 
 
@@ -128,7 +128,7 @@ def read_run(folder: Path) -> Run:
     try:
         epochs = epochs.astype(float)
     except ValueError as error:
-        raise ValueError(f"{folder / 'metrics.csv'}: cannot be read ({error})") from None
+        raise ValueError(f"{folder / 'metrics.csv'}: cannot be read ({one_line(error)})") from None
     predictions = read_csv(folder / compare.PREDICTIONS_FILE, folder, ["name", "set", "split", "prompt", "generator"])
     texts = ["name", "set", "prompt", "generator"]
     predictions[texts] = predictions[texts].fillna("")
@@ -161,8 +161,6 @@ def read_csv(path: Path, folder: Path, columns: Sequence[str], *, texts: bool = 
         table = tables.read_csv(path, keep_default_na=False, na_values=[""], dtype=kinds)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(missing(path, folder)) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
     absent = [column for column in columns if column not in table.columns]
     if absent:
         raise ValueError(f"{path}: no column {absent[0]!r}; run it again with this version")

@@ -14,6 +14,7 @@ import labels
 import tables
 from configs import TrainingConfig
 from images import first_five
+from reading import shortened
 
 
 def draw_demo(config: TrainingConfig) -> TrainingConfig:
@@ -143,7 +144,7 @@ def fixed_splits(sources: list[data.Labelled], path: Path) -> list[data.Labelled
         raise ValueError(f"--split_file {path}: no column {missing[0]!r}; it must have name and split")
     names = raw["name"].str.strip().map(tables.unescape)  # a run's own splits.csv, or one written by hand
     if names.duplicated().any():
-        raise ValueError(f"--split_file {path}: {names[names.duplicated()].iloc[0]!r} occurs more than once")
+        raise ValueError(f"--split_file {path}: {shortened(names[names.duplicated()].iloc[0])} occurs more than once")
     folds = dict(zip(names, raw["split"].str.strip(), strict=True))
     found = []
     for source in sources:
@@ -151,8 +152,10 @@ def fixed_splits(sources: list[data.Labelled], path: Path) -> list[data.Labelled
         split = pd.Series([folds.get(prefix + name, "") for name in source.table["name"]], source.table.index)
         if (split == "").any():
             count, first = (split == "").sum(), source.table["name"][split == ""].iloc[0]
-            raise ValueError(f"--split_file {path}: {count} image(s) have no fold there, such as {prefix}{first}")
+            raise ValueError(
+                f"--split_file {path}: {count} image(s) have no fold there, such as {first_five([prefix + first])}"
+            )
         if wrong := sorted(set(split) - set(data.FOLDS)):
-            raise ValueError(f"--split_file {path}: split is {wrong[0]!r}, must be train, val or test")
+            raise ValueError(f"--split_file {path}: split is {shortened(wrong[0])}, must be train, val or test")
         found.append(replace(source, table=source.table.assign(split=split)))
     return found

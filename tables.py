@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from reading import refuse_odd_file
+from reading import in_a_line, refuse_odd_file
 
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a formula begins for a spreadsheet, behind any apostrophes
 ESCAPED = re.compile(r"'+[=+\-@\t\r]")
@@ -37,9 +37,19 @@ def write(table: pd.DataFrame, path: Path) -> None:
 
 
 def read_csv(path: Path, **options: Any) -> pd.DataFrame:
-    """A table that the program wrote, by `pandas.read_csv` with these options. Raises what that raises, ValueError."""
-    refuse_odd_file(path)
-    return changed(pd.read_csv(path, **options), unescape)
+    """A table that the program wrote, by `pandas.read_csv` with these options.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        ValueError: it cannot be read; one line that names the file.
+    """
+    try:
+        refuse_odd_file(path)
+        return changed(pd.read_csv(path, **options), unescape)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({in_a_line(error)})") from None
 
 
 def changed(table: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFrame:

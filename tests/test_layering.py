@@ -68,7 +68,7 @@ LAYOUT = {
     "caching": Place(
         3, names("engine features images inputs models simple_statistics"), outside=names("numpy torch tqdm")
     ),
-    "sources": Place(3, names("configs data demo images labels tables"), outside=names("pandas")),
+    "sources": Place(3, names("configs data demo images labels reading tables"), outside=names("pandas")),
     "reporting": Place(3, names("calibration data metrics scores"), outside=names("numpy pandas")),
     "describe": Place(4, names("configs data scores sources"), outside=names("numpy pandas")),
     "protocol": Place(
