@@ -174,7 +174,7 @@ def run(
                     course.lr = course.lr if course.record.step else config.lr * trained.lr_factor
                     losses_of_epoch = engine.train_epoch(
                         trainee,
-                        feed.batches(orders["train"].rest_of(course.epoch - 1, num_batches_done(config, course))),
+                        feed.batches(orders["train"].of_pass(course.epoch - 1), num_done=num_done(config, course)),
                         compute_losses,
                         optimizer=trained.optimizer,
                         schedule=trained.schedule,
@@ -355,8 +355,8 @@ def failure(error: engine.NonFiniteLoss, course: resuming.Course, names: list[st
     }
 
 
-def num_batches_done(config: TrainingConfig, course: resuming.Course) -> int:
-    """Batches of the present epoch that are trained on already."""
+def num_done(config: TrainingConfig, course: resuming.Course) -> int:
+    """Batches of the present epoch that are trained on already, see `inputs.Feed.batches`."""
     return course.record.step * config.gradient_accumulation_steps
 
 

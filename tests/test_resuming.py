@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,28 @@ def test_an_epoch_is_not_over_before_its_row_is_written(demo_set, tmp_path, monk
     monkeypatch.setattr(checkpoint.RunFolder, "csv", fails_once)
     with pytest.raises(OSError, match="the disk is full"):
         baseline.run(parse_args([*argv, "--output_dir", str(tmp_path / "part")]))
+    run_until([*argv, "--resume", "auto"], tmp_path / "part", None)
+    assert differences(tmp_path / "whole", tmp_path / "part") == []
+
+
+def test_images_that_were_lost_stay_out_and_their_batch_is_not_counted(demo_set, tmp_path):
+    """The image is back when the run goes on, as it must be."""
+    images = shutil.copytree(demo_set[1], tmp_path / "images")
+    few = ["--batch_size", "1", "--no_cache", "--image_memory_gb", "0", "--cache_max_gb", "0", "--bad_images", "skip"]
+    argv = [*flags_of((demo_set[0], images), "--freeze_clip", *few), "--cache_dir", str(tmp_path / "cache")]
+
+    def lose(row: Any) -> None:
+        if row["epoch"] == 1:
+            splits = pd.read_csv(tmp_path / name / "splits.csv")
+            lost.append(Path(splits["path"][splits["split"] == "train"].iloc[5]))
+            lost[0].rename(tmp_path / "lost")
+
+    for name, number in (("whole", None), ("part", 124)):  # in the third epoch
+        lost: list[Path] = []
+        config = parse_args([*argv, "--output_dir", str(tmp_path / name)])
+        with pytest.raises(signals.Stopped) if number else nullcontext():
+            baseline.run(config, after_epoch=lose, listening=StopsAt(number))
+        (tmp_path / "lost").rename(lost[0])
     run_until([*argv, "--resume", "auto"], tmp_path / "part", None)
     assert differences(tmp_path / "whole", tmp_path / "part") == []
 
