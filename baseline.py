@@ -174,7 +174,7 @@ def run(
                     course.lr = course.lr if course.record.step else config.lr * trained.lr_factor
                     losses_of_epoch = engine.train_epoch(
                         trainee,
-                        feed.batches(orders["train"].rest_of(course.epoch - 1, num_batches_done(config, course))),
+                        feed.batches(orders["train"].of_pass(course.epoch - 1), num_done=num_done(config, course)),
                         compute_losses,
                         optimizer=trained.optimizer,
                         schedule=trained.schedule,
@@ -191,12 +191,12 @@ def run(
                 measured = runtime.agree(evaluate(scores, "val", examples, config))  # or processes might stop apart
                 validated = {f"val_{name}": value for name, value in measured.items()}
                 row = {"epoch": course.epoch, **losses_of_epoch, **validated, "lr": course.lr, **progress.timing()}
+                writer.csv("metrics.csv", pd.DataFrame([*course.history, row]))  # an epoch without its row is not over
                 if course.would_be_best(score := validated[f"val_{config.select_by}"]) and runtime.is_main:
                     newest_best.keep(models.merged_state(trained.average.weights))
                 course.close_epoch(row, score, scores)
                 trackers.log(row, len(course.history))
                 runtime.say(reporting.epoch_line(row, config.epochs))
-                writer.csv("metrics.csv", pd.DataFrame(course.history))
                 newest_best.flush_if_due()
                 after_epoch(row)
                 saver.check()
@@ -355,8 +355,8 @@ def failure(error: engine.NonFiniteLoss, course: resuming.Course, names: list[st
     }
 
 
-def num_batches_done(config: TrainingConfig, course: resuming.Course) -> int:
-    """Batches of the present epoch that are trained on already."""
+def num_done(config: TrainingConfig, course: resuming.Course) -> int:
+    """Batches of the present epoch that are trained on already, see `inputs.Feed.batches`."""
     return course.record.step * config.gradient_accumulation_steps
 
 
@@ -1056,7 +1056,26 @@ def write_inputs(
     if writer.resume:
         before = read_json(writer.path / checkpoint.CONFIG_FILE)["provenance"]
         runtime.say(changes_since(before, writer.path, examples))
-        return
+    else:
+        write_config(writer, config, examples, runtime)
+    splits = pd.DataFrame({"name": examples.table["name"], "split": examples.folds})
+    found = {"digest": [file.digest for file in examples.files], "path": [str(file.path) for file in examples.files]}
+    splits = splits.assign(**found)
+    skipped = examples.skipped
+    if len(skipped):  # they keep their fold for when they can be read again
+        splits = pd.concat([splits, skipped[["name", "path"]].assign(split=skipped["fold"], digest="")])
+    if not (writer.path / checkpoint.SPLITS_FILE).exists():  # as it may be where the run was killed early
+        if len(skipped):
+            writer.csv(checkpoint.SKIPPED_FILE, skipped)
+        writer.csv(checkpoint.SPLITS_FILE, splits)
+    if config.split_file and runtime.is_main and not Path(config.split_file).exists():
+        checkpoint.write_csv(Path(config.split_file), splits[["name", "split"]])
+
+
+def write_config(
+    writer: checkpoint.RunFolder, config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime
+) -> None:
+    """Write config.json, which makes the folder that of a run."""
     config = replace(config, output_dir=str(writer.path))
     provenance = {
         **checkpoint.environment(),
@@ -1074,15 +1093,6 @@ def write_inputs(
         "mos_scales": {task: [scale.low, scale.high] for task, scale in examples.scales.items()},
     }
     writer.json(checkpoint.CONFIG_FILE, {**config.to_json(), "provenance": provenance})
-    splits = pd.DataFrame({"name": examples.table["name"], "split": examples.folds})
-    found = {"digest": [file.digest for file in examples.files], "path": [str(file.path) for file in examples.files]}
-    splits = splits.assign(**found)
-    if len(skipped := examples.skipped):  # they keep their fold for when they can be read again
-        splits = pd.concat([splits, skipped[["name", "path"]].assign(split=skipped["fold"], digest="")])
-        writer.csv(checkpoint.SKIPPED_FILE, skipped)
-    writer.csv("splits.csv", splits)
-    if config.split_file and runtime.is_main and not Path(config.split_file).exists():
-        checkpoint.write_csv(Path(config.split_file), splits[["name", "split"]])
 
 
 def changes_since(before: Mapping[str, Any], folder: Path, examples: data.Examples) -> str:

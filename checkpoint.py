@@ -36,14 +36,15 @@ BEST_DIR = "best"
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "scorer.json"
 CONFIG_FILE = "config.json"
+SPLITS_FILE = "splits.csv"
 STATE_DIR = "state"
 FAILURE_FILE = "failure.json"
 SKIPPED_FILE = "skipped.csv"
 RUN_FILES = (
-    *(CONFIG_FILE, "splits.csv", SKIPPED_FILE, "metrics.csv", FAILURE_FILE, RESULTS_FILE),
+    *(CONFIG_FILE, SPLITS_FILE, SKIPPED_FILE, "metrics.csv", FAILURE_FILE, RESULTS_FILE),
     *("predictions.csv", "report.html"),
 )
-RUN_FOLDERS = (BEST_DIR, STATE_DIR, "figures", "tensorboard", "wandb")
+RUN_FOLDERS = (STATE_DIR, BEST_DIR, "figures", "tensorboard", "wandb")
 PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow"),
     *("numpy", "scipy", "pandas", "scikit-learn"),
@@ -87,7 +88,8 @@ def is_run(folder: Path) -> bool:
 def prepare_run_folder(folder: Path) -> None:
     """Make the folder of a new run, without what an older run left in it. See `refuse_occupied`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FOLDERS:
+    (folder / RESULTS_FILE).unlink(missing_ok=True)  # first what tells that it is finished
+    for name in RUN_FOLDERS:  # and the states before the weights that they belong to
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in reversed(RUN_FILES):  # what tells that this is a run goes last
         (folder / name).unlink(missing_ok=True)
@@ -342,7 +344,7 @@ class StateFolder:
         tensors: dict[str, Tensor] = {}
         note = pack(state, "state", tensors)
         write_tensors(path, tensors, note)
-        kept = self.states()[-self.keep :]
+        kept = [old for old in self.states() if old <= path][-self.keep :]  # later ones were damaged, or given up
         for old in set(self.folder.iterdir()) - {*kept, *map(self.best_of, kept)}:
             old.unlink()
 

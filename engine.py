@@ -547,15 +547,19 @@ class EpochRecord:
     Until they are, no step is taken after one whose values are not finite: see `is_broken_by`.
     """
 
-    KEPT = ("step", "num_samples", "num_measured", "num_skipped", "sums", "seconds", "waited")
+    KEPT = (
+        *("step", "num_samples", "num_measured", "num_skipped", "num_taken"),
+        *("sums", "norm_sum", "seconds", "waited"),
+    )
 
     def __init__(self) -> None:
         self.step = 0  # how many it has taken in
         self.num_samples = 0
         self.num_measured = 0  # without those whose losses an overflow in fp16 has spoilt
         self.num_skipped = 0  # steps in a row that fp16 scaling has skipped
-        self.sums: dict[str, Tensor] = {}
-        self.norms: list[Tensor] = []
+        self.num_taken = 0
+        self.sums: dict[str, Tensor] = {}  # from a state they lie on the CPU, where any device adds to them
+        self.norm_sum: Tensor | float = 0.0  # over the steps taken
         self.seconds = 0.0  # of training, and those of them that went into waiting for batches
         self.waited = 0.0
         self.pending: list[Step] = []
@@ -565,12 +569,11 @@ class EpochRecord:
     def state(self) -> dict[str, Any]:
         """What a new record needs to go on as this one. Raises NonFiniteLoss, see `settle`."""
         self.settle()
-        norms = torch.stack(self.norms) if self.norms else torch.zeros(0)  # one tensor, however long the epoch
-        return {**{name: getattr(self, name) for name in self.KEPT}, "norms": norms}
+        return {name: getattr(self, name) for name in self.KEPT}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on as the record whose `state` this is."""
-        vars(self).update({**state, "norms": list(state["norms"])})
+        vars(self).update(state)
 
     def is_broken_by(self, losses: Sequence[tuple[int, dict[str, Tensor]]], norm: Tensor) -> Tensor:
         """1.0 if a step of these values must not be taken: it or one before it is not finite. Stays on the device."""
@@ -608,7 +611,8 @@ class EpochRecord:
         """Add a step's values up."""
         self.step += 1
         if step.is_taken:
-            self.norms.append(step.norm)
+            self.num_taken += 1
+            self.norm_sum = self.norm_sum + step.norm.double()
         for size, terms in step.losses:
             self.num_samples += size
             if step.is_taken or bool(torch.stack([value.float() for value in terms.values()]).isfinite().all()):
@@ -621,7 +625,7 @@ class EpochRecord:
         """Mean of every loss per sample, and of the gradient norm over the steps taken. Raises NonFiniteLoss."""
         self.settle()
         means = {name: float(total) / self.num_measured for name, total in self.sums.items()}
-        return {**means, "grad_norm": float(torch.stack(self.norms).mean()) if self.norms else math.nan}
+        return {**means, "grad_norm": float(self.norm_sum) / self.num_taken if self.num_taken else math.nan}
 
 
 def gradients(

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -38,13 +39,13 @@ class BatchOrder:
         self.passes = 0
 
     def __iter__(self) -> Iterator[tuple[View, Rows]]:
-        yield from self.rest_of(self.passes)
+        yield from self.of_pass(self.passes)
         self.passes += 1
 
-    def rest_of(self, number: int, num_done: int = 0) -> Iterator[tuple[View, Rows]]:
-        """What is left of a pass, by its number from 0, when so many batches of it are done."""
+    def of_pass(self, number: int) -> Iterator[tuple[View, Rows]]:
+        """A pass by its number, from 0."""
         rows = np.random.default_rng((self.seed, number)).permutation(self.rows) if self.shuffle else self.rows
-        for start in range(num_done * self.batch_size, len(rows), self.batch_size):
+        for start in range(0, len(rows), self.batch_size):
             yield number if self.shuffle else None, rows[start : start + self.batch_size]
 
 
@@ -316,7 +317,7 @@ class Dropping:
             except Unreadable as error:
                 if not error.reasons.keys() <= self.may_go:
                     raise OSError(f"{error}{self.otherwise}") from error
-                self.rows |= error.reasons.keys()
+                self.rows.update(error.reasons)  # in place: others hold this set
                 self.tell(error.reasons)
                 if self.may_go <= self.rows:
                     raise OSError(f"{error}; no training image is left") from error
@@ -366,8 +367,10 @@ class Feed(Generic[P]):
         """The rows that have been left out since the run began; may be added to, to leave out more."""
         return self.dropping.rows
 
-    def batches(self, order: Iterable[tuple[View, Rows]]) -> Iterator[Batch]:
+    def batches(self, order: Iterable[tuple[View, Rows]], *, num_done: int = 0) -> Iterator[Batch]:
         """One Batch for each (view, rows), without rows that have been dropped; none where all of them have been.
+
+        `num_done`: so many batches are left out that the order has begun with, not counting those without rows.
 
         Raises:
             OSError: images can no longer be used, see `Dropping`.
@@ -377,7 +380,8 @@ class Feed(Generic[P]):
             view, rows = item
             return view, *self.dropping.load(rows, lambda left: self.source.prepare(self.share(left), view))
 
-        for view, rows, prepared in run_ahead(prepare, order, self.num_ahead):
+        some_left = (item for item in order if len(self.dropping.left(item[1])))
+        for view, rows, prepared in run_ahead(prepare, islice(some_left, num_done, None), self.num_ahead):
             if not len(rows):
                 continue
             images = self.source.finish(prepared, self.share(rows), view)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ class TensorBoard:
     failures: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        shutil.rmtree(folder / TENSORBOARD_DIR, ignore_errors=True)  # a run that goes on tells its epochs anew
         self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder / TENSORBOARD_DIR)
         rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
         self.writer.add_text("settings", f"| option | value |\n|---|---|\n{rows}")

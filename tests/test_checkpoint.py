@@ -189,6 +189,24 @@ def test_preparing_removes_what_an_older_run_left_and_nothing_else(tmp_path):
     assert (tmp_path / "results.json").exists()
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_run_that_is_half_removed_is_not_taken_for_a_finished_one(left, tmp_path, monkeypatch):
+    """Nor for one whose states have lost the weights that they belong to."""
+    folder = fill(tmp_path / "run", *RUN_NAMES, "best/model.safetensors", "state/step1.safetensors")
+    removals, real = iter(range(99)), checkpoint.shutil.rmtree
+
+    def killed(path: Path, **options: bool) -> None:
+        if next(removals) == left:
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prepare_run_folder(folder)
+    assert not (folder / "results.json").exists() and (folder / "config.json").exists()
+    assert (folder / "best").exists() >= (folder / "state").exists()
+
+
 def test_preparing_makes_a_folder_with_its_parents(tmp_path):
     checkpoint.prepare_run_folder(tmp_path / "a" / "b" / "run")
     assert (tmp_path / "a" / "b" / "run").is_dir()

@@ -669,6 +669,9 @@ def test_a_row_that_was_dropped_stays_out_also_when_its_file_comes_back_and_so_d
     again = feed_of(source, dropping=inputs.Dropping(range(5)))
     again.dropped.update(feed.dropped)
     assert [batch.rows.tolist() for batch in again.batches(order)] == [[0], [2, 3]]
+    assert [batch.rows.tolist() for batch in again.batches(order[1:], num_done=0)] == [[2, 3]]
+    assert [batch.rows.tolist() for batch in again.batches(order[::-1], num_done=1)] == [[0]], "nor is it counted"
+    assert [batch.rows.tolist() for batch in again.batches(order[1:], num_done=1)] == []
 
 
 def test_a_row_that_may_not_go_is_an_error_that_says_why_and_nothing_is_dropped():

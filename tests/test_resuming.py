@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def differences(a: Path, b: Path) -> list[str]:
     if weights[0].keys() != weights[1].keys():
         found.append("names of weights")
     found += [name for name in weights[0] if not torch.equal(weights[0][name], weights[1].get(name))]
+    found += [] if (a / "splits.csv").read_bytes() == (b / "splits.csv").read_bytes() else ["splits.csv"]
     tables = [pd.read_csv(folder / "metrics.csv").drop(columns=OF_TIME).to_dict() for folder in (a, b)]
     found += unequal(*tables, "metrics.csv")
     found += [] if (a / "predictions.csv").read_bytes() == (b / "predictions.csv").read_bytes() else ["predictions.csv"]
@@ -244,6 +246,87 @@ def test_without_a_state_that_can_be_read_the_run_starts_again_and_says_so(stopp
     run_until([*argv, "--resume", "auto"], folder, None)
     assert "resume    no state was saved: from the start" in capsys.readouterr().out
     assert differences(tmp_path / "whole", folder) == []
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_state_replaces_later_ones_that_were_given_up(keep, tmp_path):
+    states = checkpoint.StateFolder(tmp_path, keep=2)
+    for step in (7, 8):
+        states.save(step, 0, {"step": step})
+    for path in states.states():
+        path.write_bytes(b"")
+    assert states.load(lambda text: None) is None
+    states = checkpoint.StateFolder(tmp_path, keep=keep)
+    for step in (1, 2):
+        states.save(step, 0, {"step": step})
+        assert states.load(print) == {"step": step}
+    assert len(states.states()) == keep
+
+
+def test_what_a_run_starts_from_is_written_also_if_it_was_killed_before(demo_set, tmp_path):
+    argv = flags_of(demo_set, "--freeze_clip", "--split_file", str(tmp_path / "folds.csv"))
+    run_until(argv, tmp_path / "whole", None)
+    folds = (tmp_path / "folds.csv").read_bytes()
+    (tmp_path / "folds.csv").unlink()
+    run_until(argv, tmp_path / "part", 3)
+    for path in (tmp_path / "part" / "splits.csv", tmp_path / "folds.csv"):
+        path.unlink()
+    run_until([*argv, "--resume", "auto"], tmp_path / "part", None)
+    assert differences(tmp_path / "whole", tmp_path / "part") == []
+    assert (tmp_path / "folds.csv").read_bytes() == folds
+
+
+def test_an_epoch_is_not_over_before_its_row_is_written(demo_set, tmp_path, monkeypatch, capsys):
+    argv = flags_of(demo_set, "--freeze_clip")
+    run_until(argv, tmp_path / "whole", None)
+    real = checkpoint.RunFolder.csv
+
+    def fails_once(self: checkpoint.RunFolder, name: str, table: pd.DataFrame) -> None:
+        if name == "metrics.csv" and len(table) == 3:
+            monkeypatch.setattr(checkpoint.RunFolder, "csv", real)
+            raise OSError("the disk is full")
+        real(self, name, table)
+
+    monkeypatch.setattr(checkpoint.RunFolder, "csv", fails_once)
+    with pytest.raises(OSError, match="the disk is full"):
+        baseline.run(parse_args([*argv, "--output_dir", str(tmp_path / "part")]))
+    run_until([*argv, "--resume", "auto"], tmp_path / "part", None)
+    assert differences(tmp_path / "whole", tmp_path / "part") == []
+
+
+def test_images_that_were_lost_stay_out_and_their_batch_is_not_counted(demo_set, tmp_path):
+    """The image is back when the run goes on, as it must be."""
+    images = shutil.copytree(demo_set[1], tmp_path / "images")
+    few = ["--batch_size", "1", "--no_cache", "--image_memory_gb", "0", "--cache_max_gb", "0", "--bad_images", "skip"]
+    argv = [*flags_of((demo_set[0], images), "--freeze_clip", *few), "--cache_dir", str(tmp_path / "cache")]
+
+    def lose(row: Any) -> None:
+        if row["epoch"] == 1:
+            splits = pd.read_csv(tmp_path / name / "splits.csv")
+            lost.append(Path(splits["path"][splits["split"] == "train"].iloc[5]))
+            lost[0].rename(tmp_path / "lost")
+
+    for name, number in (("whole", None), ("part", 124)):  # in the third epoch
+        lost: list[Path] = []
+        config = parse_args([*argv, "--output_dir", str(tmp_path / name)])
+        with pytest.raises(signals.Stopped) if number else nullcontext():
+            baseline.run(config, after_epoch=lose, listening=StopsAt(number))
+        (tmp_path / "lost").rename(lost[0])
+    run_until([*argv, "--resume", "auto"], tmp_path / "part", None)
+    assert differences(tmp_path / "whole", tmp_path / "part") == []
+
+
+def test_sums_of_a_state_go_on_where_the_losses_are():
+    """They come back to the CPU, and a GPU's are added; "meta" is a device as well."""
+    record = engine.EpochRecord()
+    record.take_in(engine.Step([(2, {"loss": torch.tensor(3.0)})], torch.tensor(4.0), True, [], {}))
+    assert record.means() == {"loss": 3.0, "grad_norm": 4.0}
+    again = engine.EpochRecord()
+    again.load(record.state())
+    elsewhere = torch.empty((), device="meta")
+    again.take_in(engine.Step([(2, {"loss": elsewhere})], elsewhere, True, [], {}))
+    assert {value.device.type for value in (again.sums["loss"], again.norm_sum)} == {"meta"}
+    assert again.state()["num_taken"] == 2
 
 
 def test_a_state_brings_the_best_weights_that_it_knows(stopped):

@@ -174,6 +174,14 @@ def test_an_older_runs_events_do_not_mix_with_those_of_the_next(train):
     assert not {"tensorboard", "wandb"} & {item.name for item in folder.iterdir()}
 
 
+def test_epochs_that_are_told_again_replace_those_told_before(tmp_path):
+    for last in (2, 3):
+        with Trackers(["tensorboard"], tmp_path, {}) as trackers:
+            for epoch in range(1, last + 1):
+                trackers.log({"val_main": 0.5}, epoch)
+    assert [event.step for event in events(tmp_path).Scalars("val/main")] == [1, 2, 3]
+
+
 def test_only_the_process_that_writes_sends_anything(service, tmp_path):
     config = TrainingConfig(tensorboard=True, tracker=service[0])
     other = checkpoint.RunFolder(tmp_path / "run", active=False)
