@@ -29,7 +29,7 @@ from torch import Tensor
 import tables
 from locking import locked
 from reading import in_a_line, read_json, weight_shapes
-from writing import is_temporary, sweep, temporary_name, write_whole
+from writing import holds_nothing, sweep, temporary_name, write_whole
 
 RESULTS_FILE = "results.json"
 BEST_DIR = "best"
@@ -66,7 +66,7 @@ def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
     """Raise ValueError unless a new run may use the folder: absent, empty, or an older run that may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
-    if not folder.exists() or all(map(is_temporary, folder.iterdir())):
+    if not folder.exists() or holds_nothing(folder):
         return
     if not is_run(folder):
         raise ValueError(f"--output_dir {folder}: holds other things than a run; choose a new or empty folder")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import pandas as pd
 import checkpoint
 import compare
 import metrics
+import signals
 from configs import FREE, NOT_SAVED, OPTIONS, TrainingConfig, one_line_errors
 from engine import Runtime
 from reading import read_json
 from scores import MEASURES, tasks_of, title_of
+from writing import holds_nothing
 
 SUMMARY_TABLE = "summary.csv"
 TRAINED = "trained_model"
@@ -76,14 +79,30 @@ def run_all(
         run(replace(part, output_dir=str(folder / name), overwrite=True))
         runtime.say(f"this {len(runs)} times: {', '.join(runs)}")
         return {}
-    if runtime.is_main:
-        begin(folder, config, runs)
+    with checkpoint.alone_in(folder) if runtime.is_main else nullcontext():
+        if runtime.is_main:
+            begin(folder, config, runs)
+        return run_parts(config, run, folder, runtime, runs, finished)
+
+
+def run_parts(
+    config: TrainingConfig,
+    run: Callable[[TrainingConfig], dict[str, Any]],
+    folder: Path,
+    runtime: Runtime,
+    runs: Mapping[str, TrainingConfig],
+    finished: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Run every part that is not among the finished ones, and summarise all: see `run_all`."""
     results = {}
     for number, (name, part) in enumerate(runs.items(), start=1):
         if name not in finished:
             runtime.say(f"-- run {number} of {len(runs)}: {name} (if stopped: --output_dir {folder} goes on from here)")
             how: dict[str, Any] = {"overwrite": True} if config.overwrite else {"resume": "auto"}
-            finished[name] = run(replace(part, output_dir=str(folder / name), **how))
+            try:
+                finished[name] = run(replace(part, output_dir=str(folder / name), **how))
+            except signals.Stopped:
+                raise signals.Stopped(f"stopped, and what is done is saved: --resume {folder} goes on") from None
         results[name] = finished[name]
     summary = summarise(results)
     if runtime.is_main:
@@ -97,7 +116,7 @@ def run_all(
 def refuse_occupied(folder: Path, config: TrainingConfig) -> None:
     """Raise ValueError if the folder holds something else than these repeated runs, of which there may be more now."""
     if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / compare.PROTOCOL_FILE).exists())
+        not folder.is_dir() or not (holds_nothing(folder) or (folder / compare.PROTOCOL_FILE).exists())
     ):
         raise ValueError(f"--output_dir {folder}: holds other things than repeated runs; choose a new or empty folder")
     if any(folder.glob(f"*/{checkpoint.RESULTS_FILE}")) and not config.overwrite:
@@ -116,10 +135,10 @@ def refuse_other_options(folder: Path, what: str, saved: Mapping[str, Any], conf
 
 
 def begin(folder: Path, config: TrainingConfig, runs: Iterable[str]) -> None:
-    """Make the folder, say in it what it is for, and forget an older summary and, to overwrite, older results."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Say in the folder what it is for, and forget an older summary and, to overwrite, runs. Raises ValueError."""
     for name in runs if config.overwrite else ():
-        (folder / name / checkpoint.RESULTS_FILE).unlink(missing_ok=True)
+        with checkpoint.RunFolder(folder / name, overwrite=True):  # which empties it
+            pass
     for name in (compare.SUMMARY_FILE, SUMMARY_TABLE):
         (folder / name).unlink(missing_ok=True)
     checkpoint.write_json(folder / compare.PROTOCOL_FILE, options(config))

@@ -187,11 +187,14 @@ class Saver:
             return False
         if len(state["random"]) != self.runtime.world:
             raise ValueError(f"--resume: was saved by {len(state['random'])} process(es), go on with as many")
-        self.course.load(state["course"])
-        self.dropped.update(state["dropped"])
-        if state["trained"] is not None:
-            self.trained.load(state["trained"])
-        engine.set_random_state(state["random"][self.runtime.rank], self.runtime)
+        try:
+            self.course.load(state["course"])
+            self.dropped.update(state["dropped"])
+            if state["trained"] is not None:
+                self.trained.load(state["trained"])
+            engine.set_random_state(state["random"][self.runtime.rank], self.runtime)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"--resume: the saved state is of another version of this program ({error!r})") from error
         self.course.resumed.append({"epoch": self.course.epoch, "step": self.course.record.step})
         return True
 

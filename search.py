@@ -57,7 +57,7 @@ from configs import FREEZING, NOT_SAVED, TrainingConfig, command_line, one_line_
 from kept import Kept
 from reading import read_json
 from space import Dimension, Request, Space, default_space, options_of, parse_search_args
-from writing import write_whole
+from writing import holds_nothing, write_whole
 
 STARTUP_TRIALS = 10  # drawn at random before TPE begins to learn
 PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
@@ -120,7 +120,7 @@ def refuse_occupied(folder: Path) -> None:
     if any((folder / name).exists() for name in runs):
         raise ValueError(f"--output_dir {folder}: holds a run; choose a new or empty folder")
     is_search = any((folder / name).exists() for name in (SEARCH_FILE, STUDY_FILE))
-    if not is_search and folder.exists() and any(folder.iterdir()):
+    if not is_search and folder.exists() and not holds_nothing(folder):
         raise ValueError(f"--output_dir {folder}: holds other things than a search; choose a new or empty folder")
 
 

@@ -46,7 +46,9 @@ class Signals:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
         if not self.is_held_back:
-            raise Stopped(f"stopped by {self.asked} outside of training: start the same command again")
+            raise Stopped(
+                f"stopped by {self.asked} outside of training: the same command goes on, with --resume auto if needed"
+            )
         # Not by print, which a signal may have come in the middle of.
         os.write(2, f"{self.asked}: saving after this step; once more stops at once, without\n".encode())
 

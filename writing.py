@@ -66,6 +66,11 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder is empty, but for what a killed process has left half-written."""
+    return all(map(is_temporary, folder.iterdir()))
+
+
 def is_temporary(path: Path) -> bool:
     """Whether its name says that something was being written here."""
     return TEMPORARY.fullmatch(path.name) is not None

@@ -73,7 +73,7 @@ LAYOUT = {
     "describe": Place(4, names("configs data scores sources"), outside=names("numpy pandas")),
     "protocol": Place(
         4,
-        names("checkpoint compare configs data engine metrics reading reporting scores"),
+        names("checkpoint compare configs data engine metrics reading reporting scores signals writing"),
         outside=names("numpy pandas"),
     ),
     "figures": Place(1, names("metrics"), outside=names("matplotlib numpy")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 import baseline
 import checkpoint
 import engine
+import protocol
 import resuming
 import signals
 from configs import parse_args
@@ -194,7 +196,7 @@ def test_a_signal_ends_a_run_after_its_step_with_exit_code_75(name, demo_set, tm
 def test_a_signal_before_training_stops_at_once_and_a_second_one_always(capfd):
     with (
         signals.Signals() as listening,
-        pytest.raises(signals.Stopped, match=r"SIGTERM outside of training: start the same"),
+        pytest.raises(signals.Stopped, match=r"SIGTERM outside of training: the same command goes on"),
     ):
         signal.raise_signal(signal.SIGTERM)
     assert listening.asked == "SIGTERM"
@@ -673,3 +675,20 @@ def test_repeated_runs_go_on_in_the_middle_of_one(demo_set, tmp_path, monkeypatc
     assert "1 of 2 runs in" in said and "resume    epoch" in said
     assert unequal(found, whole, "summary") == []
     assert differences(tmp_path / "whole" / "seed43", tmp_path / "part" / "seed43") == []
+
+
+def test_repeated_runs_that_are_made_again_otherwise_go_on_too_and_have_their_folder_alone(demo_set, tmp_path, capsys):
+    argv = flags_of(demo_set, "--freeze_clip", "--repeats", "2", "--epochs", "1")
+    folder = tmp_path / "runs"
+    (folder / ".protocol.json.123.tmp").mkdir(parents=True)  # left by one that was killed at once
+    baseline.main([*argv, "--output_dir", str(folder)])
+    listening = StopsAt(3)  # in the first of the new runs
+    config = parse_args([*argv, "--output_dir", str(folder), "--lr", "2e-3", "--overwrite"])
+    with pytest.raises(signals.Stopped, match=f"--resume {folder} goes on"):
+        protocol.run_all(config, functools.partial(baseline.run, listening=listening), folder, CPU)
+    with checkpoint.alone_in(folder), pytest.raises(SystemExit):
+        baseline.main(["--resume", str(folder)])
+    assert "another run is using it now" in capsys.readouterr().err
+    baseline.main(["--resume", str(folder)])
+    for name in ("seed42", "seed43"):
+        assert json.loads((folder / name / "config.json").read_text())["lr"] == 2e-3
