@@ -92,7 +92,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fitted(words: list[str], world: Path) -> list[str]:
     """The flags of baseline.py, made small: those that are added at the end win."""
     words = [word for word in words if word != "..."]
-    if words[0] == "--resume":  # brings its own options
+    if words[:1] == ["--resume"]:  # brings its own options
         return words
     small = SMALL.format(cache=world / "cache").split()
     if "--demo" in words:  # whose 640 images take their time

@@ -300,7 +300,8 @@ def test_every_kind_of_option_comes_back_as_it_was_chosen(tmp_path, train):
     saved = json.loads((tmp_path / "out" / "best_config.json").read_text())
     best = replace(parse_args(["--config", str(tmp_path / "out" / "best_config.json")]), config=None)
     assert saved["epochs"] == best.epochs and best in [
-        replace(c, output_dir=None, test=True, report=True) for c in trainer.configs
+        replace(c, output_dir=None, test=True, report=True, save_every_minutes=best.save_every_minutes)
+        for c in trainer.configs
     ]
 
 
