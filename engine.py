@@ -279,9 +279,8 @@ def seed_everything(seed: int) -> None:
 
 def random_state(runtime: Runtime) -> RandomState:
     """The state of every library's global generator, and of the device's."""
-    version, numbers, gauss = random.getstate()
     state: RandomState = {
-        "python": [version, np.array(numbers), gauss],
+        "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
         "torch": torch.get_rng_state(),
     }
@@ -293,7 +292,7 @@ def random_state(runtime: Runtime) -> RandomState:
 def set_random_state(state: RandomState, runtime: Runtime) -> None:
     """Go back to what `random_state` returned; a GPU that it knows nothing of is left as it is."""
     version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers.tolist()), gauss))
+    random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if runtime.device.type != "cpu" and "device" in state:
