@@ -331,7 +331,7 @@ def build_saver(
         every_seconds=60 * config.save_every_minutes,
         listening=listening,
         before=newest_best.flush,
-        dropped=feed.dropping.rows,
+        dropped=feed.dropped,
         tell=tell,
         started=started,
     )

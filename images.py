@@ -32,7 +32,6 @@ MAX_REDUCTION = 8  # what JPEG decoders offer: a half, a quarter, an eighth of t
 # Where an image is so large that a half of it still has three times the pixels per side that the model sees, it is
 # decoded at that half: Pillow's documentation calls the difference after resizing indistinguishable from 3 on.
 REDUCING_GAP = 3
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 

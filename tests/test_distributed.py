@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_resuming import differences
+from test_resuming import OF_TIME, differences
 from torch import Tensor, nn
 
 import baseline
@@ -37,7 +37,6 @@ CASES = {
 }
 # Each process has generators of its own, which drop out other rows.
 DROPOUT = f"{TINY} --dropout 0.3 --freeze_clip --epochs 3 --lr 1e-3 --batch_size 5"
-CLOCKS = ["data_wait", "images_per_s", "seconds"]
 SIZES = [1, 2, 3, 6, 7]  # of batches to gather; of the first the second process has no share
 
 # What both processes run: the functions that bring them together, then whole runs.
@@ -191,7 +190,7 @@ def test_two_processes_train_as_one_does(runs, name):
     one, two = (pd.read_csv(folder / "metrics.csv") for folder in runs.folders[name])
     assert one.columns.tolist() == two.columns.tolist()
     assert len(one) >= 2 and one["loss"].nunique() == len(one)
-    np.testing.assert_allclose(two.drop(columns=CLOCKS), one.drop(columns=CLOCKS), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(two.drop(columns=OF_TIME), one.drop(columns=OF_TIME), rtol=1e-4, atol=1e-4)
     terms = [column for column in one if "loss" in column]
     np.testing.assert_allclose(two[terms], one[terms], rtol=1e-4)
 

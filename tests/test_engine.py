@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -706,6 +706,38 @@ def test_a_gradient_that_is_not_finite_is_noticed_although_the_loss_is():
 
     with pytest.raises(engine.NonFiniteLoss, match=f"grad_norm is nan at step {len(SIZES)} "):
         train(linear(), batches_of(SIZES), losses)
+
+
+def breaking(steps: set[int]) -> Callable[[nn.Module, Batch], dict[str, Tensor]]:
+    """Losses that are infinite in these steps, counted from 1, of batches of two."""
+
+    def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        loss = mean_loss(model, batch)["loss"]
+        return {"loss": loss * math.inf if int(batch.number[0]) // 2 + 1 in steps else loss}
+
+    return losses
+
+
+def test_a_step_that_fp16_scaling_skips_does_not_stop_the_run_and_spoils_no_mean():
+    runtime = engine.Runtime(torch.device("cpu"), "off", SkippingScaler({2, 3}))
+    report = train(linear(), batches_of([2] * 5), breaking({2, 3}), runtime=runtime).report
+    assert math.isfinite(report["loss"]) and math.isfinite(report["grad_norm"])
+
+
+def test_fp16_scaling_that_skips_every_step_is_told():
+    every = set(range(1, 100))
+    runtime = engine.Runtime(torch.device("cpu"), "off", SkippingScaler(every))
+    with pytest.raises(engine.NonFiniteLoss, match="loss is inf at step 30 of"):
+        train(linear(), batches_of([2] * 99), breaking(every), runtime=runtime)
+
+
+def test_a_broken_step_changes_nothing_and_names_its_samples():
+    model, until_then, batches = linear(), linear(), batches_of([2] * 5)
+    with pytest.raises(engine.NonFiniteLoss) as caught:
+        train(model, batches, breaking({4}), samples_of=lambda batch: batch.number.tolist())
+    assert (caught.value.step, caught.value.samples) == (4, [6, 7])
+    train(until_then, batches[:3])
+    assert torch.equal(weights(model), weights(until_then))
 
 
 # Reproducibility

@@ -22,8 +22,6 @@ import demo
 
 TINY = "--clip_model tiny --clip_pretrained none --image_size 112 --batch_size 16 --lr 1e-3 --no_report"
 PARTIAL = f"{TINY} --partial_freeze --freeze_layers 22"
-CLOCKS = ["data_wait", "images_per_s", "seconds"]
-SECONDS = ("seconds", "seconds_from_first_batch")
 
 # Every way of training that other tests use: thawing, LoRA, refinement, every loss, crops, levels, rationales, bf16.
 KINDS = {
