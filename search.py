@@ -352,7 +352,8 @@ def run_trial(search: Search, trial: optuna.Trial) -> None:
     finally:
         if not is_settled:
             put_back(search.study, trial, killed=False)
-    print(trial_line(search, trial.number), flush=True)
+    # In one piece: print() writes the line's end apart where Python does not buffer, and the lines of workers mix.
+    print(trial_line(search, trial.number) + "\n", end="", flush=True)
 
 
 def outcome(

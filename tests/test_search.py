@@ -336,6 +336,17 @@ def test_a_planted_optimum_is_found_and_written_down(tmp_path, train, capsys):
     )
 
 
+def test_the_line_of_a_trial_is_written_in_one_piece(tmp_path, train, monkeypatch):
+    """Workers share one output; print() without a buffer writes a line's end apart, and two lines become one."""
+    train()
+    pieces: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", SimpleNamespace(write=pieces.append, flush=lambda: None))
+        search.main(flags_of(tmp_path, more="--trials 3"))
+    told = [piece for piece in pieces if piece.startswith("trial ")]
+    assert len(told) == 3 and all(re.fullmatch(r"trial \d .+\n", piece) for piece in told)
+
+
 def test_a_bad_trial_is_stopped_early_and_a_good_one_is_not(tmp_path, train, capsys):
     scores = iter([0.5, 0.6, 0.7, 0.5, 0.6, 0.1, 0.9, 0.05])
     by_lr: dict[float, float] = {}
