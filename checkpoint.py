@@ -29,7 +29,7 @@ from torch import Tensor
 import tables
 from locking import locked
 from reading import in_a_line, read_json, weight_shapes
-from writing import holds_nothing, sweep, temporary_name, write_whole
+from writing import holds_nothing, sweep, temporary_name, write_errors, write_whole
 
 RESULTS_FILE = "results.json"
 BEST_DIR = "best"
@@ -219,7 +219,7 @@ def digest_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Any) -> None:
-    """Write tensors and a JSON value as one safetensors file that carries a digest of both. Raises OSError."""
+    """Write tensors and a JSON value as one safetensors file that carries a digest of both. Raises NotWritten."""
     # safetensors refuses shared memory, and a view would drag its whole base along: copy to plain tensors.
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     text = json.dumps(note)
@@ -266,18 +266,22 @@ def save_weights(
 
     Args:
         extra: may add files to the folder before it is put in place.
+
+    Raises:
+        NotWritten: the file system refuses.
     """
     temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # of a process with this id that was killed; in containers ids recur
-    temporary.mkdir(parents=True)
     try:
-        write_json(temporary / DESCRIPTION_FILE, description)
-        extra(temporary)
-        files = digests_of_files(temporary)
-        if folder.exists() and digests_of_files(folder) != files:
-            shutil.rmtree(folder)
-        if not folder.exists():
-            os.replace(temporary, folder)
+        with write_errors(folder):
+            temporary.mkdir(parents=True)
+            write_json(temporary / DESCRIPTION_FILE, description)
+            extra(temporary)
+            files = digests_of_files(temporary)
+            if folder.exists() and digests_of_files(folder) != files:
+                shutil.rmtree(folder)
+            if not folder.exists():
+                os.replace(temporary, folder)
         write_tensors(folder / WEIGHTS_FILE, state, {"files": files})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -331,22 +335,23 @@ class StateFolder:
         return self.folder / f"{state.stem.partition('-')[2]}.safetensors"
 
     def save(self, step: int, best_epoch: int, state: Mapping[str, Any]) -> None:
-        """Write a state: nested dicts and lists of numbers, texts, tensors and arrays. Raises OSError.
+        """Write a state: nested dicts and lists of numbers, texts, tensors and arrays. Raises NotWritten.
 
         Args:
             step: optimiser steps so far.
             best_epoch: the epoch that the best weights are of; 0 for none yet.
         """
-        self.folder.mkdir(exist_ok=True)
         path = self.folder / f"step{step:010d}-best{best_epoch:06d}.safetensors"
-        if best_epoch:
-            put_copy(self.best, self.best_of(path))
         tensors: dict[str, Tensor] = {}
         note = pack(state, "state", tensors)
-        write_tensors(path, tensors, note)
-        kept = [old for old in self.states() if old <= path][-self.keep :]  # later ones were damaged, or given up
-        for old in set(self.folder.iterdir()) - {*kept, *map(self.best_of, kept)}:
-            old.unlink()
+        with write_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            if best_epoch:
+                put_copy(self.best, self.best_of(path))
+            write_tensors(path, tensors, note)
+            kept = [old for old in self.states() if old <= path][-self.keep :]  # later ones were damaged, or given up
+            for old in set(self.folder.iterdir()) - {*kept, *map(self.best_of, kept)}:
+                old.unlink()
 
     def load(self, say: Callable[[str], object], *, active: bool = True) -> dict[str, Any] | None:
         """The newest state that is as it was written, with its best weights back in their place; None if there is none.

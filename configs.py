@@ -1113,6 +1113,13 @@ class Printable:
         return getattr(self.stream, name)
 
 
+def in_words(error: Exception) -> str:
+    """What an error says; of one that the system gave, the file first, without number and quotes."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 @contextmanager
 def one_line_errors(*failures: type[Exception], retry: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """For command lines: a user's mistake (or the file system's) becomes one line and exit code 2, `failures` 1.
@@ -1123,7 +1130,7 @@ def one_line_errors(*failures: type[Exception], retry: type[Exception] | tuple[(
         with redirect_stdout(cast(TextIO, Printable(sys.stdout))):
             yield
     except (ValueError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {printable(in_words(error))}", file=sys.stderr)
         raise SystemExit(2) from error
     except failures as error:
         print(f"failed: {printable(str(error))}", file=sys.stderr)

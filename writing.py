@@ -9,6 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+
+class NotWritten(OSError):
+    """Says in one line which file or folder could not be written, and why."""
+
+
 # What a killed process may leave: ours, and what safetensors writes before it renames.
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
 
@@ -22,7 +27,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then move it to `path` in one step.
 
     Raises:
-        OSError: names the file, and why it cannot be written; what was there before is still there.
+        NotWritten: what was there before is still there.
     """
     temporary = temporary_name(path)
     try:
@@ -50,12 +55,14 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Let what the file system refuses name the file that was to be written."""
+    """Let what the file system refuses name the file or folder that was to be written. Raises NotWritten."""
     try:
         yield
+    except NotWritten:  # a file in this folder
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(f"{path}: cannot be written ({reason}); what was there before is kept") from error
+        raise NotWritten(f"{path}: cannot be written ({reason}); what was there before is kept") from error
 
 
 def sweep(folder: Path) -> None:

@@ -1011,7 +1011,8 @@ def test_mistakes_in_the_flags_answer_without_torch_in_one_line_and_exit_code_2(
     ("error", "code", "says"),
     [
         (ValueError("--lr 0: must be above 0"), 2, "error: --lr 0: must be above 0\n"),
-        (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "error: [Errno 2]"),
+        (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "error: x.png: No such file or directory\n"),
+        (OSError("2 of 3 images cannot be read"), 2, "error: 2 of 3 images cannot be read\n"),
         (ArithmeticError("loss is nan"), 1, "failed: loss is nan\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

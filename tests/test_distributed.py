@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,10 +106,11 @@ def module(seed: int) -> nn.Module:
     return model
 
 
-def torchrun(script: Path, *arguments: str, cwd: Path, seconds: float) -> tuple[int, str, str]:
-    """Start a script in two processes; exit code, stdout and stderr. Fails if it takes longer than `seconds`."""
+@contextlib.contextmanager
+def job(script: Path, *arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a script in two processes, as a user does; whatever is left of them in the end is killed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
+    started = subprocess.Popen(
         [*command, str(script), *arguments],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -118,12 +120,17 @@ def torchrun(script: Path, *arguments: str, cwd: Path, seconds: float) -> tuple[
         start_new_session=True,  # so that all of it can be ended
     )
     try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"still runs after {seconds} s\n{out[-2000:]}\n{err[-2000:]}")
-    return process.returncode, out, err
+        yield started
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+
+
+def torchrun(script: Path, *arguments: str, cwd: Path, seconds: float) -> tuple[int, str, str]:
+    """Run a script in two processes; exit code, stdout and stderr. Fails if it takes longer than `seconds`."""
+    with job(script, *arguments, cwd=cwd) as started:
+        out, err = started.communicate(timeout=seconds)
+    return started.returncode, out, err
 
 
 @dataclass(frozen=True)
@@ -265,47 +272,51 @@ def test_a_process_that_fails_alone_ends_the_job_with_its_message(demo_set, tmp_
     assert [item.name for item in occupied.iterdir()] == ["thesis.txt"]
 
 
+def train_two(demo_set: tuple[Path, Path], folder: Path, flags: str) -> contextlib.AbstractContextManager:
+    """Start two processes that train into a folder."""
+    paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1]), "--output_dir", str(folder)]
+    return job(ROOT / "baseline.py", *paths, *shlex.split(flags), cwd=folder.parent)
+
+
+def await_first_epoch(started: subprocess.Popen[str], folder: Path) -> None:
+    """Return when the run in the folder has finished an epoch."""
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.csv").exists():
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_process_that_is_killed_ends_the_job_and_is_named(demo_set, tmp_path):
-    paths = [
-        "--data_csv_path",
-        str(demo_set[0]),
-        "--image_base_dir",
-        str(demo_set[1]),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "baseline.py"),
-    ]
-    job = subprocess.Popen(
-        [*command, *paths, *shlex.split(f"{CASES['whole']} --epochs 500")],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "metrics.csv").exists():
-            assert job.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        (victim,) = [process for process in children(job.pid) if b"\0RANK=1\0" in environment(process)]
+    folder = tmp_path / "run"
+    with train_two(demo_set, folder, f"{CASES['whole']} --epochs 500") as started:
+        await_first_epoch(started, folder)
+        (victim,) = [process for process in children(started.pid) if b"\0RANK=1\0" in environment(process)]
         os.kill(victim, signal.SIGKILL)
-        _, err = job.communicate(timeout=120)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-    assert job.returncode != 0
+        _, err = started.communicate(timeout=120)
+    assert started.returncode != 0
     assert "Signal 9 (SIGKILL)" in err and f"pid: {victim}" in err
-    assert not (tmp_path / "run" / "results.json").exists()
-    pd.read_csv(tmp_path / "run" / "metrics.csv")
+    assert not (folder / "results.json").exists()
+    pd.read_csv(folder / "metrics.csv")
+
+
+def test_a_job_that_is_asked_to_stop_saves_and_the_same_command_goes_on(demo_set, tmp_path):
+    """torchrun hands its SIGTERM to the processes, and waits for them."""
+    flags = f"{DROPOUT} --epochs 60 --resume auto --no_report"
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    with train_two(demo_set, whole, flags) as started:
+        _, err = started.communicate(timeout=180)
+        assert started.returncode == 0, err
+    with train_two(demo_set, part, flags) as started:
+        await_first_epoch(started, part)
+        started.send_signal(signal.SIGTERM)
+        _, err = started.communicate(timeout=120)
+    assert started.returncode != 0
+    assert f"stopped and saved: --resume {part} goes on from there" in err, err
+    assert len(list((part / "state").glob("step*"))) == 1 and not (part / "results.json").exists()
+    with train_two(demo_set, part, flags) as started:
+        out, err = started.communicate(timeout=180)
+    assert started.returncode == 0 and "resume    epoch" in out, err
+    assert differences(whole, part) == []
 
 
 def children(process: int) -> list[int]:

@@ -536,6 +536,41 @@ def test_a_folder_that_becomes_read_only_is_told_and_keeps_what_it_has(small_dis
     figure("read-only in mid-run", "told in one line, weights and states intact")
 
 
+@pytest.mark.slow
+@pytest.mark.torture
+def test_a_folder_that_may_no_longer_be_written_is_told_and_the_run_goes_on_later(
+    demo_set, tmp_path, environment, figure
+):
+    argv = flags_of(demo_set, "--freeze_clip", "--epochs", "25")
+    often, folder = ["--save_every_minutes", "1e-9"], tmp_path / "run"
+    obeying: list[str] = []
+    if os.geteuid() == 0:  # root is not held back by permissions, unless it gives that right up
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv, or another user than root")
+        obeying = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    process = subprocess.Popen(
+        [*obeying, sys.executable, str(ROOT / "baseline.py"), *argv, *often, "--output_dir", str(folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    wait_for((folder / "best" / "model.safetensors").exists)
+    folders = [folder, *(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    for path in folders:
+        path.chmod(0o500)
+    _, error = process.communicate(timeout=120)
+    for path in folders:
+        path.chmod(0o700)
+    assert process.returncode == 2
+    assert error.startswith(f"error: {folder}") and "Permission denied" in error and error.count("\n") == 1, error
+    checkpoint.load_weights(folder)
+    run_until([*argv, "--resume", "auto"], folder, None)
+    run_until(argv, tmp_path / "whole", None)
+    assert differences(tmp_path / "whole", folder) == []
+    figure("permission lost in mid-run", "told in one line, 0 bits differ after --resume")
+
+
 @pytest.mark.parametrize("value", [None, 1, "text", [1, [2.5, None]], {"a": {1: torch.arange(3)}, 7: [np.eye(2)]}, {}])
 def test_states_come_back_as_they_were(value, tmp_path):
     tensors: dict[str, Tensor] = {}
