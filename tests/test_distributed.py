@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +318,23 @@ def test_a_job_that_is_asked_to_stop_saves_and_the_same_command_goes_on(demo_set
         out, err = started.communicate(timeout=180)
     assert started.returncode == 0 and "resume    epoch" in out, err
     assert differences(whole, part) == []
+
+
+def test_an_image_that_is_lost_in_mid_run_ends_the_job_and_is_named(demo_set, tmp_path):
+    """Each process would meet it at another time, or never: several cannot leave it out as one does."""
+    pictures = shutil.copytree(demo_set[1], tmp_path / "images")
+    reading = "--no_cache --image_memory_gb 0 --cache_max_gb 0 --bad_images skip"
+    folder = tmp_path / "run"
+    with train_two((demo_set[0], pictures), folder, f"{DROPOUT} {reading} --epochs 500") as started:
+        await_first_epoch(started, folder)
+        splits = pd.read_csv(folder / "splits.csv")
+        lost = splits["path"][splits["split"] == "train"].iloc[3]
+        Path(lost).unlink()
+        _, err = started.communicate(timeout=180)
+    assert started.returncode != 0
+    assert f"error: 1 image(s) can no longer be read: {lost}" in err, err
+    assert "several processes cannot leave out images in mid-run" in err
+    assert not (folder / "results.json").exists() and not (folder / "skipped.csv").exists()
 
 
 def children(process: int) -> list[int]:
