@@ -328,6 +328,7 @@ def run_content(run: Run, pictures: Pictures) -> dict[str, Any]:
     return {
         "run": run,
         "about": about(run.options, run.provenance),
+        "notes": notes(run.results.get("notes")),
         "headlines": [headline(run, task) for task in run.tasks],
         "scores": score_table(run),
         "floors_picture": floors_picture(run, pictures),
@@ -449,6 +450,11 @@ def added_table(run: Run) -> Table | None:
         if key in base and key in own
     ]
     return Table(["score", "measure", "before training", "after", "added"], rows, words=2) if rows else None
+
+
+def notes(found: object) -> list[str]:
+    """What is to be known of scores that mean nothing; none if there is no list of them."""
+    return [value_text(note, LONGEST_REMARK) for note in found] if isinstance(found, list) else []
 
 
 def remarks(found: object, parts: Sequence[str]) -> list[dict[str, str]]:

@@ -249,6 +249,15 @@ def test_advice_and_diagnosis_are_shown(run):
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("notes", [None, [], ["all 24 predicted scores are equal"], ["<b>one</b>", {"two": 2}]])
+def test_scores_that_mean_nothing_are_explained_above_them(run, notes):
+    change(run, "results.json", lambda results: results.update(notes=notes))
+    page = page_of(run)
+    assert len([attrs for attrs in page.of("p") if attrs.get("class") == "notice"]) == len(notes or [])
+    assert all(str(note).replace("'", '"') in page.text for note in notes or [])
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("empty", [None, []])
 def test_without_advice_the_page_says_so(run, empty):
     change(run, "results.json", lambda results: results.update(advice=empty, diagnosis=empty))
@@ -479,6 +488,7 @@ def hostile_run(run) -> Path:
     def spoil(results: dict[str, Any]) -> None:
         for part in results["generators"].values():
             part["by_generator"][0]["generator"] = HOSTILE + "w" * 500
+        results["notes"] = [HOSTILE, {HOSTILE: HOSTILE}]
         results["advice"] = [{"flag": HOSTILE, "value": {"a": HOSTILE}, "why": HOSTILE}]
 
     change(run, "results.json", spoil)
