@@ -6,9 +6,7 @@ A missing score is NaN from here on; it is masked in the loss and left out of ev
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,14 +20,13 @@ import pandas as pd
 from sklearn.model_selection import GroupShuffleSplit
 
 from images import ImageFile, first_five, is_missing, leave_folder, refuse_broken, try_images
-from reading import refuse_odd_file, shortened
+from reading import OddFile, refuse_odd_table, shortened
 from scores import TASKS, title_of
 
 FOLDS = ("train", "val", "test")
 SKIPPED = ["name", "row", "path", "fold", "reason"]  # columns of what says which images were left out
 
 # How pandas gives every cell as text, blank lines included, which count as rows.
-MOST_COLUMNS, LONGEST_HEADER = 1000, 2**20  # of a CSV; characters
 CSV_AS_TEXT: dict[str, Any] = {
     "header": None,
     "dtype": str,
@@ -183,7 +180,7 @@ def columns_present(path: str | Path, columns: Sequence[str]) -> list[str]:
 def csv_errors(path: str | Path) -> Iterator[None]:
     """Turn what pandas raises for an unreadable CSV into a ValueError of one line."""
     try:
-        check_header(Path(path))
+        refuse_odd_table(path)
         yield
     except FileNotFoundError:
         raise ValueError(
@@ -193,6 +190,8 @@ def csv_errors(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as 'CSV UTF-8'") from None
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path}: is empty, must have a header and a row for each image") from None
+    except OddFile as error:
+        raise ValueError(f"{path}: {error}") from None
     except pd.errors.ParserError as error:
         reason = str(error).strip().rpartition("C error: ")[2]
         raise ValueError(
@@ -200,23 +199,6 @@ def csv_errors(path: str | Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def check_header(path: Path) -> None:
-    """Raise ValueError for a CSV that pandas would take for ever to read: a pipe, or one with very many columns."""
-    try:
-        refuse_odd_file(path)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = io.StringIO(file.read(LONGEST_HEADER), newline="")
-        header = next(csv.reader(lines), [])
-        if len(header) > MOST_COLUMNS:
-            raise ValueError(f"has more than {MOST_COLUMNS} columns")
-        if not lines.read(1) and lines.tell() == LONGEST_HEADER:
-            raise ValueError(f"the header has more than {LONGEST_HEADER} characters")
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def parse_scores(raw: pd.DataFrame, column: str, path: str | Path) -> pd.Series:

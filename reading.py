@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import stat
@@ -11,20 +13,45 @@ from typing import Any
 
 MOST_JSON = 8 * 2**20  # bytes; what runs write has thousands
 LONGEST_LINE = 2000  # characters of a message
+MOST_COLUMNS, LONGEST_HEADER = 1000, 2**20  # of a CSV; characters
 LONGEST_INTEGER = 19  # characters: 64 bits
 
 
+class OddFile(ValueError):
+    """Says in one line, without the file's name, why it is not read at all."""
+
+
 def refuse_odd_file(path: Path, most_bytes: int | None = None) -> None:
-    """Raise ValueError unless a path is a plain file of at most so many bytes; a pipe or device would never end.
+    """Raise OddFile unless a path is a plain file of at most so many bytes; a pipe or device would never end.
 
     Raises:
         FileNotFoundError: there is none.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("is not a plain file")
+        raise OddFile("is not a plain file")
     if most_bytes is not None and found.st_size > most_bytes:
-        raise ValueError(f"has {found.st_size} bytes, at most {most_bytes} are read")
+        raise OddFile(f"has {found.st_size} bytes, at most {most_bytes} are read")
+
+
+def refuse_odd_table(path: str | Path) -> None:
+    """Raise OddFile for a CSV that pandas would take for ever to read: a pipe, or one with very many columns.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnicodeDecodeError: its beginning is not UTF-8.
+    """
+    refuse_odd_file(Path(path))
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        lines = io.StringIO(file.read(LONGEST_HEADER), newline="")
+    try:
+        header = next(csv.reader(lines), [])
+    except csv.Error as error:
+        raise OddFile(str(error)) from None
+    if len(header) > MOST_COLUMNS:
+        raise OddFile(f"has more than {MOST_COLUMNS} columns")
+    if not lines.read(1) and lines.tell() == LONGEST_HEADER:
+        raise OddFile(f"the header has more than {LONGEST_HEADER} characters")
 
 
 def read_json(path: Path) -> dict[str, Any]:

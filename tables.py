@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from reading import in_a_line, refuse_odd_file
+from reading import in_a_line, refuse_odd_table
 
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a formula begins for a spreadsheet, behind any apostrophes
 ESCAPED = re.compile(r"'+[=+\-@\t\r]")
@@ -44,11 +45,13 @@ def read_csv(path: Path, **options: Any) -> pd.DataFrame:
         ValueError: it cannot be read; one line that names the file.
     """
     try:
-        refuse_odd_file(path)
-        return changed(pd.read_csv(path, **options), unescape)
+        refuse_odd_table(path)
+        with warnings.catch_warnings():  # where a row is longer than the header, pandas only warns
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return changed(pd.read_csv(path, index_col=False, **options), unescape)
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path}: cannot be read ({in_a_line(error)})") from None
 
 

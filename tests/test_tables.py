@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +53,22 @@ def test_a_carriage_return_begins_no_row(tmp_path):
 def test_a_table_that_somebody_else_wrote_keeps_its_apostrophes_but_before_formulas(tmp_path: Path):
     (tmp_path / "a.csv").write_text("name\n'quoted'\n'=a\n=b\n")
     assert tables.read_csv(tmp_path / "a.csv")["name"].tolist() == ["'quoted'", "=a", "=b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("," * 1000 + "\n", "has more than 1000 columns"),
+        ("name\n" + "x," * 50_000 + "x\n", "does not match length of data"),
+        ("name\na\nb,1\n", "Expected 1 fields in line 3, saw 2"),
+        (",".join(["x" * 10_000] * 200), "the header has more than 1048576 characters"),
+    ],
+)
+def test_a_table_out_of_bounds_is_refused_soon_and_in_a_line(content, says, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        tables.read_csv(path)
+    assert str(caught.value).startswith(f"{path}: cannot be read (") and "\n" not in str(caught.value)
+    assert time.perf_counter() - start < 2
