@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,7 @@ import described
 import diagnosis
 import engine
 import evaluation
-import features
-import images
+import feeding
 import inputs
 import losses
 import models
@@ -56,43 +55,15 @@ import reporting
 import resuming
 import signals
 import sources
-import tables
 import tracking
-from configs import OPTIONS, VIEWS, TrainingConfig, one_line_errors, parse_args
-from kept import NOTHING, Kept
+from configs import TrainingConfig, one_line_errors, parse_args
+from kept import KNOWN_BY, LOADED_BY, NOTHING, READ_BY, Kept
 from reading import read_json
 from scores import TASKS, title_of
 
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
-BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
 
-
-@dataclass(frozen=True)
-class DecidedBy:
-    """The options that decide a value which runs may share: all of some groups but a few, and a few others."""
-
-    groups: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-
-    def names(self) -> list[str]:
-        """The options, in a fixed order."""
-        of_groups = [name for name, spec in OPTIONS.items() if spec.metadata["group"] in self.groups]
-        return [*(name for name in of_groups if name not in self.without), *self.others]
-
-    def values(self, config: TrainingConfig) -> tuple[Any, ...]:
-        """Their values, to be a key."""
-        return tuple(getattr(config, name) for name in self.names())
-
-
-# The CLIP that is loaded; the data that is read, and the store of its images; what the untrained CLIP makes of them.
-LOADED_BY = DecidedBy(others=("clip_model", "clip_pretrained", "image_size", "seed"))
-READ_BY = DecidedBy(groups=("data",), without=VIEWS, others=("demo", "cache_dir"))
-KNOWN_BY = DecidedBy(
-    groups=("data", "backbone", "speed"),
-    others=("demo", "cache_dir", "test", "prompt_levels", "use_explanations", "amp", "device", "batch_size"),
-)
 
 AfterEpoch = Callable[[Mapping[str, float]], None]
 Scores = dict[str, np.ndarray]
@@ -129,8 +100,8 @@ def run(
     examples = read_examples(config, kept)
     backbone, model, arguments = start_model(config, examples, kept)
     model.to(runtime.device)
-    feed, num_truncated = build_feed(config, examples, backbone, runtime, kept)
-    orders = build_orders(config, examples)
+    feed, num_truncated = feeding.build_feed(config, examples, backbone, runtime, kept)
+    orders = feeding.build_orders(config, examples)
     num_steps = count_steps(config, examples)
     runtime.say(plan(config, examples, backbone, model, feed, runtime, num_steps, num_truncated))
     facts = gather_facts(config, examples, model, runtime, num_steps)
@@ -141,13 +112,13 @@ def run(
     predict = build_predict(feed, orders, runtime)
     with open_folder(config, folder, runtime, resume=found == "interrupted") as writer:
         write_inputs(writer, config, examples, runtime)
-        feed.dropping.tell = skipped_writer(writer, examples, runtime)
+        feed.dropping.tell = feeding.skipped_writer(writer, examples, runtime)
 
         # What CLIP knows before training: the point to start from, and to be compared with at the end.
         ready = time.perf_counter()
-        store = open_cache(config)
+        store = feeding.open_cache(config)
         statistics = caching.Statistics(feed.pixels.store, store, feed.dropping)
-        cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
+        feeding.cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
         known, base = learn_base(config, model, predict, orders, examples, kept)
         if config.calibration and not config.init_from:
             set_base(model, base)
@@ -167,7 +138,7 @@ def run(
             while course.epoch <= config.epochs and not stops_early(config, course.selection, runtime):
                 if (due := stage_of(config, course.epoch)) != stage:
                     enter_stage(config, model, examples, due, course.epoch, runtime)
-                    cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
+                    feeding.cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
                     stage, trainee = due, None
                 trainee = trainee or runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
                 with Progress(course, len(examples.rows("train")), runtime, saver.check) as progress:
@@ -393,21 +364,15 @@ def measure(
     statistics: Callable[[], np.ndarray],
 ) -> dict[str, Any]:
     """What the scores of the folds are worth, as in `results.json`; nothing of the test fold under --no_test."""
-    found: dict[str, Any] = {fold: evaluate(predictions[fold], fold, examples, config) for fold in folds_read(config)}
-    found["base"] = {
-        fold: reporting.agreements(base.scores(known[fold]), fold, examples) for fold in folds_read(config)
-    }
+    folds = feeding.folds_read(config)
+    found: dict[str, Any] = {fold: evaluate(predictions[fold], fold, examples, config) for fold in folds}
+    found["base"] = {fold: reporting.agreements(base.scores(known[fold]), fold, examples) for fold in folds}
     found |= reporting.of_data(examples)
-    found["notes"] = reporting.of_constants({fold: predictions[fold] for fold in folds_read(config)}, examples)
+    found["notes"] = reporting.of_constants({fold: predictions[fold] for fold in folds}, examples)
     if not config.test:
         return {**found, **{key: {} for key in ("test", "floors", "certainty", "generators", "sets")}}
     floors = reporting.floors(examples, base, known, statistics())
     return {**found, "floors": floors, **reporting.findings(predictions["test"], examples)}
-
-
-def folds_read(config: TrainingConfig) -> list[str]:
-    """The folds that scores are measured on."""
-    return ["val", "test"] if config.test else ["val"]
 
 
 def start(config: TrainingConfig) -> tuple[engine.Runtime, Path, str]:
@@ -525,13 +490,8 @@ def freeze(config: TrainingConfig, model: models.ScoreModel, examples: data.Exam
     """Freeze what is not to be trained while `num_layers` are frozen; the text tower where no score uses it."""
     if not config.lora_rank:
         models.freeze_backbone(model.clip, everything=config.freeze_clip, num_layers=num_layers)
-    if not uses_texts(config, examples):
+    if not feeding.uses_texts(config, examples):
         model.clip.text.requires_grad_(False)
-
-
-def uses_texts(config: TrainingConfig, examples: data.Examples) -> bool:
-    """Whether anything that is trained looks at texts."""
-    return "c" in examples.scales or config.use_explanations or config.prompt_levels
 
 
 def learn_base(
@@ -653,87 +613,6 @@ def enter_stage(
     runtime.say(f"{stage[0]} layers stay frozen from epoch {epoch} on")
 
 
-def caches_nothing(config: TrainingConfig, model: models.ScoreModel) -> bool:
-    """Whether every layer is computed anew in every epoch: so asked for, or no tower is frozen in front."""
-    return not config.cache or not max(map(models.frozen_stages, (model.clip.visual, model.clip.text)))
-
-
-def open_cache(config: TrainingConfig) -> features.FeatureCache | None:
-    """The cache of what frozen layers compute; None if nothing is to be cached."""
-    folder = Path(config.cache_dir) / "features"
-    return features.FeatureCache(folder, config.cache_max_gb * 1e9) if config.cache else None
-
-
-def cache_frozen(
-    config: TrainingConfig,
-    model: models.ScoreModel,
-    feed: inputs.Feed[inputs.PixelSource],
-    examples: data.Examples,
-    backbone: backbones.Backbone,
-    runtime: engine.Runtime,
-    store: features.FeatureCache | None,
-    statistics: caching.Statistics,
-    kept: Kept,
-) -> None:
-    """Compute what the frozen layers make of images and prompts once, as far as there are any and it fits."""
-    feed.source = feed.pixels
-    text_tables = {"prompts": feed.prompts, "rationales": feed.rationales[0] if feed.rationales else None}
-    for table in text_tables.values():
-        if table:
-            table.enter_at(0, None)
-    if store is None or caches_nothing(config, model):
-        return
-    started = time.perf_counter()
-    setting = caching.Caching(
-        store,
-        runtime,
-        config.cache_dtype,
-        caching.identity(backbone.config, runtime),
-        batch_size=evaluation_batch(config),
-        reserve=BYTES_PER_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad),
-        keep_decoded=len(config.stages) > 1,
-        fingerprint=fingerprints(config, model, kept),
-        dropping=feed.dropping,
-    )
-    train = examples.rows("train")
-    rows_of: dict[inputs.View, inputs.Rows] = {
-        None: np.arange(len(examples.table)),
-        **dict.fromkeys(range(min(config.num_views, config.epochs)), train),  # no epoch would see the others
-    }
-    of_view = ("crop_scale_min", "horizontal_flip", "seed", *(("crops", "global_view") if config.crops else ()))
-    of_test = {"test_crops": config.num_test_crops, "global_view": config.global_view}
-    found = caching.cache_images(
-        setting,
-        model.clip.visual,
-        feed.pixels,
-        rows_of=rows_of,
-        evaluation=of_test if config.crops else "evaluation",
-        augmentation={name: getattr(config, name) for name in of_view},
-        observe=statistics.observe,
-    )
-    reasons = {"images": found} if isinstance(found, str) else {}
-    if isinstance(found, inputs.CachedSource):
-        feed.source = found
-    for what, table in text_tables.items():
-        if table and (reason := caching.cache_texts(setting, model.clip.text, table)):
-            reasons[what] = reason
-    said = "; ".join(f"{what} not: {reason}" for what, reason in reasons.items())
-    held = "" if isinstance(found, str) else f"{found.describe()}, "
-    runtime.say(f"cache     {held}{time.perf_counter() - started:.1f} s{'; ' * bool(said)}{said}")
-
-
-def fingerprints(config: TrainingConfig, model: models.ScoreModel, kept: Kept) -> Callable[[torch.nn.Module, int], str]:
-    """What tells a tower's frozen layers from others, see `caching.fingerprint`; they stay as they were loaded."""
-    if config.init_from:
-        return caching.fingerprint
-
-    def find(tower: torch.nn.Module, num_stages: int) -> str:
-        key = (LOADED_BY.values(config), tower is model.clip.visual, num_stages)
-        return kept.value("weights", key, lambda: caching.fingerprint(tower, num_stages), most=64)
-
-    return find
-
-
 def compiles(config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime) -> bool:
     """Whether CLIP's blocks are compiled. Raises ValueError if they shall and cannot."""
     is_on_gpu = runtime.device.type != "cpu"
@@ -847,109 +726,6 @@ def model_arguments(config: TrainingConfig, embed_dim: int) -> dict[str, Any]:
     }
 
 
-def build_feed(
-    config: TrainingConfig,
-    examples: data.Examples,
-    backbone: backbones.Backbone,
-    runtime: engine.Runtime,
-    kept: Kept,
-) -> tuple[inputs.Feed[inputs.PixelSource], int]:
-    """The feed of batches, and the number of texts cut because they exceed the context length."""
-    num_truncated = 0
-    trim = models.trims_exactly(backbone.clip.text)
-
-    def tokenize(texts: Sequence[str]) -> Tensor:
-        nonlocal num_truncated
-        tokens, cut = backbones.tokenize(backbone.tokenizer, texts, backbone.clip.context_length)
-        num_truncated += cut
-        return tokens
-
-    def text_table(column: str) -> inputs.TextTable | None:
-        texts = examples.table[column].tolist()
-        return inputs.TextTable(texts, tokenize, runtime.device, trim=trim) if any(texts) else None
-
-    prompts: inputs.TextTable | None = None
-    if config.prompt_levels:
-        texts = examples.table["prompt"].tolist()
-        prompts = inputs.LevelledTexts(texts, tokenize, runtime.device, trim=trim, **models.LEVEL_TEXTS)
-    elif uses_texts(config, examples):
-        prompts = text_table("prompt")
-    rationales = text_table("explanation") if config.use_explanations else None
-    settings: dict[str, Any] = {
-        "image_size": None if config.crops else config.image_size,
-        "num_threads": num_threads(config, runtime),
-        "max_memory": config.image_memory_gb * 1e9 / runtime.local_world,
-        "max_file": config.cache_max_gb * 1e9 / runtime.local_world,
-        "spill_dir": Path(config.cache_dir),
-    }
-    key = (READ_BY.values(config), *settings.values())
-    store = kept.value("images", key, lambda: images.ImageStore(examples.files, **settings))
-    views = images.Views(
-        image_size=config.image_size,
-        **backbone.config["preprocess_cfg"],
-        device=runtime.device,
-        crop_scale_min=config.crop_scale_min,
-        flip=config.horizontal_flip,
-        seed=config.seed,
-        crops=config.crops,
-        test_crops=config.num_test_crops,
-        global_view=config.global_view,
-    )
-    spreads = {f"{task}_std": values for task, values in examples.spreads.items()} if config.uses_spreads else {}
-    feed = inputs.Feed(
-        pixels=inputs.PixelSource(store, views),
-        device=runtime.device,
-        targets={**examples.unit_targets, **spreads},
-        prompts=prompts,
-        rationales=(rationales, (examples.table["explanation"] != "").to_numpy()) if rationales else None,
-        share=runtime.share,
-        num_ahead=runtime.num_ahead,
-        dropping=build_dropping(config, examples, runtime),
-    )
-    return feed, num_truncated
-
-
-def build_dropping(config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime) -> inputs.Dropping:
-    """What happens to images that can no longer be used in mid-run: training images may be left out if so asked."""
-    if config.bad_images == "error":
-        return inputs.Dropping()
-    if runtime.world > 1:
-        if runtime.agree(examples.fingerprint) != examples.fingerprint:  # or they would wait for each other for ever
-            raise ValueError("--bad_images skip: the processes have not found the same images readable")
-        return inputs.Dropping(otherwise="; --bad_images skip: several processes cannot leave out images in mid-run")
-    return inputs.Dropping(
-        examples.rows("train"),
-        otherwise="; --bad_images skip: leaves out training images only, no score is measured on a changing fold",
-    )
-
-
-def skipped_writer(
-    writer: checkpoint.RunFolder, examples: data.Examples, runtime: engine.Runtime
-) -> Callable[[Mapping[int, str]], None]:
-    """The function that says which rows are left out in mid-run, and adds them to skipped.csv."""
-
-    def tell(reasons: Mapping[int, str]) -> None:
-        rows = list(reasons)
-        table = examples.table.iloc[rows].assign(fold=examples.folds[rows], reason=list(reasons.values()))
-        for path, reason in zip(table["path"], table["reason"], strict=True):
-            runtime.say(f"left out  {path} ({reason}): the rest of the run goes on without it")
-        file = writer.path / checkpoint.SKIPPED_FILE
-        before = [tables.read_csv(file, dtype=str, keep_default_na=False)] if file.exists() else []
-        writer.csv(checkpoint.SKIPPED_FILE, pd.concat([*before, table[data.SKIPPED]]))
-
-    return tell
-
-
-def build_orders(config: TrainingConfig, examples: data.Examples) -> dict[str, inputs.BatchOrder]:
-    """Batches by name: "train" is augmented and shuffled; "train_eval", "val" and "test" are plain and in order."""
-    evaluated = {
-        name: inputs.BatchOrder(examples.rows(name.removesuffix("_eval")), batch_size=evaluation_batch(config))
-        for name in ("train_eval", *folds_read(config))
-    }
-    train = inputs.BatchOrder(examples.rows("train"), batch_size=config.batch_size, shuffle=True, seed=config.seed)
-    return {"train": train, **evaluated}
-
-
 def count_steps(config: TrainingConfig, examples: data.Examples) -> int:
     """Optimiser steps of the whole run."""
     return engine.num_optimizer_steps(
@@ -958,16 +734,6 @@ def count_steps(config: TrainingConfig, examples: data.Examples) -> int:
         accumulation=config.gradient_accumulation_steps,
         epochs=config.epochs,
     )
-
-
-def evaluation_batch(config: TrainingConfig) -> int:
-    """Images at once where no activations are kept: more than in training, but not too many for the memory."""
-    return max(1, min(2 * config.batch_size, 128) // config.num_views_encoded)
-
-
-def num_threads(config: TrainingConfig, runtime: engine.Runtime) -> int:
-    """Threads that decode images, as asked for or as suits the machine."""
-    return runtime.num_threads if config.num_workers is None else config.num_workers
 
 
 def score_terms(
@@ -1083,7 +849,7 @@ def write_config(
         "resolved": {
             "device": runtime.device.type,
             "amp": runtime.precision,
-            "num_workers": num_threads(config, runtime),
+            "num_workers": feeding.num_threads(config, runtime),
             "cache_views": config.num_views,
             "compile": compiles(config, examples, runtime),
             "processes": runtime.world,
@@ -1173,7 +939,7 @@ def plan(
     ]
     if config.preset:
         lines.insert(0, ("preset", f"{config.preset}; --preset list shows what that is"))
-    folds = dict.fromkeys(folds_read(config))
+    folds = dict.fromkeys(feeding.folds_read(config))
     notes = [*data.leakage_notes(examples), *reporting.of_constants(folds, examples), *backbone.notes]
     if len(examples.skipped):
         notes.insert(0, f"--bad_images skip: {sources.skipped_note(examples)}")
@@ -1184,9 +950,9 @@ def plan(
             notes.append("--freeze_layers does nothing beside --unfreeze_schedule")
         elif not config.partial_freeze:
             notes.append("--freeze_layers does nothing without --partial_freeze")
-    if config.cache_views is not None and caches_nothing(config, model):
+    if config.cache_views is not None and feeding.caches_nothing(config, model):
         notes.append("--cache_views does nothing here: no layers in front are frozen and cached")
-    if config.crops and config.num_views == 0 and not caches_nothing(config, model):
+    if config.crops and config.num_views == 0 and not feeding.caches_nothing(config, model):
         notes.append("heads train on the --test_crops here: --crops counts with --cache_views 1 and more")
     small = sum(min(file.size) < config.image_size for file in examples.files)
     if config.crops and small:

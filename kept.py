@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from configs import OPTIONS, VIEWS, TrainingConfig
 
 T = TypeVar("T")
 
@@ -42,3 +45,30 @@ class NothingKept(Kept):
 
 
 NOTHING = NothingKept()
+
+
+@dataclass(frozen=True)
+class DecidedBy:
+    """The options that decide a value which runs may share: all of some groups but a few, and a few others."""
+
+    groups: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        """The options, in a fixed order."""
+        of_groups = [name for name, spec in OPTIONS.items() if spec.metadata["group"] in self.groups]
+        return [*(name for name in of_groups if name not in self.without), *self.others]
+
+    def values(self, config: TrainingConfig) -> tuple[Any, ...]:
+        """Their values, to be a key."""
+        return tuple(getattr(config, name) for name in self.names())
+
+
+# The CLIP that is loaded; the data that is read, and the store of its images; what the untrained CLIP makes of them.
+LOADED_BY = DecidedBy(others=("clip_model", "clip_pretrained", "image_size", "seed"))
+READ_BY = DecidedBy(groups=("data",), without=VIEWS, others=("demo", "cache_dir"))
+KNOWN_BY = DecidedBy(
+    groups=("data", "backbone", "speed"),
+    others=("demo", "cache_dir", "test", "prompt_levels", "use_explanations", "amp", "device", "batch_size"),
+)

@@ -31,6 +31,7 @@ import backbones
 import baseline
 import data
 import engine
+import feeding
 import images
 import inputs
 import models
@@ -129,7 +130,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
             pin_memory=num_workers > 0,
             persistent_workers=num_workers > 0,
         )
-        for name, order in baseline.build_orders(config, examples).items()
+        for name, order in feeding.build_orders(config, examples).items()
     }
     watch = engine.Stopwatch()
 
@@ -152,7 +153,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     base = reporting.fit_base({"train_eval": scores("train_eval")}, examples)
     assert isinstance(model.heads, models.ResidualHeads)
     model.heads.set_base(base.quality, base.consistency)
-    is_cached = not baseline.caches_nothing(config, model)
+    is_cached = not feeding.caches_nothing(config, model)
     curve: list[float] = []
     validation: list[float] = []
     best: dict[str, Tensor] = {}

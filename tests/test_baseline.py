@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import baseline
 import compare
 import engine
+import feeding
 import images
 import metrics
 import models
@@ -692,11 +693,11 @@ def test_several_processes_leave_nothing_out_in_mid_run_and_must_have_found_the_
     first = examples.fingerprint
     monkeypatch.setattr(engine.Runtime, "agree", lambda runtime, value: first)
     with pytest.raises(ValueError, match="have not found the same images readable"):
-        baseline.build_dropping(config, replace(examples, fingerprint="other"), replace(alone, world=2))
-    dropping = baseline.build_dropping(config, examples, replace(alone, world=2))
+        feeding.build_dropping(config, replace(examples, fingerprint="other"), replace(alone, world=2))
+    dropping = feeding.build_dropping(config, examples, replace(alone, world=2))
     with pytest.raises(OSError, match="several processes cannot leave out images in mid-run"):
         dropping.load(lost, load)
-    dropping = baseline.build_dropping(config, examples, alone)
+    dropping = feeding.build_dropping(config, examples, alone)
     assert len(dropping.load(lost, load)[0]) == 0 and dropping.rows == set(lost.tolist())
 
 

@@ -46,7 +46,7 @@ LAYOUT = {
     "images": Place(1, names("image_files"), outside=names("numpy PIL torch torchvision")),
     "features": Place(1, names("locking writing"), outside=names("safetensors torch")),
     "locking": Place(0, outside=names("")),
-    "kept": Place(0, outside=names("")),
+    "kept": Place(1, names("configs"), outside=names("")),
     "scores": Place(0, outside=names("")),
     # None of these knows CLIP, and the engine and checkpoints know nothing of images either.
     "data": Place(2, names("images reading scores"), outside=names("numpy pandas sklearn")),
@@ -71,6 +71,11 @@ LAYOUT = {
     "sources": Place(3, names("configs data demo images labels reading tables"), outside=names("pandas")),
     "reporting": Place(3, names("calibration data metrics scores"), outside=names("numpy pandas")),
     "describe": Place(4, names("configs data scores sources"), outside=names("numpy pandas")),
+    "feeding": Place(
+        4,
+        names("backbones caching checkpoint configs data engine features images inputs kept models tables"),
+        outside=names("numpy pandas torch"),
+    ),
     "protocol": Place(
         4,
         names("checkpoint compare configs data engine metrics reading reporting scores signals writing"),

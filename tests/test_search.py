@@ -34,7 +34,7 @@ import search
 import sensitivity
 import space
 from configs import OPTIONS, VIEWS, TrainingConfig, parse_args
-from kept import Kept
+from kept import KNOWN_BY, LOADED_BY, READ_BY, DecidedBy, Kept
 
 LR = {"lr": {"low": 1e-6, "high": 1.0, "log": True}}
 BEST_LR = 1e-3
@@ -1035,9 +1035,9 @@ NOT_FOR_CLIP = (
 @pytest.mark.parametrize(
     ("decided", "free"),
     [
-        (baseline.KNOWN_BY, NOT_FOR_KNOWN),
-        (baseline.READ_BY, f"{NOT_FOR_KNOWN} {NOT_FOR_DATA} {OF_CLIP}"),
-        (baseline.LOADED_BY, f"{NOT_FOR_KNOWN} {NOT_FOR_DATA} {NOT_FOR_CLIP}"),
+        (KNOWN_BY, NOT_FOR_KNOWN),
+        (READ_BY, f"{NOT_FOR_KNOWN} {NOT_FOR_DATA} {OF_CLIP}"),
+        (LOADED_BY, f"{NOT_FOR_KNOWN} {NOT_FOR_DATA} {NOT_FOR_CLIP}"),
     ],
 )
 def test_of_every_option_it_is_settled_whether_what_is_kept_depends_on_it(decided, free):
@@ -1047,7 +1047,7 @@ def test_of_every_option_it_is_settled_whether_what_is_kept_depends_on_it(decide
 
 
 def test_what_is_kept_is_told_apart_by_the_values_that_decide_it():
-    decided = baseline.DecidedBy(groups=("backbone",), without=("init_from",), others=("seed",))
+    decided = DecidedBy(groups=("backbone",), without=("init_from",), others=("seed",))
     plain = TrainingConfig()
     assert decided.values(plain) == decided.values(replace(plain, init_from="a", lr=0.1))
     for name, value in {"freeze_layers": 9, "clip_model": "tiny", "seed": 1}.items():
