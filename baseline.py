@@ -64,7 +64,6 @@ from scores import TASKS, title_of
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
 
-
 AfterEpoch = Callable[[Mapping[str, float]], None]
 Scores = dict[str, np.ndarray]
 
