@@ -935,15 +935,15 @@ def load_options(path: str | Path, flag: str = "--config") -> dict[str, Any]:
     try:
         saved = read_json(Path(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{flag} {path}: no such file") from None
+        raise ValueError(in_a_line(f"{flag} {path}: no such file")) from None
     except ValueError as error:
-        raise ValueError(f"{flag} {error}") from None
+        raise ValueError(in_a_line(f"{flag} {error}")) from None
     saved.pop("provenance", None)
     for key in saved:
         if key not in OPTIONS:
             near = difflib.get_close_matches(key, OPTIONS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{flag} {path}: unknown option {shortened(key)}{hint}")
+            raise ValueError(in_a_line(f"{flag} {path}: unknown option {shortened(key)}{hint}"))
     return {
         key: tuple(value) if OPTIONS[key].pair and isinstance(value, list) else value
         for key, value in saved.items()
@@ -1004,6 +1004,9 @@ def parse_args(
     parser = build_parser()
     flags = vars(parser.parse_args(argv))
     flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
+    for name in ("config", "resume", "preset"):  # used before all are checked; argparse makes () of "--config=--"
+        if name in flags:
+            OPTIONS[name].check(flags[name])
     if flags.get("preset") == "list":
         print(preset_table())
         raise SystemExit(0)
@@ -1028,7 +1031,7 @@ def resumed_config(flags: Mapping[str, Any]) -> TrainingConfig:
     folder = Path(flags["resume"])
     files = [folder / name for name in ("config.json", "protocol.json") if (folder / name).is_file()]
     if not files:
-        raise ValueError(f"--resume {folder}: there is no run in it")
+        raise ValueError(in_a_line(f"--resume {folder}: there is no run in it"))
     saved = load_options(files[0], "--resume")
     for name, value in flags.items():
         if name not in (*FREE, "resume") and value != saved.get(name, OPTIONS[name].default):

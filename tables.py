@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from reading import in_a_line, refuse_odd_table
+from reading import in_a_line, refuse_odd_table, shortened
 
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a formula begins for a spreadsheet, behind any apostrophes
 ESCAPED = re.compile(r"'+[=+\-@\t\r]")
@@ -48,11 +48,20 @@ def read_csv(path: Path, **options: Any) -> pd.DataFrame:
         refuse_odd_table(path)
         with warnings.catch_warnings():  # where a row is longer than the header, pandas only warns
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return changed(pd.read_csv(path, index_col=False, **options), unescape)
+            table = pd.read_csv(path, index_col=False, **options)
+        refuse_huge(table)
+        return changed(table, unescape)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path}: cannot be read ({in_a_line(error)})") from None
+
+
+def refuse_huge(table: pd.DataFrame) -> None:
+    """Raise ValueError for whole numbers that no column of numbers can hold, which pandas leaves to Python."""
+    for name, column in table.items():
+        if column.dtype == object and any(type(cell) is int and cell.bit_length() > 64 for cell in column):
+            raise ValueError(f"column {shortened(str(name))} has a number of more than 64 bits")
 
 
 def changed(table: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFrame:

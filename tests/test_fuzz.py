@@ -17,6 +17,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -456,6 +457,13 @@ def test_command_lines(cases, tmp_path, capsys):
 
     @FUZZ
     @example([["a\nb"]], "flags", b"")
+    @example([["--config=a\nb"]], "flags", b"")
+    @example([["--resume=a\nb"]], "flags", b"")
+    @example([["--config=--"]], "flags", b"")
+    @example([["--preset", "list"], ["--no_cache"]], "flags", b"")
+    @example([["--preset=--"]], "flags", b"")
+    @example([["--resume=--"]], "flags", b"")
+    @example([], "--config", b'{"device": "a\\nb"}')
     @example([], "--config", b'{"loss": ' + b"[" * 100_000)
     @example([["--loss", "a\nb"]], "flags", b"")
     @example([], "--config", json.dumps({"loss": "x" * 5000}).encode())
@@ -473,7 +481,8 @@ def test_command_lines(cases, tmp_path, capsys):
             try:
                 config = configs.parse_args(argv)
             except SystemExit:
-                assert "list" in argv[-1] or "--preset=list" in argv, "only --preset list ends the program"
+                asked = "--preset=list" in argv or ("--preset", "list") in pairwise(argv)
+                assert asked, "only --preset list ends the program"
                 return
             again = configs.parse_args(shlex.split(configs.command_line(config))[2:])
             own = ("data_csv_path", "image_base_dir") if config.demo else ()  # which the demo fills in
@@ -840,6 +849,7 @@ def test_run_folders(cases, tmp_path, finished_run, capsys):
     @example((first / "config.json", json.dumps({**options, "init_from": 3}).encode()))
     @example((first / "config.json", json.dumps({**options, "init_from": str(first)}).encode()))
     @example((first / "splits.csv", b"name,digest\na,b\n"))
+    @example((first / "metrics.csv", b"epoch,loss\n1," + b"9" * 300 + b"\n"))
     @example((first / "predictions.csv", b"name,prompt\na,b\n"))
     @example((first / "metrics.csv", b"epoch\n" + b"x" * 9999))
     @given(st.one_of(*map(damaged_file, readers)))

@@ -60,6 +60,7 @@ def test_a_table_that_somebody_else_wrote_keeps_its_apostrophes_but_before_formu
     [
         ("," * 1000 + "\n", "has more than 1000 columns"),
         ("name\n" + "x," * 50_000 + "x\n", "does not match length of data"),
+        ("name,score\na," + "9" * 300 + "\n", "column 'score' has a number of more than 64 bits"),
         ("name\na\nb,1\n", "Expected 1 fields in line 3, saw 2"),
         (",".join(["x" * 10_000] * 200), "the header has more than 1048576 characters"),
     ],
