@@ -30,7 +30,7 @@ from predict import Scorer
 
 EPOCHS = 200
 LEAK = 50_000  # bytes per epoch, planted
-MOST_USED = 10_000  # bytes per epoch, that a run may need more: its history alone takes some 3 kB
+MOST_USED = 20_000  # bytes per epoch, that a run may need more: its history alone takes some 3 kB
 MOST_OWN = 30_000  # bytes per epoch, that its process may grow by: gaps in between count
 MOST_OBJECTS = 10  # per epoch, likewise
 TINY = "--clip_model tiny --clip_pretrained none --image_size 56 --freeze_clip --batch_size 16"
