@@ -70,8 +70,8 @@ class FeatureCache:
                     )
                 except OSError as error:
                     raise unwritable(rows.folder, error) from error
-                held.callback(remove_if_empty, rows.folder)
                 if is_locked:
+                    held.callback(remove_if_empty, rows.folder)
                     rows.tidy()
                 else:
                     self.say_once(f"{self.folder}: cannot be locked: runs at the same time may compute the same twice")
@@ -200,7 +200,8 @@ class FeatureSet:
 
 def unwritable(folder: Path, error: Exception) -> ValueError:
     """What to tell the user."""
-    return ValueError(f"--cache_dir {folder}: cannot be written ({error}); choose another folder or --no_cache")
+    reason = (isinstance(error, OSError) and error.strerror) or error
+    return ValueError(f"--cache_dir {folder}: cannot be written ({reason}); choose another folder or --no_cache")
 
 
 def remove_if_empty(folder: Path) -> None:

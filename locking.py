@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -24,11 +24,14 @@ def locked(folder: Path, *, wait: Callable[[], object] | None) -> Iterator[bool]
         OSError: the folder cannot be made or opened.
     """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # it is being removed, or is no folder, as opening it will tell
+            folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # removed this very moment
-            continue
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            if folder.is_symlink() or not folder.parent.is_dir():  # a link to nowhere
+                raise
+            continue  # removed this very moment
         try:
             is_locked = lock(descriptor, wait)
             if is_there(folder, descriptor):

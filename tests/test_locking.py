@@ -96,6 +96,23 @@ def test_the_lock_of_a_folder_that_was_removed_is_worth_nothing(tmp_path, made_a
     assert held == [(True, True)]
 
 
+def test_a_folder_that_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    folder, mkdir, made = tmp_path / "folder", os.mkdir, []
+
+    def remove_it_then(path: Path, mode: int) -> None:
+        made.append(path)
+        if len(made) == 1:  # another process had made it, and has removed it since
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        mkdir(path, mode)
+        if len(made) == 2:
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "mkdir", remove_it_then)
+    with locked(folder, wait=None) as is_locked:
+        assert is_locked and folder.is_dir()
+    assert made == [folder] * 3
+
+
 def test_where_there_are_no_locks_the_block_runs_and_is_told(tmp_path, monkeypatch):
     def refuse(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -105,7 +122,9 @@ def test_where_there_are_no_locks_the_block_runs_and_is_told(tmp_path, monkeypat
         assert not is_locked
 
 
-def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
+@pytest.mark.parametrize("what", ["file", "file/folder", "link", "link/folder"])
+def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path, what):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"), locked(tmp_path / "file" / "folder", wait=None):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match=what.partition("/")[0]), locked(tmp_path / what, wait=None):
         pass
