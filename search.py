@@ -53,6 +53,7 @@ import engine
 import protocol
 import sensitivity
 import sources
+import starting
 from configs import FREEZING, NOT_SAVED, TrainingConfig, command_line, one_line_errors
 from kept import Kept
 from reading import read_json
@@ -559,7 +560,7 @@ def prepare(request: Request, kept: Kept) -> Search:
     refuse_occupied(request.folder)
     began = datetime.now()
     config = sources.draw_demo(request.config) if request.config.demo else request.config
-    depth = baseline.num_blocks(config)
+    depth = starting.num_blocks(config)
     space = request.space or default_space(config, depth, request.given)
     make_folder(request)
     study = open_study(request)
@@ -622,7 +623,7 @@ def main(argv: Sequence[str] | None = None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     with one_line_errors(SearchFailed, engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
-        request = parse_search_args(argv, num_blocks=baseline.num_blocks, num_images=sources.count_training_images)
+        request = parse_search_args(argv, num_blocks=starting.num_blocks, num_images=sources.count_training_images)
         try:
             return search_all(request, argv)
         except KeyboardInterrupt:

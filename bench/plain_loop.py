@@ -36,6 +36,7 @@ import images
 import inputs
 import models
 import reporting
+import starting
 from configs import TrainingConfig, parse_args
 from scores import TASKS
 
@@ -104,7 +105,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     runtime = engine.start_runtime(config.device, config.amp)
     engine.seed_everything(config.seed)
     examples = baseline.read_examples(config)
-    backbone, model, _ = baseline.start_model(config, examples)
+    backbone, model, _ = starting.start_model(config, examples)
     model.to(runtime.device)
     prompts = examples.table["prompt"].tolist()
     tokens, _ = backbones.tokenize(backbone.tokenizer, prompts, backbone.clip.context_length)

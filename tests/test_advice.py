@@ -19,6 +19,7 @@ import advice
 import baseline
 import configs
 import models
+import starting
 from advice import Facts, Remark, advise
 from configs import PRESETS, TrainingConfig, parse_args
 
@@ -449,7 +450,7 @@ def test_facts_are_those_of_data_model_and_machine(demo_set, tmp_path):
     tiny = "--clip_model tiny --clip_pretrained none --image_size 112 --partial_freeze --freeze_layers 22 --crops 3"
     config = parse_args(f"{given} {tiny}".split())
     examples = baseline.read_examples(config)
-    _, model, _ = baseline.start_model(config, examples)
+    _, model, _ = starting.start_model(config, examples)
     cpu = SimpleNamespace(device=torch.device("cpu"), compute_dtype=torch.float32, world=1)
     facts = baseline.gather_facts(config, examples, model, cpu, 77)
     per_view = models.activation_bytes(model.clip.visual, torch.float32)

@@ -29,6 +29,7 @@ import images
 import metrics
 import models
 import predict
+import starting
 from configs import parse_args
 from predict import Scorer
 
@@ -66,7 +67,7 @@ def untrained(folder: Path) -> models.ScoreModel:
     """The model that a run started with."""
     config = parse_args(["--config", str(folder / "config.json")])
     engine.seed_everything(config.seed)
-    return baseline.start_model(config, baseline.read_examples(config))[1]
+    return starting.start_model(config, baseline.read_examples(config))[1]
 
 
 def test_a_run_writes_exactly_its_files_and_the_loss_falls(finished):
@@ -508,11 +509,11 @@ def test_a_run_says_every_epoch_to_who_asks_and_stops_when_told_to(demo_set, tmp
 @pytest.mark.parametrize(("name", "layers"), [("tiny", 24), ("ViT-B-32", 12), ("ViT-L-14", 24), ("ViT-H-14", 32)])
 def test_the_depth_of_a_model_is_known_before_it_is_built(name, layers):
     config = parse_args(["--clip_model", name, "--clip_pretrained", "none"])
-    assert baseline.num_blocks(config) == layers
+    assert starting.num_blocks(config) == layers
 
 
 def test_a_model_without_blocks_has_no_depth():
-    assert baseline.num_blocks(parse_args(["--clip_model", "RN50", "--clip_pretrained", "none"])) is None
+    assert starting.num_blocks(parse_args(["--clip_model", "RN50", "--clip_pretrained", "none"])) is None
 
 
 def test_a_preset_follows_the_data_and_the_first_stage(finished, demo_set, tmp_path, capsys):
@@ -521,7 +522,7 @@ def test_a_preset_follows_the_data_and_the_first_stage(finished, demo_set, tmp_p
     baseline.main(shlex.split(f"{paths} {flags}"))
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["preset"], saved["freeze_clip"], saved["batch_size"], saved["epochs"]) == ("small", True, 16, 1)
-    assert baseline.num_blocks(parse_args(["--init_from", str(finished[0])])) == 24
+    assert starting.num_blocks(parse_args(["--init_from", str(finished[0])])) == 24
 
 
 # -- images that cannot be used

@@ -76,6 +76,11 @@ LAYOUT = {
         names("backbones caching checkpoint configs data engine features images inputs kept models tables"),
         outside=names("numpy pandas torch"),
     ),
+    "starting": Place(
+        5,
+        names("backbones checkpoint configs data described evaluation feeding kept models reporting"),
+        outside=names("numpy torch"),
+    ),
     "protocol": Place(
         4,
         names("checkpoint compare configs data engine metrics reading reporting scores signals writing"),
@@ -92,7 +97,7 @@ LAYOUT = {
     ),
 }
 LAYOUT |= {
-    "baseline": Place(5, frozenset(LAYOUT)),
+    "baseline": Place(6, frozenset(LAYOUT)),
     "predict": Place(
         5,
         names(
@@ -105,8 +110,11 @@ LAYOUT |= {
     "space": Place(1, names("configs reading"), outside=names("")),  # so that search.py --help answers at once
     "sensitivity": Place(2, names("space"), outside=names("matplotlib numpy optuna pandas sklearn")),
     "search": Place(
-        6,
-        names("baseline checkpoint compare configs engine kept protocol reading sensitivity sources space writing"),
+        7,
+        names(
+            "baseline checkpoint compare configs engine kept protocol reading sensitivity sources space starting "
+            "writing"
+        ),
         outside=names("numpy optuna pandas sqlalchemy torch"),
     ),
     "explain": Place(6, names("images predict reporting scores"), outside=names("numpy pandas PIL")),

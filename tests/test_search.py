@@ -33,6 +33,7 @@ import protocol
 import search
 import sensitivity
 import space
+import starting
 from configs import OPTIONS, VIEWS, TrainingConfig, parse_args
 from kept import KNOWN_BY, LOADED_BY, READ_BY, DecidedBy, Kept
 
@@ -87,14 +88,14 @@ class Trainer:
         """Take the place of everything that looks at data or a model."""
         baseline.run = lambda config, **how: {} if config.dry_run else self(config, **how)
         baseline.read_examples = lambda config, kept: examples("same")
-        baseline.num_blocks = lambda config: 12
+        starting.num_blocks = lambda config: 12
 
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     """A function that puts a Trainer in the place of `baseline.run`."""
-    for name in ("run", "read_examples", "num_blocks"):
-        monkeypatch.setattr(baseline, name, getattr(baseline, name))  # to be put back in the end
+    for module, name in ((baseline, "run"), (baseline, "read_examples"), (starting, "num_blocks")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # to be put back in the end
 
     def install(*args: Any, **how: Any) -> Trainer:
         trainer = Trainer(*args, **how)

@@ -39,6 +39,7 @@ import predict
 import protocol
 import report
 import space
+import starting
 import tables
 
 TINY = ["--clip_model", "tiny", "--clip_pretrained", "none", "--image_size", "56", "--freeze_clip", "--epochs", "1"]
@@ -494,7 +495,7 @@ def test_a_description_of_far_more_than_the_weights_is_refused_before_memory_is_
     before = used()
     assert str(best) in refusal(predict.Scorer.load, best)
     config = configs.TrainingConfig(demo=True, init_from=str(best))
-    assert str(best) in refusal(baseline.load_first_stage, config, Namespace())
+    assert str(best) in refusal(starting.load_first_stage, config, Namespace())
     assert used() - before < 300e6
 
 
