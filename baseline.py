@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import re
 import shlex
@@ -23,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # --help and mistakes in the flags answer here, before torch is imported, which takes seconds.
+    # --help, mistakes in the flags and Ctrl-C answer here, before torch is imported, which takes seconds.
     from configs import one_line_errors, parse_args
+    from signals import end_quietly
 
+    end_quietly()
     with one_line_errors():
         parse_args()
 
@@ -53,11 +56,13 @@ import resuming
 import signals
 import sources
 import starting
+import tables
 import tracking
 from configs import TrainingConfig, one_line_errors, parse_args
 from kept import NOTHING, READ_BY, Kept
 from reading import read_json
 from scores import TASKS, title_of
+from writing import remove_if_empty, write_new
 
 COMPILE_FROM = 200_000  # images through the model in a run, from which compilation should be worth its start-up
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
@@ -135,7 +140,8 @@ def run(
             while course.epoch <= config.epochs and not stops_early(config, course.selection, runtime):
                 if (due := stage_of(config, course.epoch)) != stage:
                     enter_stage(config, model, examples, due, course.epoch, runtime)
-                    feeding.cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
+                    with saver.interruptible():
+                        feeding.cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
                     stage, trainee = due, None
                 trainee = trainee or runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
                 with Progress(course, len(examples.rows("train")), runtime, saver.check) as progress:
@@ -385,7 +391,7 @@ def start(config: TrainingConfig) -> tuple[engine.Runtime, Path, str]:
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
     tracking.check_installed(tracker_names(config))
-    folder, found = run_folder(config), ""
+    folder, found = runtime.of_main(lambda: run_folder(config)), ""
     if runtime.is_main:
         found = find_run(config, folder)
         if not found:
@@ -669,15 +675,23 @@ def evaluate(
 
 
 def run_folder(config: TrainingConfig) -> Path:
-    """--output_dir, or runs/<time>-<short name>, not yet taken."""
+    """--output_dir, or runs/<time>-<short name>, which is made now: else two that start together would share it."""
     if config.output_dir:
         return Path(config.output_dir)
     place = config.clip_model.partition(":")[2]
     model = re.sub(r"[^\w.-]+", "-", Path(place).name if place else config.clip_model).lower()
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{config.freezing}"
-    taken = 1
-    while (folder := Path("runs") / (name if taken == 1 else f"{name}-{taken}")).exists():
-        taken += 1
+    folder, taken = Path("runs") / name, 1
+    while not config.dry_run:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            taken += 1
+            folder = folder.with_name(f"{name}-{taken}")
+        else:
+            for made in (folder.parent, folder):  # a run that cannot begin leaves nothing; the last goes first
+                atexit.register(remove_if_empty, made)
+            break
     return folder
 
 
@@ -704,8 +718,16 @@ def write_inputs(
         if len(skipped):
             writer.csv(checkpoint.SKIPPED_FILE, skipped)
         writer.csv(checkpoint.SPLITS_FILE, splits)
-    if config.split_file and runtime.is_main and not Path(config.split_file).exists():
-        checkpoint.write_csv(Path(config.split_file), splits[["name", "split"]])
+    if config.split_file and runtime.is_main:
+        is_drawn = bool((examples.table["split"] == "").any())
+        keep_splits(Path(config.split_file), splits[["name", "split"]].reset_index(drop=True), is_drawn=is_drawn)
+
+
+def keep_splits(path: Path, splits: pd.DataFrame, *, is_drawn: bool) -> None:
+    """Write --split_file, unless it is there. Raises ValueError if these folds were drawn, and it has others by now."""
+    write_new(path, lambda temporary: tables.write(splits, temporary))
+    if is_drawn and not tables.read_csv(path, dtype=str, keep_default_na=False).equals(splits.astype(str)):
+        raise ValueError(f"--split_file {path}: another run has just written other folds there; start this one again")
 
 
 def write_config(
@@ -842,7 +864,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         config = parse_args(argv, num_images=sources.count_training_images, num_blocks=starting.num_blocks)
         if config.is_protocol:
             runtime = engine.start_runtime(config.device, config.amp, config.deterministic)
-            folder = run_folder(config)
+            folder = runtime.of_main(lambda: run_folder(config))
             results = protocol.run_all(config, partial(run, listening=listening), folder, runtime)
             if results:
                 write_report(config, folder, runtime)

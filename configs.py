@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -1123,8 +1124,16 @@ def in_words(error: Exception) -> str:
     return str(error)
 
 
+def complain(text: str) -> None:
+    """Say it on stderr, if anybody still reads that: the exit code tells it too."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # or Python would try once more at its end, and end by another exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 @contextmanager
-def one_line_errors(*failures: type[Exception], retry: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+def one_line_errors(*failures: type[Exception], retry: type[BaseException] | tuple[()] = ()) -> Iterator[None]:
     """For command lines: a user's mistake (or the file system's) becomes one line and exit code 2, `failures` 1.
 
     `retry` is what asks to be run again: exit code 75, as in sysexits.h. What is printed meanwhile is `printable`.
@@ -1133,14 +1142,14 @@ def one_line_errors(*failures: type[Exception], retry: type[Exception] | tuple[(
         with redirect_stdout(cast(TextIO, Printable(sys.stdout))):
             yield
     except (ValueError, OSError) as error:
-        print(f"error: {printable(in_words(error))}", file=sys.stderr)
+        complain(f"error: {printable(in_words(error))}")
         raise SystemExit(2) from error
     except failures as error:
-        print(f"failed: {printable(str(error))}", file=sys.stderr)
+        complain(f"failed: {printable(str(error))}")
         raise SystemExit(1) from error
     except retry as error:
-        print(printable(str(error)), file=sys.stderr)
+        complain(printable(str(error)))
         raise SystemExit(75) from error
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         raise SystemExit(130) from None

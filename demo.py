@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from locking import locked
+from writing import remove_if_empty, sync
 
 T = TypeVar("T")
 CSV_COLUMNS = ("name", "prompt", "mos_quality", "mos_align", "explanation")
@@ -386,10 +388,15 @@ def write_demo_set(folder: Path, *, num_prompts: int = 80, seed: int = 0) -> tup
         return paths
     if num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts}, but at least 1 prompt is needed")
-    with locked(folder.parent, wait=_say_that_it_waits) as is_locked:
-        if paths[0].exists():
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; remove it or name another demo folder")
+    with ExitStack() as leaving:
+        is_locked = leaving.enter_context(locked(folder, wait=_say_that_it_waits))
+        leaving.callback(remove_if_empty, folder)
+        is_empty = not any(folder.iterdir())
+        if paths[0].exists():  # looked at last: where folders cannot be locked it may have come this very moment
             return paths
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_empty:
             raise ValueError(f"{folder} is in use but holds no data.csv; remove it or name another demo folder")
         for left in folder.parent.glob(f".{folder.name}-*") if is_locked else ():  # by processes that were killed
             shutil.rmtree(left, ignore_errors=True)
@@ -397,7 +404,8 @@ def write_demo_set(folder: Path, *, num_prompts: int = 80, seed: int = 0) -> tup
             staged = Path(scratch) / "set"
             (staged / "images").mkdir(parents=True)
             _draw_demo_set(staged, plan_demo_set(num_prompts, seed), seed)
-            _sync(staged)
+            for path in [*staged.rglob("*"), staged]:  # or a machine that stops may leave empty files with these names
+                sync(path)
             try:
                 os.replace(staged, folder)
             except OSError:  # another process was quicker, where folders cannot be locked
@@ -408,16 +416,6 @@ def write_demo_set(folder: Path, *, num_prompts: int = 80, seed: int = 0) -> tup
 
 def _say_that_it_waits() -> None:
     print("note      another run draws the demo set: waiting for it", flush=True)
-
-
-def _sync(folder: Path) -> None:
-    """Bring all of a folder to the disk, so that a machine that stops cannot leave empty files under final names."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _draw_demo_set(staged: Path, drafts: list[Draft], seed: int) -> None:

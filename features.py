@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from locking import locked
-from writing import sweep, write_whole
+from writing import remove_if_empty, sweep, write_whole
 
 SEGMENT_BYTES = 256e6  # a segment is written when so much has come together
 RESERVED_BYTES = 1e9  # of the disk, always left free
@@ -202,12 +202,6 @@ def unwritable(folder: Path, error: Exception) -> ValueError:
     """What to tell the user."""
     reason = (isinstance(error, OSError) and error.strerror) or error
     return ValueError(f"--cache_dir {folder}: cannot be written ({reason}); choose another folder or --no_cache")
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that nothing was put into."""
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def size_of(folder: Path) -> int:

@@ -212,7 +212,7 @@ class Saver:
         if wish != NOTHING:
             self.save()
         if wish == STOP:
-            raise signals.Stopped(f"stopped and saved: --resume {self.states.run} goes on from there")
+            raise self.stopped()
 
     def save(self, random: engine.RandomState | None = None) -> None:
         """Save the state now, by the process that writes.
@@ -230,6 +230,23 @@ class Saver:
             self.states.save(self.step(), self.course.best_epoch, found)
         self.runtime.of_main(lambda: None)  # wait for it
         self.since = time.perf_counter()
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let a signal stop the run anywhere in a block that changes nothing of its state, which is saved then.
+
+        With several processes only `check` can stop it, as one of them must not leave the others alone.
+        """
+        try:
+            with self.listening.held_back(self.runtime.world > 1):
+                yield
+        except signals.Stopped:
+            self.save()
+            raise self.stopped() from None
+
+    def stopped(self) -> signals.Stopped:
+        """What ends a run whose state is saved."""
+        return signals.Stopped(f"stopped and saved: --resume {self.states.run} goes on from there")
 
     @contextmanager
     def guarding(self) -> Iterator[None]:

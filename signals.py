@@ -6,14 +6,32 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGAIN = 75  # the exit code that asks to be run again, as in sysexits.h
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # as KeyboardInterrupt is one: nothing that expects errors may take it for its own
     """A signal has asked the run to stop, and it has."""
+
+
+def end_quietly() -> None:
+    """Let a signal end the process in a line, not in the traceback of an import: nothing can be lost as yet."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        tell(f"stopped by {signal.Signals(number).name}")
+        os._exit(AGAIN)
+
+    for number in ASKING:
+        signal.signal(number, end)
+
+
+def tell(text: str) -> None:
+    """Say it on stderr; not by print, which a signal may have come in the middle of."""
+    with suppress(OSError):  # who read it may have ended by the same signal
+        os.write(2, f"{text}\n".encode())
 
 
 class Signals:
@@ -49,17 +67,18 @@ class Signals:
             raise Stopped(
                 f"stopped by {self.asked} outside of training: the same command goes on, with --resume auto if needed"
             )
-        # Not by print, which a signal may have come in the middle of.
-        os.write(2, f"{self.asked}: saving after this step; once more stops at once, without\n".encode())
+        tell(f"{self.asked}: saving after this step; once more stops at once, without")
 
     @contextmanager
-    def held_back(self) -> Iterator[None]:
-        """Let the run stop only where it chooses to."""
-        self.is_held_back = True
+    def held_back(self, holds: bool = True) -> Iterator[None]:
+        """Let the run stop only where it chooses to; within such a block, `holds=False` lets it stop anywhere."""
+        before, self.is_held_back = self.is_held_back, holds
         try:
+            if self.asked and not holds:
+                raise Stopped(f"stopped by {self.asked}")
             yield
         finally:
-            self.is_held_back = False
+            self.is_held_back = before
 
 
 NONE = Signals()  # listens to nothing

@@ -29,6 +29,27 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         NotWritten: what was there before is still there.
     """
+    put_whole(path, write, os.replace)
+
+
+def write_new(path: Path, write: Callable[[Path], object]) -> None:
+    """The same, unless there is such a file, even if that has just come. Raises NotWritten."""
+    if not path.exists():
+        put_whole(path, write, link_new)
+
+
+def link_new(source: Path, target: Path) -> None:
+    """Give a file another name, unless that is taken."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(source, target)
+
+
+def put_whole(path: Path, write: Callable[[Path], object], put: Callable[[Path, Path], object]) -> None:
+    """Let `write` fill a temporary file, which `put` then makes the one at `path`. Raises NotWritten."""
     temporary = temporary_name(path)
     try:
         with write_errors(path):
@@ -37,7 +58,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
             temporary.chmod(mode)
             sync(temporary)
-            os.replace(temporary, path)
+            put(temporary, path)
             sync(path.parent)
     finally:
         with suppress(OSError):  # which has been said
@@ -71,6 +92,12 @@ def sweep(folder: Path) -> None:
         if is_temporary(path):
             with suppress(OSError):  # another user's, in a cache that is shared
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that nothing was put into."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def holds_nothing(folder: Path) -> bool:

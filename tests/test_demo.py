@@ -6,7 +6,8 @@ import csv
 import multiprocessing
 import os
 import re
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 import demo
+import locking
 
 NUM_PROMPTS = 4
 
@@ -123,7 +125,12 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 
 def test_a_quicker_process_wins_where_folders_cannot_be_locked(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "locked", lambda folder, wait: nullcontext(False))
+    @contextmanager
+    def without_lock(folder, wait):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield False
+
+    monkeypatch.setattr(demo, "locked", without_lock)
     folder = tmp_path / "demo"
     honest = os.replace
 
@@ -136,6 +143,12 @@ def test_a_quicker_process_wins_where_folders_cannot_be_locked(tmp_path, monkeyp
     csv_path, _ = demo.write_demo_set(folder, num_prompts=2)
     assert len(read_rows(csv_path)) == len(demo.GENERATORS)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_who_has_locked_the_folder_around_it_can_draw(tmp_path):
+    with locking.locked(tmp_path, wait=None), ThreadPoolExecutor(1) as pool:
+        csv_path, _ = pool.submit(demo.write_demo_set, tmp_path / "demo", num_prompts=1).result(60)
+    assert len(read_rows(csv_path)) == len(demo.GENERATORS)
 
 
 def draw(folder: Path, begun: Any, may_go_on: Any) -> None:
@@ -162,7 +175,7 @@ def test_a_process_that_is_killed_while_drawing_leaves_nothing_and_one_that_wait
         processes.append(context.Process(target=draw, args=(folder, *events[-1]), daemon=True))
         processes[-1].start()
         assert events[-1][0].wait(120)
-        assert not folder.exists() and len(list(tmp_path.iterdir())) == 1  # half a set, under another name
+        assert list(folder.iterdir()) == [] and len(list(tmp_path.iterdir())) == 2  # half a set, under another name
         if len(processes) == 1:
             processes[0].kill()
             processes[0].join(60)

@@ -36,7 +36,7 @@ LAYOUT = {
     "losses": Place(0, outside=names("torch")),
     "labels": Place(0, outside=names("numpy pandas scipy")),
     "simple_statistics": Place(0, outside=names("torch")),
-    "demo": Place(1, names("locking"), outside=names("numpy PIL")),
+    "demo": Place(1, names("locking writing"), outside=names("numpy PIL")),
     "tables": Place(1, names("reading"), outside=names("pandas")),
     "sizes": Place(1, names("reading"), outside=names("torch")),
     "backbones": Place(2, names("reading sizes")),

@@ -23,6 +23,7 @@ import compare
 import engine
 import protocol
 import sources
+import tables
 from configs import TrainingConfig, parse_args
 from scores import MEASURES, tasks_of
 
@@ -537,6 +538,20 @@ def test_folds_test_on_every_image_once_and_share_no_prompt(demo_set, data_flags
         assert set(part) == {"train", "val", "test"}
         assert part.groupby(prompts[part.index]).nunique().max() == 1
     assert len(summary["test"]["srocc_q"]["values"]) == 3
+
+
+def test_runs_that_share_a_new_split_file_have_its_folds_or_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "folds.csv"
+    mine = pd.DataFrame({"name": ["NA", "01"], "split": ["train", "test"]})
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # it comes after that was asked
+    for _ in range(2):
+        baseline.keep_splits(path, mine, is_drawn=True)
+    others = mine.assign(split=["test", "train"])
+    baseline.keep_splits(path, others, is_drawn=False)  # as the data set says, whatever it holds
+    with pytest.raises(ValueError, match="another run has just written other folds there"):
+        baseline.keep_splits(path, others, is_drawn=True)
+    assert tables.read_csv(path, dtype=str, keep_default_na=False).equals(mine)
+    assert [file.name for file in tmp_path.iterdir()] == ["folds.csv"]
 
 
 def test_a_split_file_that_one_run_writes_gives_another_seed_the_same_folds(data_flags, tmp_path):

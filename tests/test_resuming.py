@@ -23,6 +23,7 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
+import backbones
 import baseline
 import checkpoint
 import engine
@@ -209,6 +210,72 @@ def test_a_signal_before_training_stops_at_once_and_a_second_one_always(capfd):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(lambda: signals.Signals().__enter__().before).result() == {}
+
+
+def test_nothing_that_expects_errors_takes_a_signal_for_one():
+    with signals.Signals(), pytest.raises(signals.Stopped):
+        backbones.download("weights", lambda: signal.raise_signal(signal.SIGTERM))
+
+
+STOPPING = """
+import signal
+import signals
+from configs import one_line_errors
+
+with one_line_errors(retry=signals.Stopped), signals.Signals() as listening, listening.held_back():
+    input()
+    signal.raise_signal(signal.SIGINT)
+    raise signals.Stopped("saved")
+"""
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_signal_that_has_ended_the_reader_of_stderr_too_stops_the_run_as_any_other(is_read):
+    """Ctrl-C in a terminal with `2>&1 | tee log`: it must not break the step, nor change the exit code."""
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", STOPPING], cwd=ROOT, text=True, **pipes)
+    assert process.stdin is not None and process.stderr is not None
+    if not is_read:
+        process.stderr.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    said = process.stderr.read() if is_read else ""
+    assert process.wait(60) == 75
+    assert (
+        said.splitlines()
+        == ["SIGINT: saving after this step; once more stops at once, without", "saved"][: 2 * is_read]
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_while_libraries_are_imported_ends_in_a_line_too(name, tmp_path, environment):
+    command = [sys.executable, str(ROOT / "baseline.py"), "--demo", "--output_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for(lambda: "numpy" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75 and said.startswith(f"stopped by {name}") and said.count("\n") == 1, said
+
+
+def test_a_signal_does_not_wait_for_a_cache_to_be_filled_in_mid_run(demo_set, tmp_path, monkeypatch):
+    argv = flags_of(demo_set, "--unfreeze_schedule", "22@0,20@1", "--save_every_minutes", "0")
+    run_until([*argv, "--cache_dir", str(tmp_path / "another")], tmp_path / "whole", None)
+    fill, filled = baseline.feeding.cache_frozen, []
+
+    def asked_meanwhile(*args: Any) -> None:
+        filled.append(True)
+        if len(filled) == 2:
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("goes on")
+        fill(*args)
+
+    argv += ["--cache_dir", str(tmp_path / "cache")]
+    monkeypatch.setattr(baseline.feeding, "cache_frozen", asked_meanwhile)
+    with signals.Signals() as listening, pytest.raises(signals.Stopped, match="stopped and saved: --resume"):
+        baseline.run(parse_args([*argv, "--output_dir", str(tmp_path / "part")]), listening=listening)
+    run_until([*argv, "--resume", "auto"], tmp_path / "part", None)
+    assert json.loads((tmp_path / "part" / "results.json").read_text())["resumed"] == [{"epoch": 2, "step": 0}]
+    assert differences(tmp_path / "whole", tmp_path / "part") == []
 
 
 # States that are damaged, or of something else
