@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
-    # --help and mistakes in the flags answer here, before torch and Gradio are imported, which takes seconds.
+    # --help, mistakes in the flags and Ctrl-C answer here, before torch and Gradio are imported, which takes seconds.
     from commands import parse_app_args
     from configs import one_line_errors
+    from signals import end_as_usual, end_quietly
 
+    end_quietly()
     with one_line_errors():
         parse_app_args()
         if importlib.util.find_spec("gradio") is None:
@@ -595,4 +597,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_as_usual()
     main(sys.argv[1:])

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # --help and mistakes in the flags answer here, before torch is imported, which takes seconds.
+    # --help, mistakes in the flags and Ctrl-C answer here, before torch is imported, which takes seconds.
     from commands import parse_predict_args
     from configs import one_line_errors
+    from signals import end_as_usual, end_quietly
 
+    end_quietly()
     with one_line_errors():
         parse_predict_args()
 
@@ -493,4 +495,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_as_usual()
     main(sys.argv[1:])

@@ -28,6 +28,12 @@ def end_quietly() -> None:
         signal.signal(number, end)
 
 
+def end_as_usual() -> None:
+    """Undo `end_quietly`, for programs that do not listen to `Signals`."""
+    for number in ASKING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 def tell(text: str) -> None:
     """Say it on stderr; not by print, which a signal may have come in the middle of."""
     with suppress(OSError):  # who read it may have ended by the same signal

@@ -102,7 +102,7 @@ LAYOUT |= {
         5,
         names(
             "backbones checkpoint commands configs data described engine evaluation images inputs models parts "
-            "image_files reporting scores"
+            "image_files reporting scores signals"
         ),
     ),
 }
@@ -120,7 +120,10 @@ LAYOUT |= {
     "explain": Place(6, names("images predict reporting scores"), outside=names("numpy pandas PIL")),
     "app": Place(
         7,
-        names("checkpoint commands configs data explain image_files images predict reading reporting scores tables"),
+        names(
+            "checkpoint commands configs data explain image_files images predict reading reporting scores signals "
+            "tables"
+        ),
     ),
 }
 HANDS_OVER = {("data", "describe")}  # what a file's last lines may call, being the name of a program

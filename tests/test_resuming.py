@@ -247,11 +247,18 @@ def test_a_signal_that_has_ended_the_reader_of_stderr_too_stops_the_run_as_any_o
     )
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_while_libraries_are_imported_ends_in_a_line_too(name, tmp_path, environment):
-    command = [sys.executable, str(ROOT / "baseline.py"), "--demo", "--output_dir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    wait_for(lambda: "numpy" in Path(f"/proc/{process.pid}/maps").read_text())
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("SIGTERM", ["baseline.py", "--demo"]),
+        ("SIGINT", ["predict.py", "--checkpoint", "none", "none.png"]),
+        ("SIGUSR1", ["baseline.py", "--demo"]),
+    ],
+)
+def test_a_signal_while_libraries_are_imported_ends_in_a_line_too(name, words, tmp_path, environment):
+    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    wait_for(lambda: process.poll() is not None or "numpy" in Path(f"/proc/{process.pid}/maps").read_text())
     process.send_signal(getattr(signal, name))
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75 and said.startswith(f"stopped by {name}") and said.count("\n") == 1, said
