@@ -502,7 +502,8 @@ def build_score_tab(answers: Answers, event: Mapping[str, Any]) -> None:
             shown = gr.HTML(EMPTY["score"], js_on_load=None, elem_id="ranking")
     for trigger in (button.click, prompt.submit):
         trigger(answers.score, [files, prompt, by], [found, shown], show_progress_on=shown, **event)
-    by.change(answers.rank, [found, by], shown, show_progress="hidden", api_visibility="private")
+    # In the queue of the model as well: or it would rank what is being scored now by what was there before.
+    by.change(answers.rank, [found, by], shown, show_progress="hidden", **event)
 
 
 def build_look_tab(answers: Answers, event: Mapping[str, Any]) -> None:
@@ -588,8 +589,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         page = build_page(scorer, folder, title=args.checkpoint, test=test, max_pixels=args.max_pixels)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are deleted then too
         address = serve(page, args.host, args.port)
-        print(f"{address}   Ctrl-C ends it", flush=True)
         try:
+            print(f"{address}   Ctrl-C ends it", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             print()

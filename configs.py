@@ -1127,7 +1127,7 @@ def in_words(error: Exception) -> str:
 def complain(text: str) -> None:
     """Say it on stderr, if anybody still reads that: the exit code tells it too."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, where processes share it
     except OSError:  # or Python would try once more at its end, and end by another exit code
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 

@@ -90,7 +90,8 @@ def fidelity_loss(pred_B: Tensor, target_B: Tensor) -> Tensor:
     al., "Uncertainty-aware blind image quality assessment in the laboratory and wild" (UNIQUE), TIP 2021.
     """
     pred, target = _prepare(pred_B, target_B)
-    return _fidelity(pred, (_differences(target).sign() + 1) / 2)
+    p = (_differences(target).sign() + 1) / 2
+    return _fidelity(pred, p, 1 - p)
 
 
 def thurstone_loss(pred_B: Tensor, target_B: Tensor, std_B: Tensor) -> Tensor:
@@ -104,7 +105,8 @@ def thurstone_loss(pred_B: Tensor, target_B: Tensor, std_B: Tensor) -> Tensor:
     pred, target = _prepare(pred_B, target_B)
     _, std = _prepare(pred_B, std_B)
     variance = std.clamp(min=MIN_OPINION_STD).square()
-    return _fidelity(pred, torch.special.ndtr(_differences(target) / _pair_sums(variance).sqrt()))
+    z = _differences(target) / _pair_sums(variance).sqrt()
+    return _fidelity(pred, torch.special.ndtr(z), torch.special.ndtr(-z))
 
 
 def kl_loss(pred_B: Tensor, target_B: Tensor, std_B: Tensor) -> Tensor:
@@ -121,8 +123,11 @@ def kl_loss(pred_B: Tensor, target_B: Tensor, std_B: Tensor) -> Tensor:
     return ((pred - target).square() * precision / precision.mean()).mean()
 
 
-def _fidelity(pred: Tensor, p: Tensor) -> Tensor:
-    """Mean fidelity loss of Thurstone's model of `pred` (B,) against probabilities p of all pairs i < j."""
+def _fidelity(pred: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Mean fidelity loss of Thurstone's model of `pred` (B,) against probabilities p of all pairs i < j.
+
+    q is 1 - p, which the float32 next to 1 leaves no digits of: the loss would depend on which of a pair is first.
+    """
     if pred.numel() < 2:
         return _zero(pred)
     z = _differences(pred) / (math.sqrt(2) * THURSTONE_SIGMA)
@@ -131,7 +136,7 @@ def _fidelity(pred: Tensor, p: Tensor) -> Tensor:
     # sqrt(Phi(z)) by its logarithm: the gradient of sqrt is infinite where Phi underflows to 0.
     above = torch.exp(torch.special.log_ndtr(z) / 2)
     below = torch.exp(torch.special.log_ndtr(-z) / 2)
-    return (1 - p.sqrt() * above - (1 - p).sqrt() * below).mean()
+    return (1 - p.sqrt() * above - q.sqrt() * below).mean()
 
 
 LOSSES: dict[str, Loss] = {

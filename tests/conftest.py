@@ -30,10 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hypothesis tries more where that is asked for. Tests that say how much themselves keep to it."""
+    """Hypothesis tries more where that is asked for, and takes its time. Tests that say how much keep to that."""
+    settings.register_profile("short", deadline=None)  # a busy machine may stop for a while at any place
     settings.register_profile("torture", max_examples=10_000, deadline=None)
-    if config.getoption("--torture"):
-        settings.load_profile("torture")
+    settings.load_profile("torture" if config.getoption("--torture") else "short")
 
 
 @pytest.fixture

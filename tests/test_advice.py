@@ -304,7 +304,7 @@ def some_settings(draw: st.DrawFn) -> TrainingConfig:
         raise
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     some_settings(),
     st.sampled_from([3, 20, 60, 250, 999, 1500, 4000, 8000, 40_000]),

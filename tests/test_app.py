@@ -291,7 +291,7 @@ def test_a_map_for_each_score(page, scorer, files):
         row, column = np.unravel_index(np.abs(values).argmax(), values.shape)
         verb = "lowers" if values[row, column] > 0 else "raises"
         assert f"row {row + 1}, column {column + 1} {verb} it by {abs(values).max():.2f}" in figure.inner_text()
-        assert figure.locator("img").evaluate("image => image.naturalWidth") > 100
+        assert figure.locator("img").evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
 
 
 def test_a_broken_image_has_no_map_but_a_message(page):

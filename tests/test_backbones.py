@@ -515,7 +515,7 @@ def test_half_precision_transformers_weights_become_float32(hf, hf_folder):
 
 
 @given(st.integers(8, 4096), st.integers(8, 16384))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_mlp_has_the_width_that_transformers_gave_it(width, mlp_width):
     tower = SimpleNamespace(hidden_size=width, intermediate_size=mlp_width)
     assert int(width * backbones.mlp_ratio(tower)) == mlp_width
@@ -823,7 +823,7 @@ WORDS = st.lists(st.sampled_from(["cat", "dog", "!~", "-", "antidisestablishment
 
 
 @given(st.lists(WORDS, min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_truncated_texts_are_counted_exactly(word_lists):
     """Against the number of tokens; "!~" holds token 0, which is also the padding."""
     texts = [" ".join(words) for words in word_lists]

@@ -552,12 +552,16 @@ import baseline, features
 save = features.save_file
 
 
-def save_slowly(tensors, path):
+def hang(tensors, path):
     save(tensors, path)
-    time.sleep(1)
+    saved.append(path)
+    if len(saved) == 3:
+        open("hangs", "w").close()
+        time.sleep(600)
 
 
-features.SEGMENT_BYTES, features.save_file = 1, save_slowly
+saved = []
+features.SEGMENT_BYTES, features.save_file = 1, hang
 baseline.main(sys.argv[2:])
 """
 
@@ -570,9 +574,9 @@ def test_after_a_run_that_was_killed_while_filling_the_next_computes_the_rest(
     command = [sys.executable, "-c", SLOW, str(ROOT), *flags, "--output_dir", str(tmp_path / "killed")]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("cache/**/.*.tmp"))) < 1 or len(list(tmp_path.glob("cache/**/*.safetensors"))) < 2:
+    while not (tmp_path / "hangs").exists():
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.05)
     process.kill()
     process.wait()
     assert list(tmp_path.glob("cache/**/.*.tmp"))

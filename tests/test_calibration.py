@@ -53,7 +53,7 @@ def chosen_penalty(images: np.ndarray, target: np.ndarray, fitted: tuple[np.ndar
 
 
 @given(st.integers(0, 10_000), st.integers(2, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_line_is_that_of_least_squares(seed, num_rows):
     rng = np.random.default_rng(seed)
     feature, target = rng.uniform(0, 1, num_rows), rng.uniform(0, 1, num_rows)
@@ -68,7 +68,7 @@ def test_the_narrow_spread_of_a_real_clips_cosine_is_kept():
 
 
 @given(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=60))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_constant_feature_gives_slope_zero_and_the_mean(value, labels):
     target = np.array(labels)
     slope, offset = fit_line(np.full(len(labels), value), target)

@@ -209,7 +209,7 @@ def test_images_of_a_single_prompt_are_scored_but_have_no_interval(run, capsys):
     assert "told apart" not in capsys.readouterr().out
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(*[st.integers(1, 50)] * 3), min_size=6, max_size=20))
 def test_exchanging_two_runs_mirrors_the_difference(rows):
     mos, one, other = np.array(rows, dtype=float).T

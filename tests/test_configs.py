@@ -303,7 +303,7 @@ def test_json_round_trip_keeps_every_option_but_facts_about_the_place(tmp_path):
         assert getattr(found, name) == expected, name
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     lr=st.floats(0, 10, exclude_min=True),
     low=st.floats(-1e6, 1e6),
@@ -603,7 +603,7 @@ def read_back(command: str) -> TrainingConfig:
     return parse_args(shlex.split(command)[2:])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(some_configs())
 def test_the_command_of_a_config_is_read_back_as_the_config(config):
     base = TrainingConfig()
@@ -841,7 +841,6 @@ def test_loss_expressions_that_cannot_be_read_are_refused_with_the_names(text):
     assert all(name in str(caught.value) for name in LOSS_NAMES)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.floats(0, exclude_min=True, allow_infinity=False), st.sampled_from(LOSS_NAMES)),

@@ -422,7 +422,7 @@ def by_fold(numbers: list[int], folds: np.ndarray) -> dict[str, set[int]]:
     return {fold: {number for number, its in zip(numbers, folds, strict=True) if its == fold} for fold in data.FOLDS}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompt_tables(), st.floats(0.05, 0.45), st.floats(0.05, 0.45), st.integers(0, 2**32 - 1))
 def test_folds_share_no_prompt_have_their_sizes_and_follow_from_the_seed(drawn, test_size, val_size, seed):
     table, numbers = drawn
@@ -496,7 +496,7 @@ def test_a_split_column_from_which_no_validation_fold_can_be_drawn_is_refused(sp
     assert f"the {empty} fold has 0 image(s)" in message
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompt_tables(), st.floats(0.05, 0.6), st.integers(0, 2**32 - 1), st.data())
 def test_a_split_column_without_validation_gets_it_out_of_training_in_whole_prompts(drawn, val_size, seed, choice):
     table, numbers = drawn
@@ -515,7 +515,7 @@ def test_a_split_column_without_validation_gets_it_out_of_training_in_whole_prom
 # -- a run for each part
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompt_tables(), st.integers(2, 15), st.floats(0.05, 0.45), st.integers(0, 2**32 - 1))
 def test_over_all_parts_every_prompt_is_tested_on_once(drawn, num_parts, val_size, seed):
     table, numbers = drawn
@@ -602,7 +602,6 @@ def test_splitting_by_prompt_needs_a_prompt_in_every_row():
 KEYS = st.sampled_from(["", "a", "b", "c"])
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(KEYS, st.booleans()), min_size=1, max_size=12))
 def test_groups_are_equal_keys_but_those_that_stand_alone(items):
     key, alone = pd.Series([key for key, _ in items]), pd.Series([alone for _, alone in items])
@@ -611,7 +610,6 @@ def test_groups_are_equal_keys_but_those_that_stand_alone(items):
         assert (codes[i] == codes[j]) == (key[i] == key[j] and not alone[i] and not alone[j])
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["", "a", "A", "b"]), KEYS), min_size=1, max_size=12))
 def test_a_cluster_is_a_prompt_or_without_one_a_reference_or_else_an_image(items):
     table = table_of([prompt for prompt, _ in items], reference=[reference for _, reference in items])
@@ -624,7 +622,6 @@ def test_a_cluster_is_a_prompt_or_without_one_a_reference_or_else_an_image(items
 # -- label scales
 
 
-@settings(deadline=None)
 @given(st.floats(-100, 100), st.floats(0.01, 100), st.lists(st.floats(0, 1), min_size=1, max_size=9))
 def test_scores_survive_the_way_to_label_units_and_back(low, width, shares):
     scale = data.LabelScale(low, low + width)

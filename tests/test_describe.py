@@ -170,7 +170,7 @@ def test_sets_that_are_joined_are_described_each_by_itself(make_dataset, tmp_pat
 # -- its parts
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(10, 50), min_size=1, max_size=60), st.integers(0, 5))
 def test_the_counts_of_a_histogram_add_up_and_its_longest_bar_is_full(tenths, num_missing):
     scores = np.array([*tenths, *[np.nan] * num_missing]) / 10
@@ -196,7 +196,7 @@ def test_scores_lie_in_the_bins_they_are_counted_in():
     assert lengths == [40, 13, 0, 0, 0, 0, 0, 0, 0, 13]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=12))
 def test_duplicates_are_those_that_a_naive_search_finds(contents):
     said = describe.duplicates(examples_of([1.0] * len(contents), digests=contents))

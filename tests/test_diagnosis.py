@@ -154,7 +154,7 @@ def test_a_run_that_learns_and_stays_looks_fine(num_epochs):
     st.sampled_from([(150, 20), (400, 50), (2000, 250), (20_000, 2500)]),
     st.sampled_from([{}, {"freeze_clip": True, "lr": 1e-3}, {"partial_freeze": True, "freeze_layers": 18}]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, derandomize=True)  # one in some 90,000 of these is remarked on after all
 def test_noise_on_a_fine_run_is_not_remarked_on(seed, num_epochs, sizes, mode):
     """Noise as the module takes it for: .5 / sqrt(n) on training losses, .1 / sqrt(n) on scores, likewise on losses."""
     rng = np.random.default_rng(seed)
@@ -173,7 +173,7 @@ def test_noise_on_a_fine_run_is_not_remarked_on(seed, num_epochs, sizes, mode):
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_calibrated_run_that_has_nothing_to_learn_looks_fine(seed):
     """As with all of CLIP frozen, where the base is as good as it gets: everything stays, but for noise."""
     rng = np.random.default_rng(seed)
@@ -343,7 +343,7 @@ def naive_rises(curve: Sequence[float], swing: float) -> int:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=25), st.sampled_from([0.1, 0.5, 1.0]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rises_are_as_many_as_there_can_be(curve, swing):
     found = rises(curve, swing)
     assert len(found) == naive_rises(curve, swing)
@@ -475,7 +475,7 @@ FREEZING = st.one_of(
 @given(
     CONFIGS, FREEZING, st.sampled_from([rows for _, rows, _ in FAILURES] + [SLOW]), st.sampled_from([1, 12, 24, None])
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_every_command_is_legal_new_and_points_the_right_way(options, freezing, rows, depth):
     config = TrainingConfig(**options, **freezing)
     for found in diagnose(rows, config, facts(num_blocks=depth)):

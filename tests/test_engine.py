@@ -172,7 +172,7 @@ def test_constant_stays_at_the_peak_after_warm_up():
 
 
 @given(kind=st.sampled_from(KINDS), num_steps=st.integers(1, 300), ratio=st.floats(0, 1), beyond=st.integers(0, 50))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_factor_is_negative_or_above_the_peak_even_after_the_last_step(kind, num_steps, ratio, beyond):
     num_warmup_steps = round(ratio * num_steps)
     options = {"kind": kind, "num_steps": num_steps, "num_warmup_steps": num_warmup_steps}
@@ -523,7 +523,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     per_sample=st.integers(0, 10**4),
     budget=st.integers(0, 10**7),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_first_size_is_the_largest_halving_that_fits(batch_size, fixed, per_sample, budget):
     halvings = [math.ceil(batch_size / 2**times) for times in range(14)]
     fitting = [size for size in halvings if fixed + size * per_sample <= budget]
@@ -583,7 +583,7 @@ def test_a_single_process_shares_with_nobody(capsys):
 
 
 @given(world=st.integers(1, 9), n=st.integers(1, 40), start=st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_shares_are_disjoint_and_together_the_batch_and_nobody_gets_nothing(world, n, start):
     rows = start + 3 * np.arange(n)
     shares = [replace(CPU, rank=rank, world=world).share(rows) for rank in range(world)]
@@ -923,7 +923,7 @@ def test_training_stops_after_epochs_without_gain(scores, patience, min_delta, s
     accumulation=st.integers(1, 5),
     epochs=st.integers(1, 3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_number_of_steps_is_what_a_loop_would_take(num_samples, batch_size, accumulation, epochs):
     steps = 0
     for _ in range(epochs):

@@ -134,7 +134,7 @@ def test_images_without_a_human_or_a_predicted_score_are_left_out_of_that_score(
     assert {name: rows[0][name] for name in MEASURES} == pytest.approx(metrics.agreement(pred[keep], MOS[keep]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(["gen a", "gen b", "gen c"]), min_size=SIZE, max_size=SIZE))
 def test_the_generator_column_is_what_knowing_the_generator_alone_gives(tmp_path_factory, makers):
     run = str(tmp_path_factory.getbasetemp())

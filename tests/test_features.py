@@ -262,7 +262,11 @@ def test_who_finds_another_process_adding_waits_aloud_and_misses_only_the_rest_e
     with another(tmp_path, 0, 4) as process:
         mine = threading.Thread(target=add)
         mine.start()
-        mine.join(0.5)
+        for _ in range(600):
+            if cache.said:
+                break
+            mine.join(0.1)
+        mine.join(0.3)  # and still waits
         assert mine.is_alive() and missed == []
         assert capsys.readouterr().out == "note      another run computes the same: waiting for it\n"
         process.kill()

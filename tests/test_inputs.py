@@ -125,7 +125,7 @@ def test_a_text_table_tokenises_each_text_once_and_gives_a_batch_its_distinct_on
     assert len(asked) == 4
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.text("ab!猫", max_size=LENGTH), min_size=1, max_size=12), st.booleans(), st.data())
 def test_any_batch_of_texts_maps_back_to_its_rows_cut_behind_the_longest_if_trimmed(texts, trim, drawn):
     rows = np.array(drawn.draw(st.lists(st.integers(0, len(texts) - 1), min_size=1, max_size=12)))
@@ -194,7 +194,7 @@ def with_levels(prompt: str) -> list[str]:
     return [prompt, prompt + "? no", "'" + prompt + "'", "yes, " + prompt + "!"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(odd_prompts, min_size=1, max_size=6), st.booleans(), st.data())
 def test_a_prompt_is_followed_by_its_own_levels_whatever_letters_it_has(prompts, trim, drawn):
     rows = np.array(drawn.draw(st.lists(st.integers(0, len(prompts) - 1), min_size=1, max_size=8)))
@@ -465,7 +465,7 @@ def test_who_wants_no_more_results_leaves_no_thread_behind(depth):
     results = inputs.run_ahead(lambda item: item, range(100), depth)
     assert next(results) == 0
     results.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of another test may have ended since
 
 
 # -- cached activations
@@ -622,7 +622,7 @@ def own_label_files(folder: Path, count: int) -> tuple[list[images.ImageFile], n
     return images.check_images(sorted(folder.iterdir())), greys.astype(float)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sets(st.integers(0, 9), max_size=9), st.integers(1, 7), st.sampled_from([0, 2]), st.data())
 def test_labels_stay_with_their_images_whatever_is_lost_and_when(tmp_path_factory, lost, batch_size, num_ahead, data):
     files, greys = own_label_files(tmp_path_factory.mktemp("greys"), 10)

@@ -53,17 +53,21 @@ def test_a_lock_excludes_another_process_until_that_one_is_killed_and_leaves_no_
 
 
 def test_who_waits_says_so_once_and_gets_the_lock_when_it_is_given_back(tmp_path):
-    said, inside = [], threading.Event()
+    said, waiting, inside = [], threading.Event(), threading.Event()
+
+    def tell() -> None:
+        said.append("waiting")
+        waiting.set()
 
     def wait_for_it() -> None:
-        with locked(tmp_path, wait=lambda: said.append("waiting")):
+        with locked(tmp_path, wait=tell):
             inside.set()
 
     other = threading.Thread(target=wait_for_it)
     with locked(tmp_path, wait=None):
         other.start()
-        assert not inside.wait(0.3) and said == ["waiting"]
-    other.join(timeout=30)
+        assert waiting.wait(60) and not inside.wait(0.2)
+    other.join(timeout=60)
     assert inside.is_set() and said == ["waiting"]
 
 

@@ -105,7 +105,7 @@ def test_memory_and_the_time_of_an_epoch_stay_flat_over_200_epochs_and_a_planted
     assert own < MOST_OWN
     assert objects < MOST_OBJECTS
     quarters = np.split(np.diff(plain[:, 3], prepend=plain[0, 3]), 4)
-    assert np.median(quarters[-1]) < 1.3 * np.median(quarters[0])
+    assert np.quantile(quarters[-1], 0.1) < 1.3 * np.quantile(quarters[0], 0.1)  # epochs that nothing disturbed
 
 
 def open_things() -> Counter[str]:

@@ -62,7 +62,7 @@ def test_krocc_is_tau_b_of_a_naive_loop():
     assert metrics.krocc(pred, mos) == pytest.approx(concordance / np.sqrt(untied), abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs)
 def test_rank_correlations_ignore_strictly_monotone_maps(rows):
     pred, mos = rows
@@ -71,7 +71,7 @@ def test_rank_correlations_ignore_strictly_monotone_maps(rows):
         assert measure(-pred, mos) == pytest.approx(-measure(pred, mos), abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs, st.floats(0.1, 10), st.floats(-10, 10))
 def test_affine_maps_of_pred_change_neither_plcc_nor_rmse(rows, scale, shift):
     pred, mos = rows
@@ -80,7 +80,7 @@ def test_affine_maps_of_pred_change_neither_plcc_nor_rmse(rows, scale, shift):
     assert metrics.rmse(scale * pred[:4] + shift, mos[:4]) == pytest.approx(line, abs=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs)
 def test_the_fit_is_never_worse_than_the_straight_line(rows):
     """Ties, outliers, anticorrelated and tiny samples included."""
@@ -92,7 +92,7 @@ def test_the_fit_is_never_worse_than_the_straight_line(rows):
     assert measured["rmse"] <= line_rmse + 1e-5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(pairs)
 def test_the_fitted_map_is_monotone(rows):
     pred, mos = rows
@@ -372,7 +372,7 @@ def test_copies_inside_each_cluster_change_no_interval():
     assert thrice == {name: pytest.approx(limits, abs=1e-9) for name, limits in once.items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(labelled)
 def test_monotone_maps_and_names_of_clusters_leave_the_srocc_interval_exactly_as_it_was(case):
     (pred, mos), clusters = case
@@ -385,7 +385,7 @@ def test_monotone_maps_and_names_of_clusters_leave_the_srocc_interval_exactly_as
         assert -1 <= low <= high <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(labelled)
 def test_swapping_the_models_mirrors_the_paired_interval_and_a_model_ties_with_itself(case):
     (pred, mos), clusters = case
@@ -496,7 +496,7 @@ def test_without_pairs_there_is_no_within_group_accuracy(mos, groups):
     assert metrics.within_group_accuracy(np.arange(len(mos)), mos, groups) == (None, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(labelled, st.randoms(use_true_random=False))
 def test_within_group_accuracy_ignores_monotone_maps_and_the_order_of_rows(case, random):
     (pred, mos), groups = case
@@ -525,7 +525,7 @@ def test_the_calibration_line_matches_polyfit_and_the_mean_error():
     assert all(type(value) is float for value in found.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs, st.floats(0.1, 10), st.floats(-10, 10))
 def test_scaling_pred_divides_the_slope_and_shifting_it_moves_only_the_bias(rows, scale, shift):
     pred, mos = rows
@@ -587,7 +587,7 @@ several = st.lists(score, min_size=2, max_size=12)
 shares = st.sampled_from([0.0, 0.1, 0.25, 1.0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(several, shares, st.sampled_from([0.5, 0.9, 0.95]))
 def test_the_interval_over_splits_is_that_of_the_written_formula(values, share, level):
     mean = sum(values) / len(values)
@@ -605,7 +605,7 @@ def test_where_splits_share_nothing_the_interval_is_scipys_of_the_mean(level):
     assert metrics.resampled_interval(values, 0.0, level=level) == pytest.approx(list(expected), abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(several, shares, st.floats(0.1, 10), st.floats(-10, 10), st.randoms(use_true_random=False))
 def test_the_interval_over_splits_moves_with_its_values_and_ignores_their_order(values, share, scale, shift, random):
     low, high = metrics.resampled_interval(values, share)

@@ -124,7 +124,7 @@ def test_a_single_part_of_the_folds_is_an_ordinary_run():
     assert not parse_args([]).is_protocol
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(1, 6), st.sampled_from([0, 2, 3, 7]))
 def test_every_seed_meets_every_fold_once_and_nothing_else_differs(seed, repeats, kfold):
     config = TrainingConfig(seed=seed, repeats=repeats, kfold=kfold, lr=0.01)
@@ -329,7 +329,7 @@ def test_all_measures_of_all_predictors_are_summarised_and_losses_are_not():
     assert set(found["floors"]["zero_shot_cosine"]) == set(found["over"]["zero_shot_cosine"]) == of_c
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=5, unique=True), st.randoms(use_true_random=False))
 def test_the_order_of_the_runs_changes_no_statistic(seeds, random):
     runs = {f"seed{seed}": results_of(seed) for seed in seeds}

@@ -289,7 +289,7 @@ def naive_means(examples: data.Examples, task: str, keys: Sequence[str]) -> np.n
     return np.array(found)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(grouped_examples())
 def test_floors_without_pixels_are_group_means_of_the_training_fold(examples):
     found = reporting.pixel_free(examples)

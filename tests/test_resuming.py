@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(kind, demo_set, tmp_path,
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(demo_set, tmp_path, is_torture, figure):
     """SIGKILL at 50 moments of reading, caching, training, writing and reporting; every file whole every time."""
-    argv = [*flags_of(demo_set, "--unfreeze_schedule", "22@0,20@1", "--use_report"), "--ema_decay", "0.9"]
+    argv = flags_of(demo_set, "--unfreeze_schedule", "22@0,20@1", "--epochs", "2", "--use_report", "--ema_decay", "0.9")
     kills = 500 if is_torture else 50
     command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(tmp_path), str(kills), "0", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -85,7 +85,7 @@ def test_every_statistic_matches_its_plain_definition(size, picture):
         assert found[name] == pytest.approx(value, abs=2e-5, rel=1e-4), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 2, 256]), st.integers(0, 999))
 def test_they_are_finite_for_pictures_of_any_size_and_within_their_range(height, width, levels, seed):
     """Of one colour, of black and white, and of all colours."""

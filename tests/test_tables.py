@@ -20,7 +20,7 @@ TEXTS = st.text(st.one_of(st.sampled_from("'=+-@\t\r\n,\" 1a"), st.characters(co
 
 @given(st.lists(TEXTS, min_size=1), TEXTS)
 @example(["=", "'=", "''=", "'", "'a", "-1", "\t"], "=score")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_texts_come_back_from_a_file_in_which_none_begins_as_a_formula(tmp_path, texts, title):
     path = tmp_path / "a.csv"
     table = pd.DataFrame({title + "x": texts, "number": np.arange(len(texts)) - 1.5})
@@ -68,8 +68,8 @@ def test_a_table_that_somebody_else_wrote_keeps_its_apostrophes_but_before_formu
 def test_a_table_out_of_bounds_is_refused_soon_and_in_a_line(content, says, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
         tables.read_csv(path)
     assert str(caught.value).startswith(f"{path}: cannot be read (") and "\n" not in str(caught.value)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

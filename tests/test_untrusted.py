@@ -391,7 +391,7 @@ ODD = [
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_description_with_any_part_changed_loads_or_is_refused_in_a_line(best, run, data):
     found = json.loads((run / "best" / "scorer.json").read_text())
     place = data.draw(st.sampled_from([leaf for leaf in leaves(found) if leaf]))
