@@ -359,19 +359,24 @@ class StateFolder:
         Args:
             say: is told of every state that is damaged.
             active: False leaves the best weights to another process.
+
+        Raises:
+            NotWritten: the best weights cannot be put back.
         """
         for path in reversed(self.states()):
             try:
                 with damage_told(path):
                     tensors, note = read_tensors(path)
                     state = unpack(note, tensors)
-                    if not path.stem.endswith("-best000000"):
+                    has_best = not path.stem.endswith("-best000000")
+                    if has_best:
                         read_tensors(self.best_of(path))
-                        if active:
-                            put_copy(self.best_of(path), self.best)
-                return state
             except ValueError as error:
                 say(f"note      {error}; trying the state before it")
+                continue
+            if has_best and active:  # a disk that is full here damages no state
+                put_copy(self.best_of(path), self.best)
+            return state
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -435,6 +436,28 @@ def test_a_pickle_named_like_weights_is_refused_and_not_run(tmp_path, dump):
     file = BytesIO(path.read_bytes())
     torch.load(file, weights_only=False) if dump is torch.save else pickle.load(file)
     assert trace.exists()  # so the payload was live
+
+
+# States
+
+
+def test_a_disk_that_is_full_when_a_run_goes_on_costs_no_state(tmp_path, monkeypatch):
+    save(tmp_path / "best")
+    states = checkpoint.StateFolder(tmp_path, keep=2)
+    for step in (1, 2):
+        states.save(step, 1, {"step": step})
+    before, said = content(tmp_path), []
+
+    def full(*names: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", full)
+        patch.setattr(checkpoint.shutil, "copyfile", full)
+        with pytest.raises(writing.NotWritten, match=r"best/model.*No space left"):
+            states.load(said.append)
+    assert said == [] and content(tmp_path) == before
+    assert states.load(said.append) == {"step": 2}
 
 
 # Where a run comes from
