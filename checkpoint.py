@@ -459,10 +459,13 @@ def environment() -> dict[str, Any]:
 def git_revision() -> str:
     """The commit this code is at, with "+changes" if it was edited since; "" if that cannot be told."""
     here = Path(__file__).parent
+    # The lock that status would take can fail a commit that somebody makes at the same moment.
+    commands = ("git rev-parse HEAD", "git --no-optional-locks status --porcelain --untracked-files=no")
     try:
-        commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
         revision, changes = (
-            subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            subprocess.run(
+                command.split(), cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
             for command in commands
         )
     except (OSError, subprocess.SubprocessError):

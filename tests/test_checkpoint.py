@@ -490,6 +490,13 @@ def test_the_revision_is_the_commit_and_tells_of_changes(repository):
     assert checkpoint.git_revision() == f"{commit}+changes"
 
 
+def test_asking_for_the_revision_leaves_the_index_alone(repository):
+    os.utime(repository / "checkpoint.py", (1, 1))  # which `git status` would note there, with a lock
+    before = (repository / ".git" / "index").read_bytes()
+    assert checkpoint.git_revision() == git(repository, "rev-parse", "HEAD")
+    assert (repository / ".git" / "index").read_bytes() == before
+
+
 def test_outside_git_the_revision_is_empty(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
