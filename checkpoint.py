@@ -23,13 +23,13 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import tables
 from locking import locked
 from reading import in_a_line, read_json, weight_shapes
-from writing import holds_nothing, sweep, temporary_name, write_errors, write_whole
+from writing import holds_nothing, is_temporary, sweep, temporary_name, write_errors, write_whole
 
 RESULTS_FILE = "results.json"
 BEST_DIR = "best"
@@ -235,14 +235,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Any) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Read what `write_tensors` wrote.
+    """Read what `write_tensors` wrote, which may be replaced meanwhile.
 
     Raises:
         OSError, ValueError, SafetensorError, RecursionError: it is missing, or not as it was written.
     """
+    while True:
+        status = path.stat()
+        try:
+            return read_tensors_once(path)
+        except (OSError, ValueError, RuntimeError, SafetensorError):
+            after = path.stat()  # safetensors opens the file twice: the second time it may have been another one
+            if (after.st_ino, after.st_mtime_ns) == (status.st_ino, status.st_mtime_ns):
+                raise
+
+
+def read_tensors_once(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """As `read_tensors`, but of a file that is not replaced meanwhile."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    tensors = load_file(path)
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     text = metadata.get("note", "")
     if "sha256" not in metadata:
         raise ValueError(f"{path.name} carries no checksum: this program did not write it")
@@ -252,8 +265,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def digests_of_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in and below a folder, by its name there, but for the weights, which carry their own."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / WEIGHTS_FILE]
+    """SHA-256 of every finished file in and below a folder, by its name there; the weights carry their own."""
+    weights = folder / WEIGHTS_FILE
+    paths = [path for path in sorted(folder.rglob("*")) if path != weights and not is_temporary(path)]
+    paths = [path for path in paths if path.is_file()]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 

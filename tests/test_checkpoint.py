@@ -326,6 +326,47 @@ def test_a_run_folder_stands_for_the_best_in_it(tmp_path):
     assert torch.equal(state["a"], torch.ones(3))
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_weights_that_are_replaced_while_they_are_read_are_read_again(tmp_path, monkeypatch, place):
+    folder, from_file = save(tmp_path / "best", {"a": torch.zeros(3)}), torch.UntypedStorage.from_file
+    newer = iter([torch.ones(3)])
+
+    def replace_and_open(*where: object, **how: object) -> torch.UntypedStorage:
+        storage = from_file(*where, **how) if place == "after" else None
+        for value in newer:
+            save(folder, {"a": value})
+        return storage or from_file(*where, **how)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_and_open)
+    found = checkpoint.load_weights(folder)[1]["a"]
+    assert torch.equal(found, torch.zeros(3) if place == "after" else torch.ones(3))  # one or the other, and whole
+
+
+def test_weights_that_vanish_while_they_are_read_are_missing(tmp_path, monkeypatch):
+    folder, from_file = save(tmp_path / "w"), torch.UntypedStorage.from_file
+
+    def open_too_late(*where: object, **how: object) -> torch.UntypedStorage:
+        (folder / "model.safetensors").unlink()
+        return from_file(*where, **how)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", open_too_late)
+    assert refused(folder).endswith("not a checkpoint, model.safetensors is missing")
+
+
+@pytest.mark.parametrize("name", [".model.safetensors.123.tmp", ".tmpAb3dEf"])
+def test_what_is_being_written_beside_weights_is_not_read_with_them(tmp_path, monkeypatch, name):
+    folder, read = save(tmp_path / "w"), Path.read_bytes
+    (folder / name).write_text("half of the ne")
+    assert set(checkpoint.digests_of_files(folder)) == {"scorer.json"}
+
+    def vanish(path: Path) -> bytes:
+        (folder / name).unlink(missing_ok=True)  # it has become the weights
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", vanish)
+    checkpoint.load_weights(folder)
+
+
 # Damage
 
 
