@@ -286,7 +286,6 @@ def save_weights(
         NotWritten: the file system refuses.
     """
     temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process with this id that was killed; in containers ids recur
     try:
         with write_errors(folder):
             temporary.mkdir(parents=True)

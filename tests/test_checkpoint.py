@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 from importlib.metadata import version
 from io import BytesIO
@@ -92,6 +93,36 @@ def test_the_old_file_stands_until_the_new_one_is_on_disk(tmp_path, monkeypatch)
     writing.write_whole(path, lambda temporary: temporary.write_text("new"))
     assert calls == ["sync beside 'old'", "replace", "sync beside 'new'"]  # the last one is of the folder
     assert path.read_text() == "new"
+
+
+def test_processes_with_the_same_id_write_the_same_file_at_once(tmp_path):
+    """In containers process ids recur."""
+    path = tmp_path / "a.txt"
+
+    def write(temporary: Path) -> None:
+        assert writing.is_temporary(temporary)  # so that it is swept away if this process is killed
+        temporary.write_text("mine")
+        writing.write_whole(path, lambda other: other.write_text("the other's"))
+        assert path.read_text() == "the other's"
+
+    writing.write_whole(path, write)
+    assert content(tmp_path) == {"a.txt": b"mine"}
+
+
+def test_sweeping_goes_on_where_a_folder_is_removed_meanwhile(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        fill(tmp_path / name / "deep", f".{name}.json.123.tmp", f"{name}.json")
+    fill(tmp_path, ".best.123.tmp/deep/scorer.json")
+    scandir, remove = os.scandir, shutil.rmtree
+
+    def look_too_late(place: Any) -> Any:
+        if str(place).endswith("deep"):
+            remove(tmp_path / "b", ignore_errors=True)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", look_too_late)
+    writing.sweep(tmp_path)
+    assert set(content(tmp_path)) == {"a/deep/a.json", "c/deep/c.json"}
 
 
 def test_json_comes_back_and_keeps_other_alphabets_readable(tmp_path):
@@ -309,13 +340,16 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_the_older_one(tmp_path, fai
     assert content(tmp_path) == before
 
 
-def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path):
-    """In containers process ids recur, and with them the names of temporary folders."""
-    save(tmp_path / "best", {"old": torch.ones(1)})
-    fill(tmp_path / f".best.{os.getpid()}.tmp", "model.safetensors")
-    save(tmp_path / "best", {"new": torch.ones(1)})
-    assert list(checkpoint.load_weights(tmp_path / "best")[1]) == ["new"]
-    assert set(content(tmp_path)) == {"best/model.safetensors", "best/scorer.json"}
+def test_processes_with_the_same_id_write_the_same_checkpoint_at_once(tmp_path):
+    """In containers process ids recur."""
+
+    def write_another(folder: Path) -> None:
+        save(tmp_path / "best", {"other": torch.ones(1)})
+        fill(folder, "vocab.json")
+
+    checkpoint.save_weights(tmp_path / "best", {"mine": torch.ones(1)}, {"size": 3}, write_another)
+    assert list(checkpoint.load_weights(tmp_path / "best")[1]) == ["mine"]
+    assert set(content(tmp_path)) == {"best/model.safetensors", "best/scorer.json", "best/vocab.json"}
 
 
 def test_a_run_folder_stands_for_the_best_in_it(tmp_path):
