@@ -29,7 +29,7 @@ from torch import Tensor
 import tables
 from locking import locked
 from reading import in_a_line, read_json, weight_shapes
-from writing import holds_nothing, is_temporary, sweep, temporary_name, write_errors, write_whole
+from writing import holds_nothing, is_temporary, sweep, sync, temporary_name, write_errors, write_whole
 
 RESULTS_FILE = "results.json"
 BEST_DIR = "best"
@@ -295,7 +295,10 @@ def save_weights(
             if folder.exists() and digests_of_files(folder) != files:
                 shutil.rmtree(folder)
             if not folder.exists():
+                for path in (*temporary.rglob("*"), temporary):
+                    sync(path)
                 os.replace(temporary, folder)
+                sync(folder.parent)
         write_tensors(folder / WEIGHTS_FILE, state, {"files": files})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -360,6 +363,7 @@ class StateFolder:
         note = pack(state, "state", tensors)
         with write_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
+            sync(self.run)
             if best_epoch:
                 put_copy(self.best, self.best_of(path))
             write_tensors(path, tensors, note)

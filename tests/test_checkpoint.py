@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -83,16 +84,47 @@ def test_a_file_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path):
     assert content(tmp_path) == {"a.txt": b"new"}
 
 
-def test_the_old_file_stands_until_the_new_one_is_on_disk(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    calls: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda _: calls.append(f"sync beside {path.read_text()!r}"))
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
-    writing.write_whole(path, lambda temporary: temporary.write_text("new"))
-    assert calls == ["sync beside 'old'", "replace", "sync beside 'new'"]  # the last one is of the folder
-    assert path.read_text() == "new"
+@pytest.fixture
+def done(tmp_path, monkeypatch) -> list[str]:
+    """What is synced and renamed, as it happens; temporary names without their digits."""
+    calls, replace = [], os.replace
+
+    def name_of(path: Path) -> str:
+        return re.sub(r"\.\d+\.tmp", "~", str(path.relative_to(tmp_path)))
+
+    def sync(descriptor: int) -> None:
+        (found,) = [
+            path for path in (tmp_path, *tmp_path.rglob("*")) if path.stat().st_ino == os.fstat(descriptor).st_ino
+        ]
+        calls.append(f"sync {name_of(found)}")
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append(f"rename {name_of(source)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    return calls
+
+
+def test_a_file_is_on_disk_before_it_takes_its_place_and_then_its_folder_is(tmp_path, done):
+    (tmp_path / "a.txt").write_text("old")
+    writing.write_whole(tmp_path / "a.txt", lambda temporary: temporary.write_text("new"))
+    assert done == ["sync .a.txt~", "rename .a.txt~", "sync ."]
+
+
+def test_every_file_of_a_checkpoint_is_on_disk_before_it_takes_its_place_and_the_weights_come_last(tmp_path, done):
+    checkpoint.save_weights(tmp_path / "best", {"a": torch.ones(2)}, {}, lambda folder: fill(folder, "words/a.json"))
+    before, after = done[: done.index("rename .best~")], done[done.index("rename .best~") :]
+    assert {f"sync .best~{name}" for name in ("", "/scorer.json", "/words", "/words/a.json")} <= set(before)
+    weights = "best/.model.safetensors~"
+    assert after == ["rename .best~", "sync .", f"sync {weights}", f"rename {weights}", "sync best"]
+
+
+def test_the_folder_of_states_is_on_disk_before_a_state_is_put_into_it(tmp_path, done):
+    checkpoint.StateFolder(tmp_path, keep=1).save(1, 0, {"step": 1})
+    name = "state/.step0000000001-best000000.safetensors~"
+    assert done == ["sync .", f"sync {name}", f"rename {name}", "sync state"]
 
 
 def test_processes_with_the_same_id_write_the_same_file_at_once(tmp_path):
