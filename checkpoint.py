@@ -151,15 +151,18 @@ class RunFolder:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Have a folder, which is made if it is not there, for this run alone. Raises ValueError if another run has it."""
+def alone_in(folder: Path, option: str = "") -> Iterator[None]:
+    """Have a folder, which is made if it is not there, for this run alone. Raises ValueError if another run has it.
+
+    Args:
+        option: what the user has named; "" for the folder, as --output_dir.
+    """
     with ExitStack() as leaving:
         try:
             can_lock = leaving.enter_context(locked(folder, wait=None))
         except BlockingIOError:
-            raise ValueError(
-                f"--output_dir {folder}: another run is using it now; wait for its end or choose another"
-            ) from None
+            option = option or f"--output_dir {folder}"
+            raise ValueError(f"{option}: another run is using it now; wait for its end or choose another") from None
         if not can_lock:
             print(f"note      {folder}: this file system has no locks; let no other run use the folder", flush=True)
         yield
