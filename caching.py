@@ -81,7 +81,8 @@ class Caching:
             Whether there is room for them; if not, nothing was added.
         """
         runtime = self.runtime
-        with self.cache.alone(sets) if runtime.is_main and needed() else nullcontext():
+        is_any_missing = any(runtime.of_all(needed() > 0))  # processes need not share the folder
+        with self.cache.alone(sets) if runtime.is_main and is_any_missing else nullcontext():
             if not runtime.of_main(lambda: not needed() or self.cache.make_room(needed())):
                 return False
             refresh(sets)
@@ -91,6 +92,7 @@ class Caching:
             runtime.barrier()
             refresh(sets)
             compute(wanted())  # nothing, unless processes do not share the folder
+            runtime.barrier()  # all have written: the lock is there for all of them
         return True
 
 

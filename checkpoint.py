@@ -23,13 +23,13 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import tables
 from locking import locked
 from reading import in_a_line, read_json, weight_shapes
-from writing import holds_nothing, sweep, temporary_name, write_errors, write_whole
+from writing import holds_nothing, is_temporary, sweep, sync, temporary_name, write_errors, write_whole
 
 RESULTS_FILE = "results.json"
 BEST_DIR = "best"
@@ -151,15 +151,18 @@ class RunFolder:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Have a folder, which is made if it is not there, for this run alone. Raises ValueError if another run has it."""
+def alone_in(folder: Path, option: str = "") -> Iterator[None]:
+    """Have a folder, which is made if it is not there, for this run alone. Raises ValueError if another run has it.
+
+    Args:
+        option: what the user has named; "" for the folder, as --output_dir.
+    """
     with ExitStack() as leaving:
         try:
             can_lock = leaving.enter_context(locked(folder, wait=None))
         except BlockingIOError:
-            raise ValueError(
-                f"--output_dir {folder}: another run is using it now; wait for its end or choose another"
-            ) from None
+            option = option or f"--output_dir {folder}"
+            raise ValueError(f"{option}: another run is using it now; wait for its end or choose another") from None
         if not can_lock:
             print(f"note      {folder}: this file system has no locks; let no other run use the folder", flush=True)
         yield
@@ -235,14 +238,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Any) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Read what `write_tensors` wrote.
+    """Read what `write_tensors` wrote, which may be replaced meanwhile.
 
     Raises:
         OSError, ValueError, SafetensorError, RecursionError: it is missing, or not as it was written.
     """
+    while True:
+        status = path.stat()
+        try:
+            return read_tensors_once(path)
+        except (OSError, ValueError, RuntimeError, SafetensorError):
+            after = path.stat()  # safetensors opens the file twice: the second time it may have been another one
+            if (after.st_ino, after.st_mtime_ns) == (status.st_ino, status.st_mtime_ns):
+                raise
+
+
+def read_tensors_once(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """As `read_tensors`, but of a file that is not replaced meanwhile."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    tensors = load_file(path)
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     text = metadata.get("note", "")
     if "sha256" not in metadata:
         raise ValueError(f"{path.name} carries no checksum: this program did not write it")
@@ -252,8 +268,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def digests_of_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in and below a folder, by its name there, but for the weights, which carry their own."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / WEIGHTS_FILE]
+    """SHA-256 of every finished file in and below a folder, by its name there; the weights carry their own."""
+    weights = folder / WEIGHTS_FILE
+    paths = [path for path in sorted(folder.rglob("*")) if path != weights and not is_temporary(path)]
+    paths = [path for path in paths if path.is_file()]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
@@ -271,7 +289,6 @@ def save_weights(
         NotWritten: the file system refuses.
     """
     temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process with this id that was killed; in containers ids recur
     try:
         with write_errors(folder):
             temporary.mkdir(parents=True)
@@ -281,7 +298,10 @@ def save_weights(
             if folder.exists() and digests_of_files(folder) != files:
                 shutil.rmtree(folder)
             if not folder.exists():
+                for path in (*temporary.rglob("*"), temporary):
+                    sync(path)
                 os.replace(temporary, folder)
+                sync(folder.parent)
         write_tensors(folder / WEIGHTS_FILE, state, {"files": files})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -346,6 +366,7 @@ class StateFolder:
         note = pack(state, "state", tensors)
         with write_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
+            sync(self.run)
             if best_epoch:
                 put_copy(self.best, self.best_of(path))
             write_tensors(path, tensors, note)
@@ -359,19 +380,24 @@ class StateFolder:
         Args:
             say: is told of every state that is damaged.
             active: False leaves the best weights to another process.
+
+        Raises:
+            NotWritten: the best weights cannot be put back.
         """
         for path in reversed(self.states()):
             try:
                 with damage_told(path):
                     tensors, note = read_tensors(path)
                     state = unpack(note, tensors)
-                    if not path.stem.endswith("-best000000"):
+                    has_best = not path.stem.endswith("-best000000")
+                    if has_best:
                         read_tensors(self.best_of(path))
-                        if active:
-                            put_copy(self.best_of(path), self.best)
-                return state
             except ValueError as error:
                 say(f"note      {error}; trying the state before it")
+                continue
+            if has_best and active:  # a disk that is full here damages no state
+                put_copy(self.best_of(path), self.best)
+            return state
         return None
 
 
@@ -454,10 +480,13 @@ def environment() -> dict[str, Any]:
 def git_revision() -> str:
     """The commit this code is at, with "+changes" if it was edited since; "" if that cannot be told."""
     here = Path(__file__).parent
+    # The lock that status would take can fail a commit that somebody makes at the same moment.
+    commands = ("git rev-parse HEAD", "git --no-optional-locks status --porcelain --untracked-files=no")
     try:
-        commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
         revision, changes = (
-            subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            subprocess.run(
+                command.split(), cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
             for command in commands
         )
     except (OSError, subprocess.SubprocessError):

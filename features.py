@@ -144,6 +144,10 @@ class FeatureSet:
                     digests, values = file.get_tensor("keys"), file.get_tensor("values")  # maps, does not read
             except FileNotFoundError:
                 continue  # another run has just made room
+            except RuntimeError:  # or does so before torch, which opens the file once more
+                if path.exists():
+                    raise
+                continue
             except OSError as error:
                 print(f"note      {path}: not used ({error})")
                 continue

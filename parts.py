@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,27 @@ class Parts:
                 "delete that folder or choose another --out"
             )
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep the folder for this command, whose first process calls this, as long as the block lasts.
+
+        Raises:
+            ValueError: another command is writing the same file now, or has left its pieces.
+        """
+        with checkpoint.alone_in(self.folder, f"--out {self.out}"):
+            try:
+                self.check()
+                self.clear()
+                yield
+            finally:
+                with suppress(OSError):  # pieces are left
+                    self.folder.rmdir()
+
     def clear(self) -> None:
-        """Remove the folder if it holds no pieces."""
+        """Empty the folder if it holds no pieces."""
         if not self.finished():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in self.folder.iterdir():
+                path.unlink()
 
     def count_rows(self) -> int:
         """Rows in all pieces that are there."""
@@ -73,7 +91,7 @@ class Parts:
             time.sleep(0.1)
 
     def join(self, num_pieces: int) -> None:
-        """Write the whole table, piece by piece, and remove the folder."""
+        """Write the whole table, piece by piece, and empty the folder."""
 
         def fill(temporary: Path) -> None:
             with temporary.open("wb") as whole:
@@ -86,4 +104,4 @@ class Parts:
         write_whole(self.out, fill)
         for number in range(num_pieces):  # the job goes last, so that pieces never lie there without it
             self.path(number).unlink()
-        shutil.rmtree(self.folder)
+        self.clear()

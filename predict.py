@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -397,28 +398,27 @@ def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     scorer = Scorer.load(args.checkpoint, device=args.device)
     runtime = scorer.runtime
     parts = Parts(Path(args.out), describe_job(args, names))
-    if runtime.is_main:
-        parts.check()
-        parts.clear()
-    done = set(runtime.agree(parts.finished()))
-    if runtime.world > 1:
+    with parts.alone() if runtime.is_main else nullcontext():
+        done = set(runtime.of_main(parts.finished))
+        if runtime.world > 1:
+            if runtime.is_main:
+                parts.begin()
+            runtime.barrier()
+            if not parts.job_file.exists():
+                raise ValueError(f"--out {args.out}: processes on other machines have to see the same folder")
+        num_before = parts.count_rows() if done and runtime.is_main else 0
+        if done:
+            runtime.say(f"going on: {num_before} rows were scored before")
+        start = time.monotonic()
+        num_pieces, num_rows, num_cut = score_share(scorer, args, names, parts, done)
+        if runtime.world > 1:
+            parts.wait_for(num_pieces)
+        num_cut = int(runtime.gather(torch.tensor([num_cut], device=runtime.device), runtime.world).sum())
         if runtime.is_main:
-            parts.begin()
-        runtime.barrier()
-        if not parts.job_file.exists():
-            raise ValueError(f"--out {args.out}: processes on other machines have to see the same folder")
-    num_before = parts.count_rows() if done and runtime.is_main else 0
-    if done:
-        runtime.say(f"going on: {num_before} rows were scored before")
-    start = time.monotonic()
-    num_pieces, num_rows, num_cut = score_share(scorer, args, names, parts, done)
-    parts.wait_for(num_pieces)
-    num_cut = int(runtime.gather(torch.tensor([num_cut], device=runtime.device), runtime.world).sum())
-    if runtime.is_main:
-        parts.join(num_pieces)
-        note_cut_prompts(num_cut)
-        seconds, num_new = time.monotonic() - start, num_rows - num_before
-        print(f"{num_new} images scored in {seconds:.0f} s ({num_new / seconds:.0f} per second): {args.out}")
+            parts.join(num_pieces)
+            note_cut_prompts(num_cut)
+            seconds, num_new = time.monotonic() - start, num_rows - num_before
+            print(f"{num_new} images scored in {seconds:.0f} s ({num_new / seconds:.0f} per second): {args.out}")
 
 
 def print_scores(args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -137,8 +137,9 @@ def refuse_other_options(folder: Path, what: str, saved: Mapping[str, Any], conf
 def begin(folder: Path, config: TrainingConfig, runs: Iterable[str]) -> None:
     """Say in the folder what it is for, and forget an older summary and, to overwrite, runs. Raises ValueError."""
     for name in runs if config.overwrite else ():
-        with checkpoint.RunFolder(folder / name, overwrite=True):  # which empties it
-            pass
+        if (folder / name).exists():  # a new folder holds nothing before it says what it is for
+            with checkpoint.RunFolder(folder / name, overwrite=True):  # which empties it
+                pass
     for name in (compare.SUMMARY_FILE, SUMMARY_TABLE):
         (folder / name).unlink(missing_ok=True)
     checkpoint.write_json(folder / compare.PROTOCOL_FILE, options(config))

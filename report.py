@@ -295,7 +295,7 @@ def write_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
     """Write each as PNG; pictures of an earlier report that are not drawn any more go."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
-        old.unlink()
+        old.unlink(missing_ok=True)  # another report of this folder may be at it too
     for picture in pictures:
         write_whole(folder / f"{picture.name}.png", partial(Path.write_bytes, data=figures.to_png(picture.figure)))
 
@@ -318,8 +318,8 @@ def write_report(folder: Path) -> Path:
     with figures.style():
         content = repeated_content(folder, pictures) if is_repeated else run_content(read_run(folder), pictures)
         template = "repeated.html.j2" if is_repeated else "report.html.j2"
-        write_page(folder / REPORT_FILE, template, title=folder.resolve().name, **content)
         write_pictures(folder / FIGURES_DIR, pictures.drawn)
+        write_page(folder / REPORT_FILE, template, title=folder.resolve().name, **content)  # last: who has it has all
     return folder / REPORT_FILE
 
 

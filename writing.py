@@ -19,8 +19,9 @@ TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes what is to become `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Where to write what is to become `path`: another name each time, for in containers process ids recur."""
+    digits = int.from_bytes(os.urandom(4), "big")  # not `random`, which is seeded alike in several processes
+    return path.with_name(f".{path.name}.{os.getpid()}{digits}.tmp")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -88,10 +89,11 @@ def write_errors(path: Path) -> Iterator[None]:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes have left half-written in and below a folder that is this process's alone."""
-    for path in list(folder.rglob(".*")):
-        if is_temporary(path):
-            with suppress(OSError):  # another user's, in a cache that is shared
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for place, folders, files in os.walk(folder):  # which passes over what is removed meanwhile
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if is_temporary(path):
+                with suppress(OSError):  # another user's, in a cache that is shared
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def remove_if_empty(folder: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 from importlib.metadata import version
 from io import BytesIO
@@ -81,16 +84,77 @@ def test_a_file_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path):
     assert content(tmp_path) == {"a.txt": b"new"}
 
 
-def test_the_old_file_stands_until_the_new_one_is_on_disk(tmp_path, monkeypatch):
+@pytest.fixture
+def done(tmp_path, monkeypatch) -> list[str]:
+    """What is synced and renamed, as it happens; temporary names without their digits."""
+    calls, replace = [], os.replace
+
+    def name_of(path: Path) -> str:
+        return re.sub(r"\.\d+\.tmp", "~", str(path.relative_to(tmp_path)))
+
+    def sync(descriptor: int) -> None:
+        (found,) = [
+            path for path in (tmp_path, *tmp_path.rglob("*")) if path.stat().st_ino == os.fstat(descriptor).st_ino
+        ]
+        calls.append(f"sync {name_of(found)}")
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append(f"rename {name_of(source)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    return calls
+
+
+def test_a_file_is_on_disk_before_it_takes_its_place_and_then_its_folder_is(tmp_path, done):
+    (tmp_path / "a.txt").write_text("old")
+    writing.write_whole(tmp_path / "a.txt", lambda temporary: temporary.write_text("new"))
+    assert done == ["sync .a.txt~", "rename .a.txt~", "sync ."]
+
+
+def test_every_file_of_a_checkpoint_is_on_disk_before_it_takes_its_place_and_the_weights_come_last(tmp_path, done):
+    checkpoint.save_weights(tmp_path / "best", {"a": torch.ones(2)}, {}, lambda folder: fill(folder, "words/a.json"))
+    before, after = done[: done.index("rename .best~")], done[done.index("rename .best~") :]
+    assert {f"sync .best~{name}" for name in ("", "/scorer.json", "/words", "/words/a.json")} <= set(before)
+    weights = "best/.model.safetensors~"
+    assert after == ["rename .best~", "sync .", f"sync {weights}", f"rename {weights}", "sync best"]
+
+
+def test_the_folder_of_states_is_on_disk_before_a_state_is_put_into_it(tmp_path, done):
+    checkpoint.StateFolder(tmp_path, keep=1).save(1, 0, {"step": 1})
+    name = "state/.step0000000001-best000000.safetensors~"
+    assert done == ["sync .", f"sync {name}", f"rename {name}", "sync state"]
+
+
+def test_processes_with_the_same_id_write_the_same_file_at_once(tmp_path):
+    """In containers process ids recur."""
     path = tmp_path / "a.txt"
-    path.write_text("old")
-    calls: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda _: calls.append(f"sync beside {path.read_text()!r}"))
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
-    writing.write_whole(path, lambda temporary: temporary.write_text("new"))
-    assert calls == ["sync beside 'old'", "replace", "sync beside 'new'"]  # the last one is of the folder
-    assert path.read_text() == "new"
+
+    def write(temporary: Path) -> None:
+        assert writing.is_temporary(temporary)  # so that it is swept away if this process is killed
+        temporary.write_text("mine")
+        writing.write_whole(path, lambda other: other.write_text("the other's"))
+        assert path.read_text() == "the other's"
+
+    writing.write_whole(path, write)
+    assert content(tmp_path) == {"a.txt": b"mine"}
+
+
+def test_sweeping_goes_on_where_a_folder_is_removed_meanwhile(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        fill(tmp_path / name / "deep", f".{name}.json.123.tmp", f"{name}.json")
+    fill(tmp_path, ".best.123.tmp/deep/scorer.json")
+    scandir, remove = os.scandir, shutil.rmtree
+
+    def look_too_late(place: Any) -> Any:
+        if str(place).endswith("deep"):
+            remove(tmp_path / "b", ignore_errors=True)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", look_too_late)
+    writing.sweep(tmp_path)
+    assert set(content(tmp_path)) == {"a/deep/a.json", "c/deep/c.json"}
 
 
 def test_json_comes_back_and_keeps_other_alphabets_readable(tmp_path):
@@ -308,13 +372,16 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_the_older_one(tmp_path, fai
     assert content(tmp_path) == before
 
 
-def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path):
-    """In containers process ids recur, and with them the names of temporary folders."""
-    save(tmp_path / "best", {"old": torch.ones(1)})
-    fill(tmp_path / f".best.{os.getpid()}.tmp", "model.safetensors")
-    save(tmp_path / "best", {"new": torch.ones(1)})
-    assert list(checkpoint.load_weights(tmp_path / "best")[1]) == ["new"]
-    assert set(content(tmp_path)) == {"best/model.safetensors", "best/scorer.json"}
+def test_processes_with_the_same_id_write_the_same_checkpoint_at_once(tmp_path):
+    """In containers process ids recur."""
+
+    def write_another(folder: Path) -> None:
+        save(tmp_path / "best", {"other": torch.ones(1)})
+        fill(folder, "vocab.json")
+
+    checkpoint.save_weights(tmp_path / "best", {"mine": torch.ones(1)}, {"size": 3}, write_another)
+    assert list(checkpoint.load_weights(tmp_path / "best")[1]) == ["mine"]
+    assert set(content(tmp_path)) == {"best/model.safetensors", "best/scorer.json", "best/vocab.json"}
 
 
 def test_a_run_folder_stands_for_the_best_in_it(tmp_path):
@@ -323,6 +390,47 @@ def test_a_run_folder_stands_for_the_best_in_it(tmp_path):
     folder, state, _ = checkpoint.load_weights(tmp_path)
     assert folder == tmp_path / "best"
     assert torch.equal(state["a"], torch.ones(3))
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_weights_that_are_replaced_while_they_are_read_are_read_again(tmp_path, monkeypatch, place):
+    folder, from_file = save(tmp_path / "best", {"a": torch.zeros(3)}), torch.UntypedStorage.from_file
+    newer = iter([torch.ones(3)])
+
+    def replace_and_open(*where: object, **how: object) -> torch.UntypedStorage:
+        storage = from_file(*where, **how) if place == "after" else None
+        for value in newer:
+            save(folder, {"a": value})
+        return storage or from_file(*where, **how)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_and_open)
+    found = checkpoint.load_weights(folder)[1]["a"]
+    assert torch.equal(found, torch.zeros(3) if place == "after" else torch.ones(3))  # one or the other, and whole
+
+
+def test_weights_that_vanish_while_they_are_read_are_missing(tmp_path, monkeypatch):
+    folder, from_file = save(tmp_path / "w"), torch.UntypedStorage.from_file
+
+    def open_too_late(*where: object, **how: object) -> torch.UntypedStorage:
+        (folder / "model.safetensors").unlink()
+        return from_file(*where, **how)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", open_too_late)
+    assert refused(folder).endswith("not a checkpoint, model.safetensors is missing")
+
+
+@pytest.mark.parametrize("name", [".model.safetensors.123.tmp", ".tmpAb3dEf"])
+def test_what_is_being_written_beside_weights_is_not_read_with_them(tmp_path, monkeypatch, name):
+    folder, read = save(tmp_path / "w"), Path.read_bytes
+    (folder / name).write_text("half of the ne")
+    assert set(checkpoint.digests_of_files(folder)) == {"scorer.json"}
+
+    def vanish(path: Path) -> bytes:
+        (folder / name).unlink(missing_ok=True)  # it has become the weights
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", vanish)
+    checkpoint.load_weights(folder)
 
 
 # Damage
@@ -437,6 +545,28 @@ def test_a_pickle_named_like_weights_is_refused_and_not_run(tmp_path, dump):
     assert trace.exists()  # so the payload was live
 
 
+# States
+
+
+def test_a_disk_that_is_full_when_a_run_goes_on_costs_no_state(tmp_path, monkeypatch):
+    save(tmp_path / "best")
+    states = checkpoint.StateFolder(tmp_path, keep=2)
+    for step in (1, 2):
+        states.save(step, 1, {"step": step})
+    before, said = content(tmp_path), []
+
+    def full(*names: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", full)
+        patch.setattr(checkpoint.shutil, "copyfile", full)
+        with pytest.raises(writing.NotWritten, match=r"best/model.*No space left"):
+            states.load(said.append)
+    assert said == [] and content(tmp_path) == before
+    assert states.load(said.append) == {"step": 2}
+
+
 # Where a run comes from
 
 
@@ -465,6 +595,13 @@ def test_the_revision_is_the_commit_and_tells_of_changes(repository):
     assert checkpoint.git_revision() == commit
     (repository / "checkpoint.py").write_text("changed")
     assert checkpoint.git_revision() == f"{commit}+changes"
+
+
+def test_asking_for_the_revision_leaves_the_index_alone(repository):
+    os.utime(repository / "checkpoint.py", (1, 1))  # which `git status` would note there, with a lock
+    before = (repository / ".git" / "index").read_bytes()
+    assert checkpoint.git_revision() == git(repository, "rev-parse", "HEAD")
+    assert (repository / ".git" / "index").read_bytes() == before
 
 
 def test_outside_git_the_revision_is_empty(tmp_path, monkeypatch):

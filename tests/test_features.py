@@ -438,6 +438,31 @@ def test_room_is_found_while_another_run_removes_recipes(when, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_recipe_that_another_run_removes_while_it_is_opened_has_no_rows(tmp_path, monkeypatch, capsys):
+    rows, from_file = put(open_set(tmp_path), keys(0, 3)), torch.UntypedStorage.from_file
+
+    def open_too_late(*where: object, **how: object) -> torch.UntypedStorage:
+        shutil.rmtree(rows.folder)
+        return from_file(*where, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "from_file", open_too_late)
+        late = open_set(tmp_path)
+    assert late.missing(keys(0, 3)) == [0, 1, 2] and capsys.readouterr().out == ""
+    assert_holds(put(late, keys(0, 3)), keys(0, 3))
+
+
+def test_a_segment_that_is_there_but_cannot_be_mapped_is_an_error(tmp_path, monkeypatch):
+    put(open_set(tmp_path), keys(0, 3))
+
+    def fail(*where: object, **how: object) -> torch.UntypedStorage:
+        raise RuntimeError("out of maps")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", fail)
+    with pytest.raises(RuntimeError, match="out of maps"):
+        open_set(tmp_path)
+
+
 def test_a_bound_of_zero_has_no_room_for_anything(tmp_path):
     assert not FeatureCache(tmp_path, 0).make_room(1)
 

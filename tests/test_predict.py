@@ -254,6 +254,39 @@ def test_a_command_that_was_killed_while_it_tidied_up_goes_on(command, table, ex
     assert_scores(table.out, expected)
 
 
+def test_a_second_command_for_the_same_file_is_refused_while_the_first_one_scores(
+    command, table, expected, refused, monkeypatch, scored
+):
+    write, said = predict.Parts.write, []
+
+    def write_and_be_disturbed(self: predict.Parts, number: int, scores: pd.DataFrame) -> None:
+        write(self, number, scores)
+        if number == 1:
+            said.append(refused(command))
+
+    monkeypatch.setattr(predict.Parts, "write", write_and_be_disturbed)
+    monkeypatch.setattr(predict.Parts, "wait_for", None)  # which would be for ever
+    predict.main(command)
+    assert said == [f"error: --out {table.out}: another run is using it now; wait for its end or choose another\n"]
+    assert len(scored) == 4
+    assert_scores(table.out, expected)
+
+
+@pytest.mark.parametrize("left", [["job.json"], ["job.json", ".000000.csv.123.tmp"], []])
+def test_a_folder_of_parts_without_a_part_stands_in_nobodys_way(command, table, expected, refused, left):
+    parts_of(table.out).mkdir()
+    for name in left:
+        (parts_of(table.out) / name).write_text('{"csv": "another"}')
+    broken = table.images / table.rows["name"][0]
+    image = broken.read_bytes()
+    broken.unlink()
+    refused(command)
+    assert not parts_of(table.out).exists()
+    broken.write_bytes(image)
+    predict.main(command)
+    assert_scores(table.out, expected)
+
+
 def test_a_broken_image_stops_with_its_name_and_once_repaired_the_command_goes_on(
     command, table, expected, refused, scored
 ):

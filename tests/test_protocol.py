@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import baseline
+import checkpoint
 import compare
 import engine
 import protocol
@@ -216,6 +217,19 @@ def test_a_protocol_that_was_stopped_while_it_overwrote_goes_on_with_the_new_opt
     rest = Trainer()
     protocol_of(tmp_path, rest, "--repeats 3 --lr 0.01")
     assert rest.names == ["seed43", "seed44"]
+
+
+def test_a_new_protocol_that_was_killed_before_it_said_what_it_is_begins_again(tmp_path, monkeypatch):
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", kill)
+        with pytest.raises(KeyboardInterrupt):
+            protocol_of(tmp_path, Trainer(), "--repeats 2 --overwrite")
+    again = Trainer()
+    protocol_of(tmp_path, again, "--repeats 2 --overwrite")
+    assert again.names == ["seed42", "seed43"]
 
 
 def test_runs_on_the_same_folds_have_the_interval_of_independent_results(tmp_path):

@@ -347,6 +347,35 @@ def test_thumbnails_look_as_people_see_the_image(tmp_path):
     assert abs(thumbnail_of(tmp_path / "deep.png").getpixel((5, 5))[0] - 128) < 4
 
 
+def test_a_report_that_is_cut_short_has_no_page(run, monkeypatch):
+    """A finished run that is gone on with makes up for its report if the page is not there."""
+    to_png, drawn = figures.to_png, iter(range(99))
+
+    def stop(figure: Any) -> bytes:
+        if next(drawn) == 3:
+            raise KeyboardInterrupt
+        return to_png(figure)
+
+    monkeypatch.setattr(figures, "to_png", stop)
+    with pytest.raises(KeyboardInterrupt):
+        report.write_report(run)
+    assert len(list((run / "figures").iterdir())) == 3 and not (run / "report.html").exists()
+
+
+def test_two_reports_of_one_folder_at_once_both_come_to_their_end(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    unlink = Path.unlink
+
+    def unlink_too_late(path: Path, missing_ok: bool = False) -> None:
+        path.exists() and unlink(path)  # as the other does
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_too_late)
+    report.write_pictures(tmp_path, [])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pictures_are_also_png_files_and_old_ones_go(run):
     (run / "figures").mkdir()
     (run / "figures" / "old.png").write_bytes(b"")
