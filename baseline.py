@@ -701,8 +701,10 @@ def write_inputs(
     """Write what the run starts from: config.json, splits.csv and, where images were left out, skipped.csv.
 
     Raises:
-        ValueError: an interrupted run is gone on with, and that has changed.
+        ValueError: an interrupted run is gone on with, and that has changed, or has been finished by another process.
     """
+    if writer.active and writer.resume and (writer.path / checkpoint.RESULTS_FILE).exists():
+        raise ValueError(f"{writer.path}: another process has just finished this run; nothing is left to do")
     if writer.resume:
         before = read_json(writer.path / checkpoint.CONFIG_FILE)["provenance"]
         runtime.say(changes_since(before, writer.path, examples))

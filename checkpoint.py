@@ -161,8 +161,12 @@ def alone_in(folder: Path, option: str = "") -> Iterator[None]:
         try:
             can_lock = leaving.enter_context(locked(folder, wait=None))
         except BlockingIOError:
-            option = option or f"--output_dir {folder}"
-            raise ValueError(f"{option}: another run is using it now; wait for its end or choose another") from None
+            time.sleep(0.2)  # it may only have looked whether the folder is free
+            try:
+                can_lock = leaving.enter_context(locked(folder, wait=None))
+            except BlockingIOError:
+                option = option or f"--output_dir {folder}"
+                raise ValueError(f"{option}: another run is using it now; wait for its end or choose another") from None
         if not can_lock:
             print(f"note      {folder}: this file system has no locks; let no other run use the folder", flush=True)
         yield

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import engine
 import protocol
 import resuming
 import signals
+import sources
 from configs import parse_args
 
 OF_TIME = ["images_per_s", "data_wait", "seconds"]
@@ -528,6 +529,29 @@ def test_two_runs_cannot_have_one_folder(demo_set, tmp_path, capsys, environment
             assert "another run is using it now" in capsys.readouterr().err
         assert list(folder.iterdir()) == []
     baseline.main(argv)  # it is free again
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_left_as_it_is(stopped, monkeypatch):
+    argv, folder = stopped
+    read = sources.read_examples
+
+    def finish_meanwhile(config: Any) -> Any:
+        monkeypatch.setattr(sources, "read_examples", read)
+        run_until([*argv, "--resume", "auto"], folder, None)
+        return read(config)
+
+    monkeypatch.setattr(sources, "read_examples", finish_meanwhile)
+    with pytest.raises(ValueError, match="another process has just finished this run"):
+        run_until([*argv, "--resume", "auto"], folder, None)
+    assert not (folder / "state").exists()
+
+
+def test_who_only_looks_whether_a_folder_is_free_is_waited_for(tmp_path, monkeypatch):
+    looking = ExitStack()
+    looking.enter_context(checkpoint.alone_in(tmp_path))
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: looking.close())
+    with checkpoint.alone_in(tmp_path):
+        pass
 
 
 def test_what_a_killed_process_left_half_written_is_swept_away(demo_set, tmp_path):
