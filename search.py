@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -44,7 +44,7 @@ import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 import baseline
 import checkpoint
@@ -56,6 +56,7 @@ import sources
 import starting
 from configs import FREEZING, NOT_SAVED, TrainingConfig, command_line, one_line_errors
 from kept import Kept
+from locking import locked
 from reading import read_json
 from space import Dimension, Request, Space, default_space, options_of, parse_search_args
 from writing import holds_nothing, write_whole
@@ -65,8 +66,11 @@ PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
 BEAT_SECONDS = 30.0  # how often a running trial says that it is alive
 DEAD_AFTER_SECONDS = 600.0  # without a word, on another machine
 POLL_SECONDS = 1.0
+BUSY_SECONDS = 100.0  # how long SQLite waits for other workers
+OPENINGS = 5  # of a server's database, whose tables several may be making at once
 MANY_ALIKE = 3  # first trials that all fail the same way end the search
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+STORAGE_ERRORS = (optuna.exceptions.OptunaError, SQLAlchemyError)
 FAILURES = (ValueError, engine.OutOfMemory, torch.OutOfMemoryError)
 TRIALS_DIR = "trials"
 BEST_RUNS = "best"
@@ -120,14 +124,20 @@ def refuse_occupied(folder: Path) -> None:
     runs = (checkpoint.CONFIG_FILE, f"{checkpoint.BEST_DIR}/{checkpoint.DESCRIPTION_FILE}")
     if any((folder / name).exists() for name in runs):
         raise ValueError(f"--output_dir {folder}: holds a run; choose a new or empty folder")
+    # Looked at in this order, since the same command may be writing its first file right now.
+    is_empty = not folder.exists() or holds_nothing(folder)
     is_search = any((folder / name).exists() for name in (SEARCH_FILE, STUDY_FILE))
-    if not is_search and folder.exists() and not holds_nothing(folder):
+    if not is_empty and not is_search:
         raise ValueError(f"--output_dir {folder}: holds other things than a search; choose a new or empty folder")
 
 
-def make_folder(request: Request) -> None:
-    """Make the folder and say in it, before anything else is there, that it is a search's, wherever its study is."""
-    request.folder.mkdir(parents=True, exist_ok=True)
+def one_at_a_time(request: Request) -> AbstractContextManager[bool]:
+    """A block that others with this folder, which is made, wait for: SQLite would give two of them the same trial."""
+    return locked(request.folder, wait=lambda: None)  # silently, for it is short
+
+
+def mark_folder(request: Request) -> None:
+    """Say in the folder, before anything else is there, that it is a search's, wherever its study is."""
     if not (request.folder / SEARCH_FILE).exists():
         kept_in = {"study_name": request.study_name, "storage": without_password(request.storage)}
         checkpoint.write_json(request.folder / SEARCH_FILE, kept_in)
@@ -135,27 +145,39 @@ def make_folder(request: Request) -> None:
 
 def open_study(request: Request) -> optuna.Study:
     """The study in its storage, made if it is not there. Raises ValueError for a storage that cannot be used."""
-    url = request.storage
-    try:
-        if url.startswith(JOURNAL):
-            path = Path(url.removeprefix(JOURNAL))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            storage: Any = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        else:
-            wait = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {}  # seconds, for other workers
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=wait)
-        return optuna.create_study(
-            storage=storage,
-            study_name=request.study_name,
-            direction="maximize",
-            load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(
-                n_startup_trials=PRUNE_FROM_TRIALS, n_warmup_steps=max(2, round(request.config.epochs / 5))
-            ),
-        )
-    except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.OptunaError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"--storage {without_password(url)}: cannot be used ({reason})") from None
+    tries = 1 if request.storage.startswith((JOURNAL, "sqlite")) else OPENINGS
+    while True:
+        tries -= 1
+        try:
+            return optuna.create_study(
+                storage=storage_at(request.storage),
+                study_name=request.study_name,
+                direction="maximize",
+                load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(
+                    n_startup_trials=PRUNE_FROM_TRIALS, n_warmup_steps=max(2, round(request.config.epochs / 5))
+                ),
+            )
+        except (*STORAGE_ERRORS, ImportError, OSError) as error:
+            if not tries or not isinstance(error, DBAPIError):
+                shown = without_password(request.storage)
+                raise ValueError(f"--storage {shown}: cannot be used ({reason_of(error)})") from None
+        time.sleep(POLL_SECONDS)
+
+
+def storage_at(url: str) -> Any:
+    """The storage of a URL."""
+    if url.startswith(JOURNAL):
+        path = Path(url.removeprefix(JOURNAL))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+    wait = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(url, engine_kwargs=wait)
+
+
+def reason_of(error: Exception) -> str:
+    """What a database or its driver says, in one line."""
+    return str(error.__cause__ or error).splitlines()[0]
 
 
 def without_password(url: str) -> str:
@@ -172,22 +194,22 @@ def agree_with(study: optuna.Study, request: Request, space: Space) -> None:
         "options": protocol.options(request.config),
         "space": {name: dimension.to_json() for name, dimension in space.items()},
     }
-    saved = study.user_attrs
-    if not saved and study.trials:
+    has_trials = bool(study.trials)  # looked at first, for what is searched is written before them
+    saved = study.user_attrs.get("searched")
+    if saved is None and has_trials:
         raise ValueError(f"--study_name {study.study_name}: the storage has another program's study of this name")
-    if not saved:
-        for key, value in asked.items():
-            study.set_user_attr(key, value)
+    if saved is None:
+        study.set_user_attr("searched", asked)  # as one, lest others see a half of it
         return
     other = []
     for name, now in asked["space"].items():
-        if name in saved.get("space", {}) and saved["space"][name] != now:
+        if name in saved["space"] and saved["space"][name] != now:
             other.append(f"{name} in {now}, not {saved['space'][name]}")
-    other += [f"{name} is searched" for name in asked["space"] if name not in saved.get("space", {})]
-    other += [f"{name} is not searched" for name in saved.get("space", {}) if name not in asked["space"]]
-    searched = {*asked["space"], *saved.get("space", {})}
+    other += [f"{name} is searched" for name in asked["space"] if name not in saved["space"]]
+    other += [f"{name} is not searched" for name in saved["space"] if name not in asked["space"]]
+    searched = {*asked["space"], *saved["space"]}
     for name, now in asked["options"].items():
-        before = saved.get("options", {}).get(name)
+        before = saved["options"].get(name)
         if before != now and name not in searched:
             other.append(f"{name} is {now}, not {before}")
     if other:
@@ -199,10 +221,11 @@ def agree_with(study: optuna.Study, request: Request, space: Space) -> None:
 
 def agree_on_data(search: Search, fingerprint: str) -> None:
     """Raise ValueError if the study's trials have seen other data."""
-    known = search.study.user_attrs.get("data")
-    if known is None:
-        search.study.set_user_attr("data", fingerprint)
-    elif known != fingerprint:
+    with one_at_a_time(search.request):
+        known = search.study.user_attrs.get("data")
+        if known is None:
+            search.study.set_user_attr("data", fingerprint)
+    if known not in (None, fingerprint):
         raise ValueError(f"{search.request.folder}: the data has changed since the search began; choose a new folder")
 
 
@@ -562,9 +585,10 @@ def prepare(request: Request, kept: Kept) -> Search:
     config = sources.draw_demo(request.config) if request.config.demo else request.config
     depth = starting.num_blocks(config)
     space = request.space or default_space(config, depth, request.given)
-    make_folder(request)
-    study = open_study(request)
-    agree_with(study, request, space)
+    with one_at_a_time(request):
+        mark_folder(request)
+        study = open_study(request)
+        agree_with(study, request, space)
     examples = baseline.read_examples(config, kept)
     drawn = not config.split_file and bool((examples.table["split"] == "").any())
     search = Search(study, request, space, kept, began, drawn)

@@ -10,9 +10,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,8 @@ import pytest
 from conftest import ROOT, scored_rows
 from optuna.trial import TrialState
 from safetensors.torch import load_file
+from sqlalchemy import event, exc
+from sqlalchemy.engine import Engine
 
 import baseline
 import engine
@@ -36,6 +39,7 @@ import space
 import starting
 from configs import OPTIONS, VIEWS, TrainingConfig, parse_args
 from kept import KNOWN_BY, LOADED_BY, READ_BY, DecidedBy, Kept
+from locking import locked
 
 LR = {"lr": {"low": 1e-6, "high": 1.0, "log": True}}
 BEST_LR = 1e-3
@@ -512,15 +516,14 @@ def processes(folder: Path, flags: list[str], count: int) -> list[subprocess.Pop
 def test_processes_share_a_study_and_make_no_trial_too_many(storage, tmp_path, train, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = flags_of(tmp_path, LR, f"--trials 12 {storage}")
-    train()
-    search.main([*flags, "--trials", "1"])  # so that both find the study
     workers = processes(tmp_path, flags, 2)
     said = [worker.communicate(timeout=200) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
+    train()
     study = search.main(flags)
     assert len(values(study)) == 12 and len({trial["lr"] for trial in values(study)}) == 12
     lines = [len(re.findall("^trial ", out, re.MULTILINE)) for out, _ in said]
-    assert sum(lines) == 11 and min(lines) >= 2
+    assert sum(lines) == 12 and min(lines) >= 2
     assert not any(trial.state == TrialState.RUNNING for trial in study.trials)
 
 
@@ -579,6 +582,101 @@ def test_a_silent_trial_of_another_machine_is_given_up_after_a_while(tmp_path, t
     trial.set_user_attr("beat", time.time() - search.DEAD_AFTER_SECONDS - 1)
     assert search.is_dead(study.trials[-1])
     assert len(values(search.main(flags_of(tmp_path, LR, "--trials 5")))) == 5
+
+
+# -- two at once
+
+
+def worker_of(folder: Path, trials: int = 8) -> search.Search:
+    """A worker of a search, or another one."""
+    (folder / "out").mkdir(exist_ok=True)
+    request = space.parse_search_args(flags_of(folder, LR, f"--trials {trials}"))
+    return search.Search(search.open_study(request), request, dict(request.space or {}), Kept(), datetime.now())
+
+
+@contextmanager
+def meanwhile(monkeypatch: pytest.MonkeyPatch, statement: str, other: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Call `other` in a thread just before this one sends the first such statement, until it is done or has to wait.
+
+    Yields:
+        Where its result, or its error, will be when the block is over.
+    """
+    here, threads, found, waits = threading.current_thread(), [], [], threading.Event()
+    monkeypatch.setattr(search, "locked", lambda folder, *, wait: locked(folder, wait=waits.set), raising=False)
+
+    def call() -> None:
+        try:
+            found.append(other())
+        except Exception as error:  # noqa: BLE001  # which is what is looked for
+            found.append(error)
+
+    def before(connection: Any, cursor: Any, text: str, *rest: Any) -> None:
+        if threads or threading.current_thread() is not here or not text.strip().startswith(statement):
+            return
+        threads.append(threading.Thread(target=call))
+        threads[0].start()
+        while threads[0].is_alive() and not waits.wait(0.01):
+            pass
+
+    event.listen(Engine, "before_cursor_execute", before)
+    try:
+        yield found
+    finally:
+        event.remove(Engine, "before_cursor_execute", before)
+        threads[0].join()
+
+
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE studies", "INSERT INTO alembic_version", "INSERT INTO study_user_attributes"]
+)
+def test_the_same_search_may_be_started_twice_at_once(statement, tmp_path, train, monkeypatch):
+    train()
+    request = space.parse_search_args(flags_of(tmp_path))
+    with meanwhile(monkeypatch, statement, lambda: search.prepare(request, Kept()).study.study_name) as found:
+        assert search.prepare(request, Kept()).study.study_name == "search"
+    assert found == ["search"]
+
+
+def test_what_is_searched_is_never_half_written(tmp_path, monkeypatch):
+    """Nor for those on other machines, with folders of their own."""
+    mine, others = worker_of(tmp_path), worker_of(tmp_path)
+    write = mine.study.set_user_attr
+
+    def then_the_others(name: str, value: Any) -> None:
+        write(name, value)
+        search.agree_with(others.study, others.request, others.space)
+
+    monkeypatch.setattr(mine.study, "set_user_attr", then_the_others)
+    search.agree_with(mine.study, mine.request, mine.space)
+
+
+def test_a_search_that_begins_this_very_moment_is_no_other_thing(tmp_path, monkeypatch):
+    look = search.holds_nothing
+
+    def late(folder: Path) -> bool:
+        (folder / search.SEARCH_FILE).write_text("{}")
+        return look(folder)
+
+    monkeypatch.setattr(search, "holds_nothing", late)
+    search.refuse_occupied(tmp_path)
+
+
+@pytest.mark.parametrize(("failures", "url"), [(2, "postgresql://h/db"), (99, "postgresql://h/db"), (1, "sqlite://")])
+def test_a_database_server_is_tried_again_since_others_may_be_making_its_tables(failures, url, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "POLL_SECONDS", 0)
+    calls = []
+
+    def storage_at(asked: str) -> Any:
+        calls.append(asked)
+        if len(calls) <= failures:
+            raise exc.ProgrammingError("CREATE TABLE", {}, Exception("exists already"))
+        return optuna.storages.InMemoryStorage()
+
+    monkeypatch.setattr(search, "storage_at", storage_at)
+    request = space.parse_search_args(flags_of(tmp_path, LR, f"--storage {url}"))
+    with pytest.raises(ValueError, match="exists already") if failures != 2 else nullcontext():
+        search.open_study(request)
+    assert calls == [url] * {2: 3, 99: search.OPENINGS, 1: 1}[failures]
 
 
 def test_a_trial_that_kills_its_process_twice_is_not_tried_a_third_time(tmp_path, train):
