@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -242,34 +242,37 @@ def next_trial(search: Search) -> optuna.Trial | None:
     """The next trial to run, None when enough are finished; waits while others' trials may be all that is missing."""
     wanted = search.request.trials
     while True:
-        trials = search.trials()
-        for other in trials:
-            if other.state == TrialState.RUNNING and is_dead(other):
-                put_back(search.study, other, killed=True)
-        check_hope(search)
-        states = [trial.state for trial in search.trials()]
-        finished = sum(state in FINISHED for state in states)
-        if finished >= wanted or search.is_over or is_orphan(search.request):
-            return None
-        if finished + states.count(TrialState.RUNNING) < wanted:
-            trial = search.study.ask()
-            # Several may have asked at once. All see the numbers in the same order, so all agree on who was first.
-            before = [other for other in search.trials() if other.number < trial.number]
-            if sum(other.state != TrialState.FAIL for other in before) < wanted:
-                return claim(search, trial, before)
-            trial.set_user_attr("surplus", True)
-            search.study.tell(trial, state=TrialState.FAIL)
+        with one_at_a_time(search.request):
+            for other in search.trials():
+                if other.state == TrialState.RUNNING and is_dead(other):
+                    put_back(search.study, other, killed=True)
+            check_hope(search)
+            states = [trial.state for trial in search.trials()]
+            finished = sum(state in FINISHED for state in states)
+            if finished >= wanted or search.is_over or is_orphan(search.request):
+                return None
+            if finished + states.count(TrialState.RUNNING) < wanted and (trial := take(search)):
+                return trial
         time.sleep(POLL_SECONDS)
 
 
-def claim(search: Search, trial: optuna.Trial, before: Sequence[FrozenTrial]) -> optuna.Trial:
-    """Sign the trial, and let it be drawn by a sampler of its own: the same in every worker, and after a restart."""
-    trial.set_user_attr("host", socket.gethostname())
-    trial.set_user_attr("pid", os.getpid())
-    trial.set_user_attr("beat", time.time())
-    place = len({other.number for other in before} - voided(search.trials()))
-    search.study.sampler = sampler_of(search.request.config.seed, place)
-    return trial
+def take(search: Search) -> optuna.Trial | None:
+    """Begin a trial, to be drawn by a sampler of its own: the same in every worker, and after a restart.
+
+    None if those with other folders, whom nothing keeps waiting, were quicker.
+    """
+    trial = search.study.ask()
+    with suppress(optuna.exceptions.UpdateFinishedTrialError):
+        sign(trial)
+        # Several may have asked at once. All see the numbers in the same order, so all agree on who was first.
+        before = [other for other in search.trials() if other.number < trial.number]
+        if sum(other.state != TrialState.FAIL for other in before) < search.request.trials:
+            place = len({other.number for other in before} - voided(search.trials()))
+            search.study.sampler = sampler_of(search.request.config.seed, place)
+            return trial
+        trial.set_user_attr("surplus", True)
+        search.study.tell(trial, state=TrialState.FAIL)
+    return None
 
 
 def sampler_of(seed: int, place: int) -> optuna.samplers.TPESampler:
@@ -280,13 +283,39 @@ def sampler_of(seed: int, place: int) -> optuna.samplers.TPESampler:
     )
 
 
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others, of other machines, containers and times too."""
+    namespace = Path("/proc/self/ns/pid")  # containers may share a name, and have a process 1 each
+    place = [socket.gethostname(), os.readlink(namespace) if namespace.is_symlink() else ""]
+    return {"place": place, "pid": os.getpid(), "start": state_and_start(os.getpid())[1]}
+
+
+def sign(trial: optuna.Trial) -> None:
+    """Say in the study who runs the trial, and that it is alive."""
+    trial.set_user_attr("signed", {**this_process(), "beat": time.time()})
+
+
 def is_dead(trial: FrozenTrial) -> bool:
-    """Whether the process that ran this trial is gone, or on another machine silent for long."""
-    signed = trial.user_attrs
-    if signed.get("host") == socket.gethostname() and "pid" in signed and not is_alive(signed["pid"]):
-        return True
+    """Whether the process that ran this trial is gone; where that cannot be seen, whether it was silent for long."""
+    signed = trial.user_attrs.get("signed", {})
+    if signed and signed["place"] == this_process()["place"]:
+        state, start = state_and_start(signed["pid"])
+        if start:
+            return start != signed["start"] or state in "ZX"  # of another process, or ended and not yet waited for
+        if not is_alive(signed["pid"]):
+            return True
     started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
     return time.time() - signed.get("beat", started) > DEAD_AFTER_SECONDS
+
+
+def state_and_start(pid: int) -> tuple[str, str]:
+    """What a process does, and when it was started, since numbers are used again; empty where that cannot be seen."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return "", ""
+    after_name = stat.rpartition(")")[2].split()  # in a name there may be anything
+    return after_name[0], after_name[19]
 
 
 def is_alive(pid: int) -> bool:
@@ -300,7 +329,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def put_back(study: optuna.Study, trial: FrozenTrial | optuna.Trial, *, killed: bool) -> None:
+def put_back(study: optuna.Study, trial: FrozenTrial, *, killed: bool) -> None:
     """End a trial that was cut short, and put its values in the queue again; those that kill twice stay out."""
     try:
         study.tell(trial.number, state=TrialState.FAIL)
@@ -308,6 +337,18 @@ def put_back(study: optuna.Study, trial: FrozenTrial | optuna.Trial, *, killed: 
         return
     if not (killed and trial.user_attrs.get("killed")):
         study.enqueue_trial(trial.params, user_attrs={"instead_of": trial.number, "killed": killed})
+
+
+def give_back(search: Search) -> None:
+    """Put back what this process was running, or had just begun and not signed yet."""
+    me = this_process()
+    with one_at_a_time(search.request):
+        for trial in search.trials():
+            signed = trial.user_attrs.get("signed")
+            is_new = trial.datetime_start is not None and trial.datetime_start >= search.began
+            is_mine = is_new if signed is None else {**signed, **me} == signed
+            if trial.state == TrialState.RUNNING and is_mine:
+                put_back(search.study, trial, killed=False)
 
 
 def is_orphan(request: Request) -> bool:
@@ -349,7 +390,8 @@ def heartbeat(trial: optuna.Trial) -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
-            trial.set_user_attr("beat", time.time())
+            with suppress(*STORAGE_ERRORS, OSError):  # the next beat may come through
+                sign(trial)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -361,23 +403,22 @@ def heartbeat(trial: optuna.Trial) -> Iterator[None]:
 
 
 def run_trial(search: Search, trial: optuna.Trial) -> None:
-    """Run one trial and tell the study what came of it; one that is cut short goes back into the queue."""
+    """Run one trial, tell the study what came of it, and say so."""
     started = time.perf_counter()
-    is_settled = False
     try:
         values = {name: suggest(trial, dimension) for name, dimension in search.space.items()}
         with heartbeat(trial):
             state, score, cause = outcome(search, trial, values)
-        trial.set_user_attr("seconds", round(time.perf_counter() - started, 1))
-        if cause:
-            trial.set_user_attr("cause", cause)
-        search.study.tell(trial, score, state=state)
-        is_settled = True
-    finally:
-        if not is_settled:
-            put_back(search.study, trial, killed=False)
+        with one_at_a_time(search.request):
+            trial.set_user_attr("seconds", round(time.perf_counter() - started, 1))
+            if cause:
+                trial.set_user_attr("cause", cause)
+            search.study.tell(trial, score, state=state, skip_if_finished=True)
+        said = trial_line(search, trial.number)
+    except optuna.exceptions.UpdateFinishedTrialError:
+        said = f"note      trial {trial.number} was taken over by another worker, which took this one for dead"
     # In one piece: print() writes the line's end apart where Python does not buffer, and the lines of workers mix.
-    print(trial_line(search, trial.number) + "\n", end="", flush=True)
+    print(said + "\n", end="", flush=True)
 
 
 def outcome(
@@ -443,9 +484,14 @@ def trial_line(search: Search, number: int) -> str:
 
 
 def work(search: Search) -> None:
-    """Run trials until there are enough."""
-    while (trial := next_trial(search)) is not None:
-        run_trial(search, trial)
+    """Run trials until there are enough; one that is cut short goes back into the queue."""
+    try:
+        while (trial := next_trial(search)) is not None:
+            run_trial(search, trial)
+    except BaseException:
+        with suppress(*STORAGE_ERRORS, OSError):  # then whoever looks next finds this process gone
+            give_back(search)
+        raise
 
 
 def run_workers(request: Request, argv: Sequence[str]) -> None:

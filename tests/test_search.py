@@ -572,16 +572,98 @@ def test_how_a_worker_ended_is_said(ends, failure, note, tmp_path, monkeypatch, 
     assert said.err == ("error: the disk is gone\n" if failure else "")
 
 
-def test_a_silent_trial_of_another_machine_is_given_up_after_a_while(tmp_path, train, monkeypatch):
+def signed_by(trial: optuna.Trial, **other: Any) -> None:
+    """Sign a trial as another process would."""
+    trial.set_user_attr("signed", {**search.this_process(), "beat": time.time(), **other})
+
+
+@pytest.mark.parametrize("place", [["elsewhere", search.this_process()["place"][1]], ["", "pid:[1]"]])
+def test_a_silent_trial_of_another_machine_is_given_up_after_a_while(place, tmp_path, train):
+    """Or of another container, which may have the name of this one."""
     train()
     study = search.main(flags_of(tmp_path, LR, "--trials 3"))
     trial = study.ask()
-    for name, value in {"host": "elsewhere", "pid": os.getpid(), "beat": time.time()}.items():
-        trial.set_user_attr(name, value)
+    place = [place[0] or search.this_process()["place"][0], place[1]]
+    signed_by(trial, place=place)
     assert not search.is_dead(study.trials[-1])
-    trial.set_user_attr("beat", time.time() - search.DEAD_AFTER_SECONDS - 1)
+    signed_by(trial, place=place, beat=time.time() - search.DEAD_AFTER_SECONDS - 1)
     assert search.is_dead(study.trials[-1])
     assert len(values(search.main(flags_of(tmp_path, LR, "--trials 5")))) == 5
+
+
+def test_whether_a_trial_of_this_machine_is_dead_is_seen_at_its_process():
+    study = optuna.create_study()
+    trial = study.ask()
+    silent = {"beat": time.time() - 100 * search.DEAD_AFTER_SECONDS}  # a laptop that slept
+    with subprocess.Popen(["true"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        start = search.state_and_start(ended.pid)[1]
+        for signed, is_dead in (
+            (silent, False),
+            ({"start": "1"}, True),  # whose number another process has now
+            ({"pid": ended.pid, "start": start}, True),  # killed, and its parent has not looked yet
+        ):
+            signed_by(trial, **signed)
+            assert search.is_dead(study.trials[0]) == is_dead, signed
+    signed_by(trial, pid=ended.pid, start=start)
+    assert start.isdigit() and search.is_dead(study.trials[0])
+
+
+def test_where_processes_cannot_be_seen_a_living_one_is_told_by_its_beat(monkeypatch):
+    monkeypatch.setattr(search, "state_and_start", lambda pid: ("", ""))
+    study = optuna.create_study()
+    trial = study.ask()
+    signed_by(trial)
+    assert not search.is_dead(study.trials[0])
+    signed_by(trial, beat=time.time() - search.DEAD_AFTER_SECONDS - 1)
+    assert search.is_dead(study.trials[0])
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    signed_by(trial, pid=ended.pid)
+    assert search.is_dead(study.trials[0])
+
+
+def test_a_process_may_have_any_name(tmp_path):
+    name = tmp_path / "x) Z 1 (y"
+    name.symlink_to("/bin/sleep")
+    with subprocess.Popen([name, "60"]) as process:
+        state, start = search.state_and_start(process.pid)
+        process.kill()
+    assert state in "RSD" and len(start) > 1 and start.isdigit()
+
+
+def test_a_beat_that_cannot_be_written_is_not_the_last_one(monkeypatch):
+    monkeypatch.setattr(search, "BEAT_SECONDS", 0.001)
+    errors = [optuna.exceptions.StorageInternalError(), exc.OperationalError("", {}, Exception()), OSError()]
+    came_through = threading.Event()
+
+    def set_user_attr(name: str, value: Any) -> None:
+        if errors:
+            raise errors.pop()
+        came_through.set()
+
+    with search.heartbeat(SimpleNamespace(set_user_attr=set_user_attr)):
+        assert came_through.wait(20)
+
+
+@pytest.mark.parametrize("call", [6, 10])  # of five in each trial: in the first epoch, and when all are over
+def test_whose_trial_was_taken_over_says_so_and_goes_on(call, tmp_path, train, capsys):
+    calls = []
+
+    def taken(config: TrainingConfig) -> float:
+        calls.append(config)
+        if len(calls) == call:
+            study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/out/study.db")
+            search.put_back(study, study.trials[-1], killed=True)
+        return parabola(config)
+
+    train(taken)
+    study = search.main(flags_of(tmp_path))
+    said = capsys.readouterr().out
+    assert said.count("note      trial 1 was taken over by another worker, which took this one for dead\n") == 1
+    assert len(values(study)) == 8 and study.trials[1].state == TrialState.FAIL
+    (again,) = (trial for trial in study.trials if trial.user_attrs.get("instead_of") == 1)
+    assert again.state in search.FINISHED and again.params == study.trials[1].params
 
 
 # -- two at once
@@ -624,6 +706,37 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, statement: str, other: Callable[[
     finally:
         event.remove(Engine, "before_cursor_execute", before)
         threads[0].join()
+
+
+def test_two_workers_are_never_given_the_same_trial(tmp_path, monkeypatch):
+    mine, others = worker_of(tmp_path), worker_of(tmp_path)
+    for lr in (1e-3, 1e-2):
+        mine.study.enqueue_trial({"lr": lr})
+    with meanwhile(monkeypatch, "UPDATE trials", lambda: search.next_trial(others).number) as found:
+        number = search.next_trial(mine).number
+    assert [number, *found] == [0, 1]
+
+
+def test_two_workers_do_not_put_the_same_trial_back(tmp_path, monkeypatch):
+    mine, others = worker_of(tmp_path), worker_of(tmp_path)
+    trial = mine.study.ask()
+    trial.suggest_float("lr", 1e-6, 1.0, log=True)
+    signed_by(trial, start="1")  # a dead one
+    with meanwhile(monkeypatch, "UPDATE trials", lambda: search.next_trial(others).number) as found:
+        number = search.next_trial(mine).number
+    assert [number, *found] == [1, 2]
+    assert [trial.user_attrs.get("instead_of") for trial in mine.study.trials] == [None, 0, None]
+
+
+def test_a_trial_that_just_ends_is_not_put_back(tmp_path, train, monkeypatch):
+    train()
+    mine, others = worker_of(tmp_path), worker_of(tmp_path)
+    trial = search.next_trial(mine)
+    monkeypatch.setattr(search, "is_dead", lambda trial: True)
+    with meanwhile(monkeypatch, "UPDATE trials", lambda: search.next_trial(others).number) as found:
+        search.run_trial(mine, trial)
+    assert found == [1] and mine.study.trials[0].state == TrialState.COMPLETE
+    assert "instead_of" not in mine.study.trials[1].user_attrs
 
 
 @pytest.mark.parametrize(
@@ -679,6 +792,36 @@ def test_a_database_server_is_tried_again_since_others_may_be_making_its_tables(
     assert calls == [url] * {2: 3, 99: search.OPENINGS, 1: 1}[failures]
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(optuna.Study, "ask"), (search, "sign"), (search, "sampler_of"), (search, "next_trial"), (search, "suggest")],
+)
+def test_a_trial_that_has_just_begun_is_given_back_at_ctrl_c(owner, name, tmp_path, train, monkeypatch):
+    monkeypatch.setattr(search, "write_findings", lambda search: search.request.config)  # which takes long
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    train()
+    whole = values(search.main(flags_of(tmp_path / "a", LR, "--trials 4")))
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*args: Any) -> Any:
+        found = original(*args)
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return found
+
+    flags = flags_of(tmp_path / "b", LR, "--trials 4")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(SystemExit) as stop:
+            search.main(flags)
+    assert stop.value.code == 130
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/b/out/study.db")
+    assert [trial.state for trial in study.trials[2:]] == [TrialState.FAIL, TrialState.WAITING]
+    assert values(search.main(flags)) == whole
+
+
 def test_a_trial_that_kills_its_process_twice_is_not_tried_a_third_time(tmp_path, train):
     train()
     study = search.main(flags_of(tmp_path, LR, "--trials 2"))
@@ -686,7 +829,7 @@ def test_a_trial_that_kills_its_process_twice_is_not_tried_a_third_time(tmp_path
         trial = study.ask()
         assert trial.user_attrs.get("killed", False) == again
         trial.suggest_float("lr", 1e-6, 1.0, log=True)
-        search.put_back(study, trial, killed=True)
+        search.put_back(study, study.trials[trial.number], killed=True)
     assert not any(trial.state == TrialState.WAITING for trial in study.trials)
 
 
@@ -698,7 +841,7 @@ def test_who_asks_a_moment_too_late_steps_back_and_waits(tmp_path, train, monkey
 
     def late() -> Any:
         others.append(ask())  # another worker's, of this very moment
-        others[-1].set_user_attr("host", "elsewhere")
+        signed_by(others[-1], place=["elsewhere", ""])
         return ask()
 
     def wait(seconds: float) -> None:
