@@ -696,6 +696,8 @@ def main(argv: Sequence[str] | None = None) -> optuna.Study:
         request = parse_search_args(argv, num_blocks=starting.num_blocks, num_images=sources.count_training_images)
         try:
             return search_all(request, argv)
+        except STORAGE_ERRORS as error:
+            raise SearchFailed(f"the study cannot be used ({reason_of(error)}); the same command goes on") from error
         except KeyboardInterrupt:
             if request.parent is None:
                 print("interrupted: what is finished is kept, the same command goes on from there", file=sys.stderr)

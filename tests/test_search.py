@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -917,6 +918,25 @@ def test_an_error_of_the_disk_is_said_and_its_trial_kept_for_later(tmp_path, tra
     assert refusal(flags, capsys) == "No space left on device"
     train()
     assert len(values(search.main(flags))) == 2
+
+
+def test_a_database_that_stays_locked_is_said_in_one_line(tmp_path, train, monkeypatch, capsys):
+    monkeypatch.setattr(search, "BUSY_SECONDS", 0.01)
+    locks = []
+
+    def lock(config: TrainingConfig) -> float:
+        locks.append(sqlite3.connect(tmp_path / "out" / "study.db"))
+        locks[-1].execute("BEGIN IMMEDIATE")
+        return parabola(config)
+
+    train(lock)
+    with pytest.raises(SystemExit) as stop:
+        search.main(flags_of(tmp_path))
+    locks[0].close()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "failed: the study cannot be used ((sqlite3.OperationalError) database is locked); the same command goes on"
+    ]
 
 
 def test_timeout_ends_with_what_there_is(tmp_path, train, capsys):
