@@ -28,6 +28,17 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
+
+    def end_at_start(number: int, frame: object) -> None:
+        """Answer a signal during the imports, which take seconds, in one line; workers leave it to their parent."""
+        is_interrupted = number == signal.SIGINT
+        if "--parent" not in sys.argv:
+            os.write(2, b"interrupted\n" if is_interrupted else b"stopped by SIGTERM: the same command begins again\n")
+        os._exit(130 if is_interrupted else 75)
+
+    stopping = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    heard_before = {number: signal.signal(number, end_at_start) for number in stopping}
+
     # --help and mistakes in the flags answer here, before torch and Optuna are imported, which takes seconds.
     from configs import one_line_errors
     from space import parse_search_args
@@ -693,16 +704,18 @@ def main(argv: Sequence[str] | None = None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     with one_line_errors(SearchFailed, engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
-        request = parse_search_args(argv, num_blocks=starting.num_blocks, num_images=sources.count_training_images)
         try:
+            request = parse_search_args(argv, num_blocks=starting.num_blocks, num_images=sources.count_training_images)
             return search_all(request, argv)
         except STORAGE_ERRORS as error:
             raise SearchFailed(f"the study cannot be used ({reason_of(error)}); the same command goes on") from error
         except KeyboardInterrupt:
-            if request.parent is None:
+            if "--parent" not in argv:  # which says it for its workers
                 print("interrupted: what is finished is kept, the same command goes on from there", file=sys.stderr)
             raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
+    for number, handler in heard_before.items():
+        signal.signal(number, handler)
     main(sys.argv[1:])
