@@ -21,13 +21,24 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
+
+    def end_at_start(number: int, frame: object) -> None:
+        """Answer a signal during the imports, which take seconds, in one line; workers leave it to their parent."""
+        is_interrupted = number == signal.SIGINT
+        if "--parent" not in sys.argv:
+            os.write(2, b"interrupted\n" if is_interrupted else b"stopped by SIGTERM: the same command begins again\n")
+        os._exit(130 if is_interrupted else 75)
+
+    stopping = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    heard_before = {number: signal.signal(number, end_at_start) for number in stopping}
+
     # --help and mistakes in the flags answer here, before torch and Optuna are imported, which takes seconds.
     from configs import one_line_errors
     from space import parse_search_args
@@ -44,7 +55,7 @@ import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 import baseline
 import checkpoint
@@ -56,6 +67,7 @@ import sources
 import starting
 from configs import FREEZING, NOT_SAVED, TrainingConfig, command_line, one_line_errors
 from kept import Kept
+from locking import locked
 from reading import read_json
 from space import Dimension, Request, Space, default_space, options_of, parse_search_args
 from writing import holds_nothing, write_whole
@@ -65,8 +77,11 @@ PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
 BEAT_SECONDS = 30.0  # how often a running trial says that it is alive
 DEAD_AFTER_SECONDS = 600.0  # without a word, on another machine
 POLL_SECONDS = 1.0
+BUSY_SECONDS = 100.0  # how long SQLite waits for other workers
+OPENINGS = 5  # of a server's database, whose tables several may be making at once
 MANY_ALIKE = 3  # first trials that all fail the same way end the search
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+STORAGE_ERRORS = (optuna.exceptions.OptunaError, SQLAlchemyError)
 FAILURES = (ValueError, engine.OutOfMemory, torch.OutOfMemoryError)
 TRIALS_DIR = "trials"
 BEST_RUNS = "best"
@@ -120,14 +135,20 @@ def refuse_occupied(folder: Path) -> None:
     runs = (checkpoint.CONFIG_FILE, f"{checkpoint.BEST_DIR}/{checkpoint.DESCRIPTION_FILE}")
     if any((folder / name).exists() for name in runs):
         raise ValueError(f"--output_dir {folder}: holds a run; choose a new or empty folder")
+    # Looked at in this order, since the same command may be writing its first file right now.
+    is_empty = not folder.exists() or holds_nothing(folder)
     is_search = any((folder / name).exists() for name in (SEARCH_FILE, STUDY_FILE))
-    if not is_search and folder.exists() and not holds_nothing(folder):
+    if not is_empty and not is_search:
         raise ValueError(f"--output_dir {folder}: holds other things than a search; choose a new or empty folder")
 
 
-def make_folder(request: Request) -> None:
-    """Make the folder and say in it, before anything else is there, that it is a search's, wherever its study is."""
-    request.folder.mkdir(parents=True, exist_ok=True)
+def one_at_a_time(request: Request) -> AbstractContextManager[bool]:
+    """A block that others with this folder, which is made, wait for: SQLite would give two of them the same trial."""
+    return locked(request.folder, wait=lambda: None)  # silently, for it is short
+
+
+def mark_folder(request: Request) -> None:
+    """Say in the folder, before anything else is there, that it is a search's, wherever its study is."""
     if not (request.folder / SEARCH_FILE).exists():
         kept_in = {"study_name": request.study_name, "storage": without_password(request.storage)}
         checkpoint.write_json(request.folder / SEARCH_FILE, kept_in)
@@ -135,27 +156,39 @@ def make_folder(request: Request) -> None:
 
 def open_study(request: Request) -> optuna.Study:
     """The study in its storage, made if it is not there. Raises ValueError for a storage that cannot be used."""
-    url = request.storage
-    try:
-        if url.startswith(JOURNAL):
-            path = Path(url.removeprefix(JOURNAL))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            storage: Any = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        else:
-            wait = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {}  # seconds, for other workers
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=wait)
-        return optuna.create_study(
-            storage=storage,
-            study_name=request.study_name,
-            direction="maximize",
-            load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(
-                n_startup_trials=PRUNE_FROM_TRIALS, n_warmup_steps=max(2, round(request.config.epochs / 5))
-            ),
-        )
-    except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.OptunaError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"--storage {without_password(url)}: cannot be used ({reason})") from None
+    tries = 1 if request.storage.startswith((JOURNAL, "sqlite")) else OPENINGS
+    while True:
+        tries -= 1
+        try:
+            return optuna.create_study(
+                storage=storage_at(request.storage),
+                study_name=request.study_name,
+                direction="maximize",
+                load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(
+                    n_startup_trials=PRUNE_FROM_TRIALS, n_warmup_steps=max(2, round(request.config.epochs / 5))
+                ),
+            )
+        except (*STORAGE_ERRORS, ImportError, OSError) as error:
+            if not tries or not isinstance(error, DBAPIError):
+                shown = without_password(request.storage)
+                raise ValueError(f"--storage {shown}: cannot be used ({reason_of(error)})") from None
+        time.sleep(POLL_SECONDS)
+
+
+def storage_at(url: str) -> Any:
+    """The storage of a URL."""
+    if url.startswith(JOURNAL):
+        path = Path(url.removeprefix(JOURNAL))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+    wait = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(url, engine_kwargs=wait)
+
+
+def reason_of(error: Exception) -> str:
+    """What a database or its driver says, in one line."""
+    return str(error.__cause__ or error).splitlines()[0]
 
 
 def without_password(url: str) -> str:
@@ -172,22 +205,22 @@ def agree_with(study: optuna.Study, request: Request, space: Space) -> None:
         "options": protocol.options(request.config),
         "space": {name: dimension.to_json() for name, dimension in space.items()},
     }
-    saved = study.user_attrs
-    if not saved and study.trials:
+    has_trials = bool(study.trials)  # looked at first, for what is searched is written before them
+    saved = study.user_attrs.get("searched")
+    if saved is None and has_trials:
         raise ValueError(f"--study_name {study.study_name}: the storage has another program's study of this name")
-    if not saved:
-        for key, value in asked.items():
-            study.set_user_attr(key, value)
+    if saved is None:
+        study.set_user_attr("searched", asked)  # as one, lest others see a half of it
         return
     other = []
     for name, now in asked["space"].items():
-        if name in saved.get("space", {}) and saved["space"][name] != now:
+        if name in saved["space"] and saved["space"][name] != now:
             other.append(f"{name} in {now}, not {saved['space'][name]}")
-    other += [f"{name} is searched" for name in asked["space"] if name not in saved.get("space", {})]
-    other += [f"{name} is not searched" for name in saved.get("space", {}) if name not in asked["space"]]
-    searched = {*asked["space"], *saved.get("space", {})}
+    other += [f"{name} is searched" for name in asked["space"] if name not in saved["space"]]
+    other += [f"{name} is not searched" for name in saved["space"] if name not in asked["space"]]
+    searched = {*asked["space"], *saved["space"]}
     for name, now in asked["options"].items():
-        before = saved.get("options", {}).get(name)
+        before = saved["options"].get(name)
         if before != now and name not in searched:
             other.append(f"{name} is {now}, not {before}")
     if other:
@@ -199,10 +232,11 @@ def agree_with(study: optuna.Study, request: Request, space: Space) -> None:
 
 def agree_on_data(search: Search, fingerprint: str) -> None:
     """Raise ValueError if the study's trials have seen other data."""
-    known = search.study.user_attrs.get("data")
-    if known is None:
-        search.study.set_user_attr("data", fingerprint)
-    elif known != fingerprint:
+    with one_at_a_time(search.request):
+        known = search.study.user_attrs.get("data")
+        if known is None:
+            search.study.set_user_attr("data", fingerprint)
+    if known not in (None, fingerprint):
         raise ValueError(f"{search.request.folder}: the data has changed since the search began; choose a new folder")
 
 
@@ -219,34 +253,37 @@ def next_trial(search: Search) -> optuna.Trial | None:
     """The next trial to run, None when enough are finished; waits while others' trials may be all that is missing."""
     wanted = search.request.trials
     while True:
-        trials = search.trials()
-        for other in trials:
-            if other.state == TrialState.RUNNING and is_dead(other):
-                put_back(search.study, other, killed=True)
-        check_hope(search)
-        states = [trial.state for trial in search.trials()]
-        finished = sum(state in FINISHED for state in states)
-        if finished >= wanted or search.is_over or is_orphan(search.request):
-            return None
-        if finished + states.count(TrialState.RUNNING) < wanted:
-            trial = search.study.ask()
-            # Several may have asked at once. All see the numbers in the same order, so all agree on who was first.
-            before = [other for other in search.trials() if other.number < trial.number]
-            if sum(other.state != TrialState.FAIL for other in before) < wanted:
-                return claim(search, trial, before)
-            trial.set_user_attr("surplus", True)
-            search.study.tell(trial, state=TrialState.FAIL)
+        with one_at_a_time(search.request):
+            for other in search.trials():
+                if other.state == TrialState.RUNNING and is_dead(other):
+                    put_back(search.study, other, killed=True)
+            check_hope(search)
+            states = [trial.state for trial in search.trials()]
+            finished = sum(state in FINISHED for state in states)
+            if finished >= wanted or search.is_over or is_orphan(search.request):
+                return None
+            if finished + states.count(TrialState.RUNNING) < wanted and (trial := take(search)):
+                return trial
         time.sleep(POLL_SECONDS)
 
 
-def claim(search: Search, trial: optuna.Trial, before: Sequence[FrozenTrial]) -> optuna.Trial:
-    """Sign the trial, and let it be drawn by a sampler of its own: the same in every worker, and after a restart."""
-    trial.set_user_attr("host", socket.gethostname())
-    trial.set_user_attr("pid", os.getpid())
-    trial.set_user_attr("beat", time.time())
-    place = len({other.number for other in before} - voided(search.trials()))
-    search.study.sampler = sampler_of(search.request.config.seed, place)
-    return trial
+def take(search: Search) -> optuna.Trial | None:
+    """Begin a trial, to be drawn by a sampler of its own: the same in every worker, and after a restart.
+
+    None if those with other folders, whom nothing keeps waiting, were quicker.
+    """
+    trial = search.study.ask()
+    with suppress(optuna.exceptions.UpdateFinishedTrialError):
+        sign(trial)
+        # Several may have asked at once. All see the numbers in the same order, so all agree on who was first.
+        before = [other for other in search.trials() if other.number < trial.number]
+        if sum(other.state != TrialState.FAIL for other in before) < search.request.trials:
+            place = len({other.number for other in before} - voided(search.trials()))
+            search.study.sampler = sampler_of(search.request.config.seed, place)
+            return trial
+        trial.set_user_attr("surplus", True)
+        search.study.tell(trial, state=TrialState.FAIL)
+    return None
 
 
 def sampler_of(seed: int, place: int) -> optuna.samplers.TPESampler:
@@ -257,13 +294,39 @@ def sampler_of(seed: int, place: int) -> optuna.samplers.TPESampler:
     )
 
 
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others, of other machines, containers and times too."""
+    namespace = Path("/proc/self/ns/pid")  # containers may share a name, and have a process 1 each
+    place = [socket.gethostname(), os.readlink(namespace) if namespace.is_symlink() else ""]
+    return {"place": place, "pid": os.getpid(), "start": state_and_start(os.getpid())[1]}
+
+
+def sign(trial: optuna.Trial) -> None:
+    """Say in the study who runs the trial, and that it is alive."""
+    trial.set_user_attr("signed", {**this_process(), "beat": time.time()})
+
+
 def is_dead(trial: FrozenTrial) -> bool:
-    """Whether the process that ran this trial is gone, or on another machine silent for long."""
-    signed = trial.user_attrs
-    if signed.get("host") == socket.gethostname() and "pid" in signed and not is_alive(signed["pid"]):
-        return True
+    """Whether the process that ran this trial is gone; where that cannot be seen, whether it was silent for long."""
+    signed = trial.user_attrs.get("signed", {})
+    if signed and signed["place"] == this_process()["place"]:
+        state, start = state_and_start(signed["pid"])
+        if start:
+            return start != signed["start"] or state in "ZX"  # of another process, or ended and not yet waited for
+        if not is_alive(signed["pid"]):
+            return True
     started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
     return time.time() - signed.get("beat", started) > DEAD_AFTER_SECONDS
+
+
+def state_and_start(pid: int) -> tuple[str, str]:
+    """What a process does, and when it was started, since numbers are used again; empty where that cannot be seen."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return "", ""
+    after_name = stat.rpartition(")")[2].split()  # in a name there may be anything
+    return after_name[0], after_name[19]
 
 
 def is_alive(pid: int) -> bool:
@@ -277,7 +340,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def put_back(study: optuna.Study, trial: FrozenTrial | optuna.Trial, *, killed: bool) -> None:
+def put_back(study: optuna.Study, trial: FrozenTrial, *, killed: bool) -> None:
     """End a trial that was cut short, and put its values in the queue again; those that kill twice stay out."""
     try:
         study.tell(trial.number, state=TrialState.FAIL)
@@ -285,6 +348,18 @@ def put_back(study: optuna.Study, trial: FrozenTrial | optuna.Trial, *, killed: 
         return
     if not (killed and trial.user_attrs.get("killed")):
         study.enqueue_trial(trial.params, user_attrs={"instead_of": trial.number, "killed": killed})
+
+
+def give_back(search: Search) -> None:
+    """Put back what this process was running, or had just begun and not signed yet."""
+    me = this_process()
+    with one_at_a_time(search.request):
+        for trial in search.trials():
+            signed = trial.user_attrs.get("signed")
+            is_new = trial.datetime_start is not None and trial.datetime_start >= search.began
+            is_mine = is_new if signed is None else {**signed, **me} == signed
+            if trial.state == TrialState.RUNNING and is_mine:
+                put_back(search.study, trial, killed=False)
 
 
 def is_orphan(request: Request) -> bool:
@@ -326,7 +401,8 @@ def heartbeat(trial: optuna.Trial) -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
-            trial.set_user_attr("beat", time.time())
+            with suppress(*STORAGE_ERRORS, OSError):  # the next beat may come through
+                sign(trial)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -338,23 +414,22 @@ def heartbeat(trial: optuna.Trial) -> Iterator[None]:
 
 
 def run_trial(search: Search, trial: optuna.Trial) -> None:
-    """Run one trial and tell the study what came of it; one that is cut short goes back into the queue."""
+    """Run one trial, tell the study what came of it, and say so."""
     started = time.perf_counter()
-    is_settled = False
     try:
         values = {name: suggest(trial, dimension) for name, dimension in search.space.items()}
         with heartbeat(trial):
             state, score, cause = outcome(search, trial, values)
-        trial.set_user_attr("seconds", round(time.perf_counter() - started, 1))
-        if cause:
-            trial.set_user_attr("cause", cause)
-        search.study.tell(trial, score, state=state)
-        is_settled = True
-    finally:
-        if not is_settled:
-            put_back(search.study, trial, killed=False)
+        with one_at_a_time(search.request):
+            trial.set_user_attr("seconds", round(time.perf_counter() - started, 1))
+            if cause:
+                trial.set_user_attr("cause", cause)
+            search.study.tell(trial, score, state=state, skip_if_finished=True)
+        said = trial_line(search, trial.number)
+    except optuna.exceptions.UpdateFinishedTrialError:
+        said = f"note      trial {trial.number} was taken over by another worker, which took this one for dead"
     # In one piece: print() writes the line's end apart where Python does not buffer, and the lines of workers mix.
-    print(trial_line(search, trial.number) + "\n", end="", flush=True)
+    print(said + "\n", end="", flush=True)
 
 
 def outcome(
@@ -420,9 +495,14 @@ def trial_line(search: Search, number: int) -> str:
 
 
 def work(search: Search) -> None:
-    """Run trials until there are enough."""
-    while (trial := next_trial(search)) is not None:
-        run_trial(search, trial)
+    """Run trials until there are enough; one that is cut short goes back into the queue."""
+    try:
+        while (trial := next_trial(search)) is not None:
+            run_trial(search, trial)
+    except BaseException:
+        with suppress(*STORAGE_ERRORS, OSError):  # then whoever looks next finds this process gone
+            give_back(search)
+        raise
 
 
 def run_workers(request: Request, argv: Sequence[str]) -> None:
@@ -562,9 +642,10 @@ def prepare(request: Request, kept: Kept) -> Search:
     config = sources.draw_demo(request.config) if request.config.demo else request.config
     depth = starting.num_blocks(config)
     space = request.space or default_space(config, depth, request.given)
-    make_folder(request)
-    study = open_study(request)
-    agree_with(study, request, space)
+    with one_at_a_time(request):
+        mark_folder(request)
+        study = open_study(request)
+        agree_with(study, request, space)
     examples = baseline.read_examples(config, kept)
     drawn = not config.split_file and bool((examples.table["split"] == "").any())
     search = Search(study, request, space, kept, began, drawn)
@@ -623,14 +704,18 @@ def main(argv: Sequence[str] | None = None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     with one_line_errors(SearchFailed, engine.NonFiniteLoss, engine.OutOfMemory, torch.OutOfMemoryError):
-        request = parse_search_args(argv, num_blocks=starting.num_blocks, num_images=sources.count_training_images)
         try:
+            request = parse_search_args(argv, num_blocks=starting.num_blocks, num_images=sources.count_training_images)
             return search_all(request, argv)
+        except STORAGE_ERRORS as error:
+            raise SearchFailed(f"the study cannot be used ({reason_of(error)}); the same command goes on") from error
         except KeyboardInterrupt:
-            if request.parent is None:
+            if "--parent" not in argv:  # which says it for its workers
                 print("interrupted: what is finished is kept, the same command goes on from there", file=sys.stderr)
             raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
+    for number, handler in heard_before.items():
+        signal.signal(number, handler)
     main(sys.argv[1:])

@@ -8,11 +8,13 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +28,8 @@ import pytest
 from conftest import ROOT, scored_rows
 from optuna.trial import TrialState
 from safetensors.torch import load_file
+from sqlalchemy import event, exc
+from sqlalchemy.engine import Engine
 
 import baseline
 import engine
@@ -36,6 +40,7 @@ import space
 import starting
 from configs import OPTIONS, VIEWS, TrainingConfig, parse_args
 from kept import KNOWN_BY, LOADED_BY, READ_BY, DecidedBy, Kept
+from locking import locked
 
 LR = {"lr": {"low": 1e-6, "high": 1.0, "log": True}}
 BEST_LR = 1e-3
@@ -512,15 +517,14 @@ def processes(folder: Path, flags: list[str], count: int) -> list[subprocess.Pop
 def test_processes_share_a_study_and_make_no_trial_too_many(storage, tmp_path, train, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = flags_of(tmp_path, LR, f"--trials 12 {storage}")
-    train()
-    search.main([*flags, "--trials", "1"])  # so that both find the study
     workers = processes(tmp_path, flags, 2)
     said = [worker.communicate(timeout=200) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
+    train()
     study = search.main(flags)
     assert len(values(study)) == 12 and len({trial["lr"] for trial in values(study)}) == 12
     lines = [len(re.findall("^trial ", out, re.MULTILINE)) for out, _ in said]
-    assert sum(lines) == 11 and min(lines) >= 2
+    assert sum(lines) == 12 and min(lines) >= 2
     assert not any(trial.state == TrialState.RUNNING for trial in study.trials)
 
 
@@ -569,16 +573,254 @@ def test_how_a_worker_ended_is_said(ends, failure, note, tmp_path, monkeypatch, 
     assert said.err == ("error: the disk is gone\n" if failure else "")
 
 
-def test_a_silent_trial_of_another_machine_is_given_up_after_a_while(tmp_path, train, monkeypatch):
+def signed_by(trial: optuna.Trial, **other: Any) -> None:
+    """Sign a trial as another process would."""
+    trial.set_user_attr("signed", {**search.this_process(), "beat": time.time(), **other})
+
+
+@pytest.mark.parametrize("place", [["elsewhere", search.this_process()["place"][1]], ["", "pid:[1]"]])
+def test_a_silent_trial_of_another_machine_is_given_up_after_a_while(place, tmp_path, train):
+    """Or of another container, which may have the name of this one."""
     train()
     study = search.main(flags_of(tmp_path, LR, "--trials 3"))
     trial = study.ask()
-    for name, value in {"host": "elsewhere", "pid": os.getpid(), "beat": time.time()}.items():
-        trial.set_user_attr(name, value)
+    place = [place[0] or search.this_process()["place"][0], place[1]]
+    signed_by(trial, place=place)
     assert not search.is_dead(study.trials[-1])
-    trial.set_user_attr("beat", time.time() - search.DEAD_AFTER_SECONDS - 1)
+    signed_by(trial, place=place, beat=time.time() - search.DEAD_AFTER_SECONDS - 1)
     assert search.is_dead(study.trials[-1])
     assert len(values(search.main(flags_of(tmp_path, LR, "--trials 5")))) == 5
+
+
+def test_whether_a_trial_of_this_machine_is_dead_is_seen_at_its_process():
+    study = optuna.create_study()
+    trial = study.ask()
+    silent = {"beat": time.time() - 100 * search.DEAD_AFTER_SECONDS}  # a laptop that slept
+    with subprocess.Popen(["true"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        start = search.state_and_start(ended.pid)[1]
+        for signed, is_dead in (
+            (silent, False),
+            ({"start": "1"}, True),  # whose number another process has now
+            ({"pid": ended.pid, "start": start}, True),  # killed, and its parent has not looked yet
+        ):
+            signed_by(trial, **signed)
+            assert search.is_dead(study.trials[0]) == is_dead, signed
+    signed_by(trial, pid=ended.pid, start=start)
+    assert start.isdigit() and search.is_dead(study.trials[0])
+
+
+def test_where_processes_cannot_be_seen_a_living_one_is_told_by_its_beat(monkeypatch):
+    monkeypatch.setattr(search, "state_and_start", lambda pid: ("", ""))
+    study = optuna.create_study()
+    trial = study.ask()
+    signed_by(trial)
+    assert not search.is_dead(study.trials[0])
+    signed_by(trial, beat=time.time() - search.DEAD_AFTER_SECONDS - 1)
+    assert search.is_dead(study.trials[0])
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    signed_by(trial, pid=ended.pid)
+    assert search.is_dead(study.trials[0])
+
+
+def test_a_process_may_have_any_name(tmp_path):
+    name = tmp_path / "x) Z 1 (y"
+    name.symlink_to("/bin/sleep")
+    with subprocess.Popen([name, "60"]) as process:
+        state, start = search.state_and_start(process.pid)
+        process.kill()
+    assert state in "RSD" and len(start) > 1 and start.isdigit()
+
+
+def test_a_beat_that_cannot_be_written_is_not_the_last_one(monkeypatch):
+    monkeypatch.setattr(search, "BEAT_SECONDS", 0.001)
+    errors = [optuna.exceptions.StorageInternalError(), exc.OperationalError("", {}, Exception()), OSError()]
+    came_through = threading.Event()
+
+    def set_user_attr(name: str, value: Any) -> None:
+        if errors:
+            raise errors.pop()
+        came_through.set()
+
+    with search.heartbeat(SimpleNamespace(set_user_attr=set_user_attr)):
+        assert came_through.wait(20)
+
+
+@pytest.mark.parametrize("call", [6, 10])  # of five in each trial: in the first epoch, and when all are over
+def test_whose_trial_was_taken_over_says_so_and_goes_on(call, tmp_path, train, capsys):
+    calls = []
+
+    def taken(config: TrainingConfig) -> float:
+        calls.append(config)
+        if len(calls) == call:
+            study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/out/study.db")
+            search.put_back(study, study.trials[-1], killed=True)
+        return parabola(config)
+
+    train(taken)
+    study = search.main(flags_of(tmp_path))
+    said = capsys.readouterr().out
+    assert said.count("note      trial 1 was taken over by another worker, which took this one for dead\n") == 1
+    assert len(values(study)) == 8 and study.trials[1].state == TrialState.FAIL
+    (again,) = (trial for trial in study.trials if trial.user_attrs.get("instead_of") == 1)
+    assert again.state in search.FINISHED and again.params == study.trials[1].params
+
+
+# -- two at once
+
+
+def worker_of(folder: Path, trials: int = 8) -> search.Search:
+    """A worker of a search, or another one."""
+    (folder / "out").mkdir(exist_ok=True)
+    request = space.parse_search_args(flags_of(folder, LR, f"--trials {trials}"))
+    return search.Search(search.open_study(request), request, dict(request.space or {}), Kept(), datetime.now())
+
+
+@contextmanager
+def meanwhile(monkeypatch: pytest.MonkeyPatch, statement: str, other: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Call `other` in a thread just before this one sends the first such statement, until it is done or has to wait.
+
+    Yields:
+        Where its result, or its error, will be when the block is over.
+    """
+    here, threads, found, waits = threading.current_thread(), [], [], threading.Event()
+    monkeypatch.setattr(search, "locked", lambda folder, *, wait: locked(folder, wait=waits.set), raising=False)
+
+    def call() -> None:
+        try:
+            found.append(other())
+        except Exception as error:  # noqa: BLE001  # which is what is looked for
+            found.append(error)
+
+    def before(connection: Any, cursor: Any, text: str, *rest: Any) -> None:
+        if threads or threading.current_thread() is not here or not text.strip().startswith(statement):
+            return
+        threads.append(threading.Thread(target=call))
+        threads[0].start()
+        while threads[0].is_alive() and not waits.wait(0.01):
+            pass
+
+    event.listen(Engine, "before_cursor_execute", before)
+    try:
+        yield found
+    finally:
+        event.remove(Engine, "before_cursor_execute", before)
+        threads[0].join()
+
+
+def test_two_workers_are_never_given_the_same_trial(tmp_path, monkeypatch):
+    mine, others = worker_of(tmp_path), worker_of(tmp_path)
+    for lr in (1e-3, 1e-2):
+        mine.study.enqueue_trial({"lr": lr})
+    with meanwhile(monkeypatch, "UPDATE trials", lambda: search.next_trial(others).number) as found:
+        number = search.next_trial(mine).number
+    assert [number, *found] == [0, 1]
+
+
+def test_two_workers_do_not_put_the_same_trial_back(tmp_path, monkeypatch):
+    mine, others = worker_of(tmp_path), worker_of(tmp_path)
+    trial = mine.study.ask()
+    trial.suggest_float("lr", 1e-6, 1.0, log=True)
+    signed_by(trial, start="1")  # a dead one
+    with meanwhile(monkeypatch, "UPDATE trials", lambda: search.next_trial(others).number) as found:
+        number = search.next_trial(mine).number
+    assert [number, *found] == [1, 2]
+    assert [trial.user_attrs.get("instead_of") for trial in mine.study.trials] == [None, 0, None]
+
+
+def test_a_trial_that_just_ends_is_not_put_back(tmp_path, train, monkeypatch):
+    train()
+    mine, others = worker_of(tmp_path), worker_of(tmp_path)
+    trial = search.next_trial(mine)
+    monkeypatch.setattr(search, "is_dead", lambda trial: True)
+    with meanwhile(monkeypatch, "UPDATE trials", lambda: search.next_trial(others).number) as found:
+        search.run_trial(mine, trial)
+    assert found == [1] and mine.study.trials[0].state == TrialState.COMPLETE
+    assert "instead_of" not in mine.study.trials[1].user_attrs
+
+
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE studies", "INSERT INTO alembic_version", "INSERT INTO study_user_attributes"]
+)
+def test_the_same_search_may_be_started_twice_at_once(statement, tmp_path, train, monkeypatch):
+    train()
+    request = space.parse_search_args(flags_of(tmp_path))
+    with meanwhile(monkeypatch, statement, lambda: search.prepare(request, Kept()).study.study_name) as found:
+        assert search.prepare(request, Kept()).study.study_name == "search"
+    assert found == ["search"]
+
+
+def test_what_is_searched_is_never_half_written(tmp_path, monkeypatch):
+    """Nor for those on other machines, with folders of their own."""
+    mine, others = worker_of(tmp_path), worker_of(tmp_path)
+    write = mine.study.set_user_attr
+
+    def then_the_others(name: str, value: Any) -> None:
+        write(name, value)
+        search.agree_with(others.study, others.request, others.space)
+
+    monkeypatch.setattr(mine.study, "set_user_attr", then_the_others)
+    search.agree_with(mine.study, mine.request, mine.space)
+
+
+def test_a_search_that_begins_this_very_moment_is_no_other_thing(tmp_path, monkeypatch):
+    look = search.holds_nothing
+
+    def late(folder: Path) -> bool:
+        (folder / search.SEARCH_FILE).write_text("{}")
+        return look(folder)
+
+    monkeypatch.setattr(search, "holds_nothing", late)
+    search.refuse_occupied(tmp_path)
+
+
+@pytest.mark.parametrize(("failures", "url"), [(2, "postgresql://h/db"), (99, "postgresql://h/db"), (1, "sqlite://")])
+def test_a_database_server_is_tried_again_since_others_may_be_making_its_tables(failures, url, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "POLL_SECONDS", 0)
+    calls = []
+
+    def storage_at(asked: str) -> Any:
+        calls.append(asked)
+        if len(calls) <= failures:
+            raise exc.ProgrammingError("CREATE TABLE", {}, Exception("exists already"))
+        return optuna.storages.InMemoryStorage()
+
+    monkeypatch.setattr(search, "storage_at", storage_at)
+    request = space.parse_search_args(flags_of(tmp_path, LR, f"--storage {url}"))
+    with pytest.raises(ValueError, match="exists already") if failures != 2 else nullcontext():
+        search.open_study(request)
+    assert calls == [url] * {2: 3, 99: search.OPENINGS, 1: 1}[failures]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(optuna.Study, "ask"), (search, "sign"), (search, "sampler_of"), (search, "next_trial"), (search, "suggest")],
+)
+def test_a_trial_that_has_just_begun_is_given_back_at_ctrl_c(owner, name, tmp_path, train, monkeypatch):
+    monkeypatch.setattr(search, "write_findings", lambda search: search.request.config)  # which takes long
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    train()
+    whole = values(search.main(flags_of(tmp_path / "a", LR, "--trials 4")))
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*args: Any) -> Any:
+        found = original(*args)
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return found
+
+    flags = flags_of(tmp_path / "b", LR, "--trials 4")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(SystemExit) as stop:
+            search.main(flags)
+    assert stop.value.code == 130
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/b/out/study.db")
+    assert [trial.state for trial in study.trials[2:]] == [TrialState.FAIL, TrialState.WAITING]
+    assert values(search.main(flags)) == whole
 
 
 def test_a_trial_that_kills_its_process_twice_is_not_tried_a_third_time(tmp_path, train):
@@ -588,7 +830,7 @@ def test_a_trial_that_kills_its_process_twice_is_not_tried_a_third_time(tmp_path
         trial = study.ask()
         assert trial.user_attrs.get("killed", False) == again
         trial.suggest_float("lr", 1e-6, 1.0, log=True)
-        search.put_back(study, trial, killed=True)
+        search.put_back(study, study.trials[trial.number], killed=True)
     assert not any(trial.state == TrialState.WAITING for trial in study.trials)
 
 
@@ -600,7 +842,7 @@ def test_who_asks_a_moment_too_late_steps_back_and_waits(tmp_path, train, monkey
 
     def late() -> Any:
         others.append(ask())  # another worker's, of this very moment
-        others[-1].set_user_attr("host", "elsewhere")
+        signed_by(others[-1], place=["elsewhere", ""])
         return ask()
 
     def wait(seconds: float) -> None:
@@ -676,6 +918,25 @@ def test_an_error_of_the_disk_is_said_and_its_trial_kept_for_later(tmp_path, tra
     assert refusal(flags, capsys) == "No space left on device"
     train()
     assert len(values(search.main(flags))) == 2
+
+
+def test_a_database_that_stays_locked_is_said_in_one_line(tmp_path, train, monkeypatch, capsys):
+    monkeypatch.setattr(search, "BUSY_SECONDS", 0.01)
+    locks = []
+
+    def lock(config: TrainingConfig) -> float:
+        locks.append(sqlite3.connect(tmp_path / "out" / "study.db"))
+        locks[-1].execute("BEGIN IMMEDIATE")
+        return parabola(config)
+
+    train(lock)
+    with pytest.raises(SystemExit) as stop:
+        search.main(flags_of(tmp_path))
+    locks[0].close()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "failed: the study cannot be used ((sqlite3.OperationalError) database is locked); the same command goes on"
+    ]
 
 
 def test_timeout_ends_with_what_there_is(tmp_path, train, capsys):
@@ -861,6 +1122,34 @@ def test_help_answers_without_torch_and_optuna(tmp_path):
     assert "--parent" not in done.stdout
     done = subprocess.run([*command, "--trials", "0"], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (2, "error: --trials 0: must be at least 1\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "flags", "code", "said"),
+    [
+        (signal.SIGINT, "", 130, "interrupted\n"),
+        (signal.SIGTERM, "", 75, "stopped by SIGTERM: the same command begins again\n"),
+        (signal.SIGINT, "--parent 1", 130, ""),
+    ],
+)
+def test_a_signal_during_the_imports_is_answered_in_one_line(number, flags, code, said, tmp_path):
+    # Python looks for signals between sleeps, not before one that has just begun.
+    (tmp_path / "numpy.py").write_text("import time\nprint('imports', flush=True)\nwhile True: time.sleep(0.01)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "search.py"), "--output_dir", str(tmp_path / "out"), *flags.split()]
+    with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        assert done.stdout is not None and done.stdout.readline() == "imports\n"
+        done.send_signal(number)
+        assert (*done.communicate(timeout=60), done.returncode) == ("", said, code)
+
+
+@pytest.mark.parametrize(("flags", "lines"), [("", 1), ("--parent 1", 0)])
+def test_ctrl_c_is_answered_once_and_not_by_the_workers_too(flags, lines, train, monkeypatch, capsys):
+    train()
+    monkeypatch.setattr(search, "parse_search_args", lambda *args, **how: interrupt())
+    with pytest.raises(SystemExit) as stop:
+        search.main(["--output_dir", "out", *flags.split()])
+    assert stop.value.code == 130 and len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_without_optuna_it_says_what_to_install(tmp_path):
