@@ -28,7 +28,7 @@ if __name__ == "__main__":
     from configs import one_line_errors, parse_args
     from signals import end_quietly
 
-    end_quietly()
+    end_quietly(interrupted=75)  # as later on: what is run again goes on
     with one_line_errors():
         parse_args()
 

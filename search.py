@@ -28,21 +28,12 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-
-    def end_at_start(number: int, frame: object) -> None:
-        """Answer a signal during the imports, which take seconds, in one line; workers leave it to their parent."""
-        is_interrupted = number == signal.SIGINT
-        if "--parent" not in sys.argv:
-            os.write(2, b"interrupted\n" if is_interrupted else b"stopped by SIGTERM: the same command begins again\n")
-        os._exit(130 if is_interrupted else 75)
-
-    stopping = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-    heard_before = {number: signal.signal(number, end_at_start) for number in stopping}
-
-    # --help and mistakes in the flags answer here, before torch and Optuna are imported, which takes seconds.
+    # --help, mistakes in the flags and Ctrl-C answer here, before torch and Optuna are imported, which takes seconds.
     from configs import one_line_errors
+    from signals import end_as_usual, end_quietly
     from space import parse_search_args
 
+    end_quietly(silently="--parent" in sys.argv)  # a worker's parent says it
     with one_line_errors():
         parse_search_args()
         if importlib.util.find_spec("optuna") is None:
@@ -716,6 +707,5 @@ def main(argv: Sequence[str] | None = None) -> optuna.Study:
 
 
 if __name__ == "__main__":
-    for number, handler in heard_before.items():
-        signal.signal(number, handler)
+    end_as_usual()
     main(sys.argv[1:])

@@ -11,27 +11,33 @@ from types import FrameType, TracebackType
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AGAIN = 75  # the exit code that asks to be run again, as in sysexits.h
+BEFORE: dict[signal.Signals, object] = {}  # what `end_quietly` has taken the place of
 
 
 class Stopped(BaseException):  # as KeyboardInterrupt is one: nothing that expects errors may take it for its own
     """A signal has asked the run to stop, and it has."""
 
 
-def end_quietly() -> None:
-    """Let a signal end the process in a line, not in the traceback of an import: nothing can be lost as yet."""
+def end_quietly(*, interrupted: int = 130, silently: bool = False) -> None:
+    """Let a signal end the process in a line, not in the traceback of an import: nothing can be lost as yet.
+
+    Ctrl-C ends it with the exit code `interrupted`, the others ask to be run again. What is ignored stays so.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
-        tell(f"stopped by {signal.Signals(number).name}")
-        os._exit(AGAIN)
+        if not silently:
+            tell(f"stopped by {signal.Signals(number).name}")
+        os._exit(interrupted if number == signal.SIGINT else AGAIN)
 
     for number in ASKING:
-        signal.signal(number, end)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            BEFORE[number] = signal.signal(number, end)
 
 
 def end_as_usual() -> None:
-    """Undo `end_quietly`, for programs that do not listen to `Signals`."""
-    for number in ASKING:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    """Undo `end_quietly`, for programs that do not listen by `Signals`."""
+    for number, handler in BEFORE.items():
+        signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
 
 
 def tell(text: str) -> None:

@@ -112,8 +112,8 @@ LAYOUT |= {
     "search": Place(
         7,
         names(
-            "baseline checkpoint compare configs engine kept locking protocol reading sensitivity sources space "
-            "starting writing"
+            "baseline checkpoint compare configs engine kept locking protocol reading sensitivity signals sources "
+            "space starting writing"
         ),
         outside=names("numpy optuna pandas sqlalchemy torch"),
     ),

@@ -1124,25 +1124,6 @@ def test_help_answers_without_torch_and_optuna(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: --trials 0: must be at least 1\n")
 
 
-@pytest.mark.parametrize(
-    ("number", "flags", "code", "said"),
-    [
-        (signal.SIGINT, "", 130, "interrupted\n"),
-        (signal.SIGTERM, "", 75, "stopped by SIGTERM: the same command begins again\n"),
-        (signal.SIGINT, "--parent 1", 130, ""),
-    ],
-)
-def test_a_signal_during_the_imports_is_answered_in_one_line(number, flags, code, said, tmp_path):
-    # Python looks for signals between sleeps, not before one that has just begun.
-    (tmp_path / "numpy.py").write_text("import time\nprint('imports', flush=True)\nwhile True: time.sleep(0.01)\n")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "search.py"), "--output_dir", str(tmp_path / "out"), *flags.split()]
-    with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
-        assert done.stdout is not None and done.stdout.readline() == "imports\n"
-        done.send_signal(number)
-        assert (*done.communicate(timeout=60), done.returncode) == ("", said, code)
-
-
 @pytest.mark.parametrize(("flags", "lines"), [("", 1), ("--parent 1", 0)])
 def test_ctrl_c_is_answered_once_and_not_by_the_workers_too(flags, lines, train, monkeypatch, capsys):
     train()
