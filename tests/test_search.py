@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,11 +45,15 @@ LR = {"lr": {"low": 1e-6, "high": 1.0, "log": True}}
 BEST_LR = 1e-3
 TINY = shlex.split("--clip_model tiny --clip_pretrained none --image_size 112 --freeze_clip --batch_size 16")
 DRIVER = """
-import sys
+import os, sys, time
+from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_search
-test_search.Trainer(pause=0.3).install()
+test_search.Trainer(pause={pause}, hang_at={hang_at}).install()
 import search
+Path(f"{{os.getpid()}}.started").touch()
+while len(list(Path().glob("*.started"))) < {count}:
+    time.sleep(0.02)
 search.main(sys.argv[1:])
 """
 
@@ -69,10 +72,16 @@ class Trainer:
     """Stands for `baseline.run`: scores by a formula, rising over the epochs, and keeps the options it was given."""
 
     def __init__(
-        self, score: Callable[[TrainingConfig], float] = parabola, *, stop_at: int | None = None, pause: float = 0.0
+        self,
+        score: Callable[[TrainingConfig], float] = parabola,
+        *,
+        stop_at: int | None = None,
+        hang_at: int | None = None,
+        pause: float = 0.0,
     ) -> None:
         self.score = score
         self.stop_at = stop_at  # the run, counted from 0, in which Ctrl-C is pressed
+        self.hang_at = hang_at  # the run that does not end
         self.pause = pause
         self.configs: list[TrainingConfig] = []
 
@@ -82,7 +91,7 @@ class Trainer:
         self.configs.append(config)
         if len(self.configs) - 1 == self.stop_at:
             raise KeyboardInterrupt
-        time.sleep(self.pause)
+        time.sleep(600 if len(self.configs) - 1 == self.hang_at else self.pause)
         for epoch in range(1, config.epochs + 1):
             after_epoch(
                 {"epoch": epoch, "loss": 1.0, f"val_{config.select_by}": self.score(config) * epoch / config.epochs}
@@ -495,9 +504,9 @@ def test_changed_data_is_refused(tmp_path, train, capsys):
     assert "the data has changed" in refusal(flags_of(tmp_path, LR, "--trials 20"), capsys)
 
 
-def processes(folder: Path, flags: list[str], count: int) -> list[subprocess.Popen[str]]:
-    """The same search in several processes, with the stand-in for training."""
-    code = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"))
+def processes(folder: Path, flags: list[str], count: int, hang_at: int | None = None) -> list[subprocess.Popen[str]]:
+    """The same search in several processes at once, with the stand-in for training."""
+    code = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), pause=0.3, hang_at=hang_at, count=count)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
@@ -531,13 +540,14 @@ def test_processes_share_a_study_and_make_no_trial_too_many(storage, tmp_path, t
 @pytest.mark.slow
 def test_a_trial_whose_process_was_killed_is_run_again(tmp_path, train):
     flags = flags_of(tmp_path, LR, "--trials 6")
-    code_pause = processes(tmp_path, flags, 1)[0]
-    log = tmp_path / "out" / "trials"
-    deadline = time.time() + 120
-    while len(list(log.glob("*.log"))) < 4 and time.time() < deadline:  # the plan and two trials, and one that runs
+    (process,) = processes(tmp_path, flags, 1, hang_at=2)
+    logs = tmp_path / "out" / "trials"
+    deadline = time.monotonic() + 120
+    while len(list(logs.glob("*.log"))) < 4:  # of the plan, of two trials, and of one that does not end
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    code_pause.send_signal(signal.SIGKILL)
-    code_pause.communicate()
+    process.kill()
+    process.communicate()
     before = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/out/study.db")
     running = [trial for trial in before.trials if trial.state == TrialState.RUNNING]
     assert len(running) == 1
@@ -939,10 +949,12 @@ def test_a_database_that_stays_locked_is_said_in_one_line(tmp_path, train, monke
     ]
 
 
-def test_timeout_ends_with_what_there_is(tmp_path, train, capsys):
-    train(pause=0.2)
-    study = search.main(flags_of(tmp_path, LR, "--trials 1000 --timeout 2"))
-    assert 1 <= len(study.trials) < 50
+def test_timeout_ends_with_what_there_is(tmp_path, train, monkeypatch, capsys):
+    trainer = train()
+    clock = SimpleNamespace(now=lambda: datetime.now() + timedelta(seconds=50 * len(trainer.configs)))
+    monkeypatch.setattr(search, "datetime", clock)
+    study = search.main(flags_of(tmp_path, LR, "--trials 1000 --timeout 120"))
+    assert 1 <= len(study.trials) <= 3
     assert "the same command goes on" in capsys.readouterr().out and (tmp_path / "out" / "best_config.json").exists()
 
 
