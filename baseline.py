@@ -9,14 +9,14 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
 import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 import advice
 import backbones
-import caching
 import checkpoint
 import data
 import diagnosis
@@ -118,9 +117,8 @@ def run(
 
         # What CLIP knows before training: the point to start from, and to be compared with at the end.
         ready = time.perf_counter()
-        store = feeding.open_cache(config)
-        statistics = caching.Statistics(feed.pixels.store, store, feed.dropping)
-        feeding.cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
+        fill_cache, statistics = feeding.open_caches(config, model, feed, examples, backbone, runtime, kept)
+        fill_cache()
         known, base = starting.learn_base(config, model, predict, orders, examples, kept)
         if config.calibration and not config.init_from:
             starting.set_base(model, base)
@@ -139,9 +137,7 @@ def run(
         with open_trackers(config, writer, runtime, course) as trackers, newest_best, saver.guarding():
             while course.epoch <= config.epochs and not stops_early(config, course.selection, runtime):
                 if (due := stage_of(config, course.epoch)) != stage:
-                    enter_stage(config, model, examples, due, course.epoch, runtime)
-                    with saver.interruptible():
-                        feeding.cache_frozen(config, model, feed, examples, backbone, runtime, store, statistics, kept)
+                    enter_stage(config, model, examples, due, runtime, saver, fill_cache)
                     stage, trainee = due, None
                 trainee = trainee or runtime.distribute(model, may_be_unused=leaves_unused(examples, model))
                 with Progress(course, len(examples.rows("train")), runtime, saver.check) as progress:
@@ -174,6 +170,9 @@ def run(
                 newest_best.flush_if_due()
                 after_epoch(row)
                 saver.check()
+
+            if (due := stage_of(config, course.epoch - 1)) != stage:  # gone on with where only the test was left
+                enter_stage(config, model, examples, due, runtime, saver, fill_cache)
 
             # The test fold's scores are looked at here, once, with the weights that validation has chosen.
             newest_best.flush()
@@ -391,7 +390,7 @@ def start(config: TrainingConfig) -> tuple[engine.Runtime, Path, str]:
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
     tracking.check_installed(tracker_names(config))
-    folder, found = runtime.of_main(lambda: run_folder(config)), ""
+    folder, found = run_folder(config), ""
     if runtime.is_main:
         found = find_run(config, folder)
         if not found:
@@ -501,12 +500,15 @@ def enter_stage(
     model: models.ScoreModel,
     examples: data.Examples,
     stage: tuple[int | None, int],
-    epoch: int,
     runtime: engine.Runtime,
+    saver: resuming.Saver,
+    fill_cache: Callable[[], None],
 ) -> None:
-    """Thaw the layers that the plan gives free."""
+    """Thaw the layers that the plan gives free, and keep what the others make of the data."""
     starting.freeze(config, model, examples, stage[0])
-    runtime.say(f"{stage[0]} layers stay frozen from epoch {epoch} on")
+    runtime.say(f"{stage[0]} layers stay frozen from epoch {stage[1] + 1} on")
+    with saver.interruptible():
+        fill_cache()
 
 
 def compiles(config: TrainingConfig, examples: data.Examples, runtime: engine.Runtime) -> bool:
@@ -675,24 +677,43 @@ def evaluate(
 
 
 def run_folder(config: TrainingConfig) -> Path:
-    """--output_dir, or runs/<time>-<short name>, which is made now: else two that start together would share it."""
+    """--output_dir, or runs/<time>-<short name>, not yet taken."""
     if config.output_dir:
         return Path(config.output_dir)
     place = config.clip_model.partition(":")[2]
     model = re.sub(r"[^\w.-]+", "-", Path(place).name if place else config.clip_model).lower()
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{config.freezing}"
-    folder, taken = Path("runs") / name, 1
-    while not config.dry_run:
+    taken = 1
+    while (folder := Path("runs") / (name if taken == 1 else f"{name}-{taken}")).exists():
+        taken += 1
+    return folder
+
+
+@contextmanager
+def with_folder(config: TrainingConfig) -> Iterator[TrainingConfig]:
+    """The options with a folder for the run, made now, lest two that start together take one; goes if left empty."""
+    if config.output_dir or config.dry_run:
+        yield config
+        return
+    runtime = engine.start_runtime(config.device, config.amp, config.deterministic)
+    folder = runtime.of_main(lambda: make_run_folder(config))
+    try:
+        yield replace(config, output_dir=str(folder))
+    finally:
+        for made in (folder, folder.parent) if runtime.is_main else ():
+            remove_if_empty(made)
+
+
+def make_run_folder(config: TrainingConfig) -> Path:
+    """Make the folder that `run_folder` names. Raises OSError."""
+    while True:
+        folder = run_folder(config)
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:
-            taken += 1
-            folder = folder.with_name(f"{name}-{taken}")
-        else:
-            for made in (folder.parent, folder):  # a run that cannot begin leaves nothing; the last goes first
-                atexit.register(remove_if_empty, made)
-            break
-    return folder
+            return folder
+        except FileExistsError:  # another run has just taken it; the next name, then, unless there is a file
+            if not folder.is_dir():
+                raise
 
 
 def write_inputs(
@@ -864,14 +885,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         signals.Signals() as listening,
     ):
         config = parse_args(argv, num_images=sources.count_training_images, num_blocks=starting.num_blocks)
-        if config.is_protocol:
-            runtime = engine.start_runtime(config.device, config.amp, config.deterministic)
-            folder = runtime.of_main(lambda: run_folder(config))
-            results = protocol.run_all(config, partial(run, listening=listening), folder, runtime)
-            if results:
-                write_report(config, folder, runtime)
-        else:
-            results = run(config, listening=listening)
+        with with_folder(config) as config:
+            if config.is_protocol:
+                runtime = engine.start_runtime(config.device, config.amp, config.deterministic)
+                folder = run_folder(config)
+                results = protocol.run_all(config, partial(run, listening=listening), folder, runtime)
+                if results:
+                    write_report(config, folder, runtime)
+            else:
+                results = run(config, listening=listening)
         engine.stop_runtime()
         return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,21 @@ def open_cache(config: TrainingConfig) -> features.FeatureCache | None:
     """The cache of what frozen layers compute; None if nothing is to be cached."""
     folder = Path(config.cache_dir) / "features"
     return features.FeatureCache(folder, config.cache_max_gb * 1e9) if config.cache else None
+
+
+def open_caches(
+    config: TrainingConfig,
+    model: models.ScoreModel,
+    feed: inputs.Feed[inputs.PixelSource],
+    examples: data.Examples,
+    backbone: backbones.Backbone,
+    runtime: engine.Runtime,
+    kept: Kept,
+) -> tuple[Callable[[], None], caching.Statistics]:
+    """What calls `cache_frozen`, for the frozen layers at the time of the call, and the statistics of the images."""
+    store = open_cache(config)
+    statistics = caching.Statistics(feed.pixels.store, store, feed.dropping)
+    return partial(cache_frozen, config, model, feed, examples, backbone, runtime, store, statistics, kept), statistics
 
 
 def caches_nothing(config: TrainingConfig, model: models.ScoreModel) -> bool:

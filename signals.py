@@ -86,7 +86,7 @@ class Signals:
         """Let the run stop only where it chooses to; within such a block, `holds=False` lets it stop anywhere."""
         before, self.is_held_back = self.is_held_back, holds
         try:
-            if self.asked and not holds:
+            if not holds and self.asked:
                 raise Stopped(f"stopped by {self.asked}")
             yield
         finally:

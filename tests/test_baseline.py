@@ -10,8 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -334,13 +331,16 @@ def test_every_command_of_the_guide_builds(command, demo_set, tmp_path, monkeypa
 def test_runs_that_start_in_one_second_get_folders_of_their_own_and_one_that_fails_leaves_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse_args(["--demo"])
-    folders = {baseline.run_folder(config) for _ in range(20)}
-    assert len(folders) == 20 and all(path.is_dir() for path in folders)
-    shutil.rmtree("runs")
-    (tmp_path / "data.csv").write_text("name,prompt,mos_quality,mos_align\n")
-    command = [sys.executable, str(ROOT / "baseline.py"), "--data_csv_path", "data.csv", "--image_base_dir", "."]
-    assert subprocess.run(command, capture_output=True).returncode == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"data.csv"}
+    with contextlib.ExitStack() as running:
+        folders = {running.enter_context(baseline.with_folder(config)).output_dir for _ in range(20)}
+        assert len(folders) == 20 and all(Path(str(folder)).is_dir() for folder in folders)
+    assert list(tmp_path.iterdir()) == []
+    looked = [Path("runs/a"), Path("runs/a"), Path("runs/b")]
+    Path("runs/a").mkdir(parents=True)  # another run makes it after this one has looked
+    monkeypatch.setattr(baseline, "run_folder", lambda config: looked.pop(0))
+    with baseline.with_folder(config) as named:
+        assert named == replace(config, output_dir="runs/b")
+    assert [path.name for path in Path("runs").iterdir()] == ["a"]
 
 
 @pytest.mark.slow
