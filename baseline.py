@@ -26,9 +26,9 @@ from typing import Any
 if __name__ == "__main__":
     # --help, mistakes in the flags and Ctrl-C answer here, before torch is imported, which takes seconds.
     from configs import one_line_errors, parse_args
-    from signals import end_quietly
+    from signals import AGAIN, end_quietly
 
-    end_quietly(interrupted=75)  # as later on: what is run again goes on
+    end_quietly(interrupted=AGAIN)  # as later on: what is run again goes on
     with one_line_errors():
         parse_args()
 

@@ -50,7 +50,6 @@ pytestmark = pytest.mark.torture
 # The profile of --torture asks for more. No case is kept for the next time: examples are what stays.
 FUZZ = settings(
     max_examples=max(500, settings().max_examples),
-    deadline=None,
     database=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
