@@ -6,13 +6,13 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard *.py) $(wildcard tools/*.py) $(wildcard bench/*.py)
+SOURCES := $(wildcard *.py) $(wildcard tools/*.py) $(wildcard bench/*.py) $(dir $(wildcard */__init__.py))
 
-.PHONY: help $(VENV) demo test torture bench lint audit clean
+.PHONY: help $(VENV) demo test test-slow test-all torture bench lint audit clean
 .DEFAULT_GOAL := help
 
 help:  ## one line
-	@echo "make demo (train and report on generated images) | test | torture (its long versions) | bench | lint | audit | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
+	@echo "make demo (train and report on generated images) | test (5 minutes) | test-all | torture (long versions) | bench | lint | audit | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
 
 $(VENV): $(STAMP)
 
@@ -29,7 +29,7 @@ $(STAMP): requirements.txt requirements-extra.txt requirements-dev.txt constrain
 	@touch $@
 
 ifneq ($(origin PYTHON),file)  # asked for by name: an environment of another version must not stand in for it
-$(VENV) demo test torture bench lint audit: same-python
+$(VENV) demo test test-slow torture bench lint audit: same-python
 .PHONY: same-python
 VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 same-python: $(STAMP)
@@ -41,11 +41,18 @@ endif
 demo: $(STAMP)
 	$(BIN)/python baseline.py --demo --overwrite --output_dir runs/demo $(ARGS)
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal  # a process per core, each with one thread
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # a process per core, each with one thread
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow
 
 torture: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m torture --torture $(ARGS)  # long versions, hours
+	$(PYTEST) -m torture --torture $(ARGS)  # long versions, hours
 
 bench: $(STAMP)
 	$(BIN)/python bench/speed.py $(ARGS)

@@ -5,41 +5,26 @@ No torch here: `python baseline.py --help` and every usage error answer at once.
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import json
 import math
-import os
 import re
-import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from decimal import Decimal
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast, get_type_hints
 
-from reading import in_a_line, read_json, shortened
+from cli.options import Config, option, options_of, split_list
 
 LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity", "kl", "thurstone")
 SPREAD_LOSSES = ("kl", "thurstone")  # need the standard deviation of the opinions behind each score
 
-# As labels.py reads them.
+# As sources/labels.py reads them.
 DATASET_NAMES = (
-    "agiqa-3k",
-    "agiqa-1k",
-    "aigciqa2023",
-    "aigiqa-20k",
-    "pku-aigiqa-4k",
-    "evalmuse-40k",
-    "koniq-10k",
-    "kadid-10k",
-    "tid2013",
-    "spaq",
-    "live-challenge",
+    *("agiqa-3k", "agiqa-1k", "aigciqa2023", "aigiqa-20k", "pku-aigiqa-4k", "evalmuse-40k"),
+    *("koniq-10k", "kadid-10k", "tid2013", "spaq", "live-challenge"),
 )
+
+# As guidance/presets.py spells them out.
+PRESET_NAMES = ("small", "medium", "large", "fast", "balanced", "max", "quality", "consistency")
 
 GROUPS = {
     "data": "what to train on, and how it is split",
@@ -64,7 +49,6 @@ NOT_EXTRA = (
 # Facts about a place, not about an experiment: a saved config does not carry them into the next run.
 NOT_SAVED = ("config", "output_dir", "overwrite", "resume", "dry_run")
 
-
 # Options that only decide where and how fast something is computed, or what is said and kept of it.
 FREE = (
     *("num_workers", "image_memory_gb", "compile", "gradient_checkpointing", "cache_dir", "device"),
@@ -72,34 +56,8 @@ FREE = (
 )
 
 
-def option(
-    default: Any,
-    group: str,
-    help: str,
-    *,
-    within: str | None = None,
-    recommended: str | None = None,
-    choices: Sequence[str] | None = None,
-    metavar: str | Sequence[str] | None = None,
-) -> Any:
-    """A dataclass field that is also a command-line flag.
-
-    `within` is an interval such as "(0, 1]" that the value (each value, for pairs) must lie in;
-    `recommended` is advice shown in `--help`, never enforced.
-    """
-    metadata = {
-        "group": group,
-        "help": help,
-        "within": within,
-        "recommended": recommended,
-        "choices": tuple(choices) if choices else None,
-        "metavar": metavar,
-    }
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Config):
     """All options of one training run. Construction checks every value and raises ValueError naming the flag."""
 
     # data
@@ -118,11 +76,7 @@ class TrainingConfig:
     image_base_dir: str = option("data/images", "data", "folder that the image names are relative to")
     image_size: int = option(224, "data", "pixels per side that CLIP sees", within="[16, 4096]", recommended="224-336")
     crop_scale_min: float = option(
-        0.8,
-        "data",
-        "RandomResizedCrop keeps at least this share of the area",
-        within="(0, 1]",
-        recommended="0.6-1.0",
+        0.8, "data", "RandomResizedCrop keeps at least this share of the area", within="(0, 1]", recommended="0.6-1.0"
     )
     crops: int = option(
         0,
@@ -199,17 +153,12 @@ class TrainingConfig:
     )
     consistency_std_column: str = option("std_align", "data", "the same for consistency", metavar="COLUMN")
     group_column: str | None = option(
-        None,
-        "data",
-        "CSV column naming the generator (default: file name up to its last underscore)",
-        metavar="COLUMN",
+        None, "data", "CSV column naming the generator (default: file name up to its last underscore)", metavar="COLUMN"
     )
 
     # backbone
     clip_model: str = option(
-        "ViT-L-14",
-        "backbone",
-        "an open_clip name, local-dir:PATH, hf-hub:ORG/NAME, or 'tiny' (embedded, for trials)",
+        "ViT-L-14", "backbone", "an open_clip name, local-dir:PATH, hf-hub:ORG/NAME, or 'tiny' (embedded, for trials)"
     )
     clip_pretrained: str = option(
         "openai", "backbone", "pretrained tag, a weights file, 'none' (random), or 'assets' (for tiny)"
@@ -295,11 +244,7 @@ class TrainingConfig:
     w_exp: float = option(0.1, "loss", "weight of the explanation loss", within="[0, 1000]", recommended="0.05-0.3")
     use_explanations: bool = option(False, "loss", "also predict the rationale's text embedding where there is one")
     label_smoothing: float = option(
-        0.0,
-        "loss",
-        "share by which targets are pulled toward their mean",
-        within="[0, 1)",
-        recommended="0.0-0.1",
+        0.0, "loss", "share by which targets are pulled toward their mean", within="[0, 1)", recommended="0.0-0.1"
     )
     loss: str = option(
         "mse+plcc",
@@ -333,11 +278,7 @@ class TrainingConfig:
         recommended="0.65-1.0",
     )
     weight_decay: float = option(
-        1e-4,
-        "optimisation",
-        "AdamW decay, none on biases and norms",
-        within="[0, 10]",
-        recommended="1e-5..1e-3",
+        1e-4, "optimisation", "AdamW decay, none on biases and norms", within="[0, 10]", recommended="1e-5..1e-3"
     )
     warmup_ratio: float = option(
         0.05,
@@ -353,21 +294,13 @@ class TrainingConfig:
         choices=("cosine", "linear", "step", "constant", "cyclic"),
     )
     max_grad_norm: float = option(
-        1.0,
-        "optimisation",
-        "clip the gradient norm here; 0 = off",
-        within="[0, 1e9]",
-        recommended="0.5-1.0, or 0",
+        1.0, "optimisation", "clip the gradient norm here; 0 = off", within="[0, 1e9]", recommended="0.5-1.0, or 0"
     )
     gradient_accumulation_steps: int = option(
         1, "optimisation", "batches per optimiser step", within="[1, 65536]", recommended="1-8"
     )
     early_stopping_patience: int = option(
-        0,
-        "optimisation",
-        "stop after this many epochs without gain; 0 = off",
-        within="[0, 100000]",
-        recommended="5",
+        0, "optimisation", "stop after this many epochs without gain; 0 = off", within="[0, 100000]", recommended="5"
     )
     early_stopping_min_delta: float = option(
         0.001, "optimisation", "smallest rise that counts as gain", within="[0, 1]"
@@ -385,11 +318,7 @@ class TrainingConfig:
         choices=("main", "srocc_q", "srocc_c"),
     )
     ema_decay: float = option(
-        0.0,
-        "optimisation",
-        "average the weights with this decay; 0 = off",
-        within="[0, 1)",
-        recommended="0.99-0.9999",
+        0.0, "optimisation", "average the weights with this decay; 0 = off", within="[0, 1)", recommended="0.99-0.9999"
     )
 
     # speed
@@ -489,13 +418,9 @@ class TrainingConfig:
     )
     device: str = option("auto", "meta", "where to compute", choices=("auto", "cpu", "cuda"))
 
-    def __post_init__(self) -> None:
-        try:
-            for name, spec in OPTIONS.items():
-                spec.check(getattr(self, name))
-            check_together(self)
-        except ValueError as error:  # it quotes what was given
-            raise ValueError(in_a_line(error)) from None
+    def check_together(self) -> None:
+        """Rules between options. Raises ValueError."""
+        check_together(self)
 
     @cached_property
     def loss_terms(self) -> tuple[tuple[float, str], ...]:
@@ -511,6 +436,16 @@ class TrainingConfig:
     def num_views_encoded(self) -> int:
         """Views of each image that go through the image tower at once, at most."""
         return max(1, self.crops + self.global_view, self.num_test_crops + self.global_view)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Images at once where no activations are kept: more than in training, but not too many for the memory."""
+        return max(1, min(2 * self.batch_size, 128) // self.num_views_encoded)
+
+    @property
+    def folds_read(self) -> list[str]:
+        """The folds that scores are measured on."""
+        return ["val", "test"] if self.test else ["val"]
 
     @property
     def uses_spreads(self) -> bool:
@@ -558,201 +493,9 @@ class TrainingConfig:
         mode = "frozen" if self.freeze_clip else "full" if layers is None else f"partial{layers}"
         return mode + (f"-lora{self.lora_rank}" if self.lora_rank else "")
 
-    def to_json(self) -> dict[str, Any]:
-        """Every option as JSON values."""
-        return json.loads(json.dumps(asdict(self)))
-
 
 # Training views that are cached by default, by freezing mode: docs/experiments.md has the measurements.
 CACHED_VIEWS = {"frozen": 0, "partial": 2}
-
-# What --demo stands for: a small, fast run that shows the whole program. Explicit flags win.
-DEMO_SETTINGS: dict[str, Any] = {
-    "clip_model": "tiny",
-    "clip_pretrained": "assets",
-    "partial_freeze": True,
-    "freeze_layers": 18,
-    "epochs": 8,
-    "lr": 3e-4,
-    "mos_range_q": (1.0, 5.0),
-    "mos_range_c": (1.0, 5.0),
-}
-
-# What --preset stands for. Each says how CLIP is frozen; `freeze_layers` is of 24 blocks and follows the model's depth.
-PRESET_DEPTH = 24
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": {
-        "freeze_clip": True,
-        "residual_scale_q": 0.1,
-        "residual_scale_c": 0.1,
-        "epochs": 30,
-        "batch_size": 16,
-        "lr": 1e-3,
-        "w_q": 0.5,
-        "w_c": 0.5,
-    },
-    "medium": {
-        "partial_freeze": True,
-        "freeze_layers": 18,
-        "residual_scale_q": 0.2,
-        "residual_scale_c": 0.2,
-        "epochs": 20,
-        "batch_size": 32,
-        "lr": 3e-5,
-        "w_q": 0.5,
-        "w_c": 0.5,
-    },
-    "large": {
-        "residual_scale_q": 0.3,
-        "residual_scale_c": 0.3,
-        "epochs": 15,
-        "batch_size": 64,
-        "lr": 3e-5,
-        "w_q": 0.5,
-        "w_c": 0.5,
-    },
-    "fast": {"freeze_clip": True, "epochs": 10, "batch_size": 64, "lr": 1e-3},
-    "max": {
-        "partial_freeze": True,
-        "freeze_layers": 20,
-        "residual_scale_q": 0.25,
-        "residual_scale_c": 0.25,
-        "epochs": 50,
-        "batch_size": 16,
-        "lr": 2e-5,
-        "w_q": 0.4,
-        "w_c": 0.6,
-    },
-    "quality": {
-        "partial_freeze": True,
-        "freeze_layers": 18,
-        "w_q": 0.7,
-        "w_c": 0.3,
-        "residual_scale_q": 0.3,
-        "residual_scale_c": 0.15,
-    },
-    "consistency": {
-        "partial_freeze": True,
-        "freeze_layers": 18,
-        "w_q": 0.3,
-        "w_c": 0.7,
-        "residual_scale_q": 0.15,
-        "residual_scale_c": 0.3,
-    },
-}
-PRESETS["balanced"] = PRESETS["medium"]
-PRESET_PURPOSES = {
-    "small": "below 1,000 training images",
-    "medium": "1,000 to 5,000 training images",
-    "large": "more than 5,000 training images",
-    "fast": "a first check, within minutes",
-    "balanced": "the usual compromise, the same as medium",
-    "max": "the most that time can buy",
-    "quality": "quality matters more",
-    "consistency": "consistency with the prompt matters more",
-}
-FREEZING = ("freeze_clip", "partial_freeze", "freeze_layers", "unfreeze_schedule", "lora_rank")
-
-
-@dataclass(frozen=True)
-class Option:
-    """One flag, derived from a field of TrainingConfig."""
-
-    name: str
-    kind: type
-    optional: bool
-    pair: bool
-    default: Any
-    metadata: Mapping[str, Any]
-
-    @property
-    def flag(self) -> str:
-        """The flag that changes the default."""
-        if self.kind is bool and self.default is True:
-            return "--no_" + self.name.removeprefix("use_")
-        return "--" + self.name
-
-    def check(self, value: Any) -> None:
-        """Raise ValueError unless `value` has the type and lies in the interval or the choices."""
-        if value is None and self.optional:
-            return
-        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
-        if self.pair and (not isinstance(value, tuple) or len(value) != 2):
-            raise ValueError(f"--{self.name} {value!r}: must be two numbers, LO HI")
-        for item in cast(Sequence[Any], value if self.pair else (value,)):
-            allowed = (int, float) if self.kind is float else (self.kind,)
-            if not isinstance(item, allowed) or (isinstance(item, bool) and self.kind is not bool):
-                raise ValueError(f"--{self.name} {item!r}: must be {expected}")
-            if isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"--{self.name} {item}: must be finite")
-            if self.metadata["within"] and not inside(item, self.metadata["within"]):
-                raise ValueError(f"--{self.name} {item}: must be in {self.metadata['within']}")
-            if self.metadata["choices"] and item not in self.metadata["choices"]:
-                raise ValueError(f"--{self.name} {item}: must be one of {', '.join(self.metadata['choices'])}")
-
-    def words(self, value: Any) -> list[str]:
-        """The flag and the value as words of a command line; none for a value that no flag can say (None)."""
-        if value is None:
-            return []
-        if self.kind is bool:
-            return [self.undo if value == self.default else self.flag]
-        if self.pair:  # argparse takes "-0.00001" for a number, "-1e-05" for a flag
-            return [f"--{self.name}", *(f"{Decimal(str(item)):f}" if item < 0 else str(item) for item in value)]
-        return [f"--{self.name}={value}"] if str(value).startswith("-") else [f"--{self.name}", str(value)]
-
-    @property
-    def undo(self) -> str:
-        """The switch that brings the default back, which a saved config or the demo has changed."""
-        return "--use_" + self.flag.removeprefix("--no_") if self.default else "--no_" + self.name
-
-    def add_to(self, parser: argparse._ArgumentGroup) -> None:
-        """Add the flag; absent flags leave no trace in the namespace."""
-        text = self.metadata["help"]
-        if self.metadata["recommended"]:
-            text += f" [recommended: {self.metadata['recommended']}]"
-        if self.kind is bool:
-            parser.add_argument(
-                self.flag,
-                dest=self.name,
-                action="store_const",
-                const=not self.default,
-                default=argparse.SUPPRESS,
-                help=f"{text} (default: off)",
-            )
-            parser.add_argument(
-                self.undo,
-                dest=self.name,
-                action="store_const",
-                const=self.default,
-                default=argparse.SUPPRESS,
-                help=argparse.SUPPRESS,
-            )
-            return
-        if self.default is not None:
-            text += f" (default: {self.default})"
-        parser.add_argument(
-            self.flag,
-            dest=self.name,
-            type=self.kind,
-            default=argparse.SUPPRESS,
-            nargs=2 if self.pair else None,
-            choices=self.metadata["choices"],
-            metavar=self.metadata["metavar"] if not self.metadata["choices"] else None,
-            help=text.replace("%", "%%"),
-        )
-
-
-def inside(value: Any, interval: str) -> bool:
-    """Whether `value` lies in an interval written as "(0, 1]"."""
-    low, high = (float(part) for part in interval[1:-1].split(","))
-    above = value > low if interval[0] == "(" else value >= low
-    below = value < high if interval[-1] == ")" else value <= high
-    return above and below
-
-
-def split_list(text: str | None) -> list[str]:
-    """Read "a, b" as ["a", "b"]."""
-    return [part.strip() for part in text.split(",")] if text else []
 
 
 def parse_loss(text: str) -> tuple[tuple[float, str], ...]:
@@ -795,9 +538,9 @@ def parse_unfreeze_schedule(text: str) -> tuple[tuple[int, int], ...]:
 def check_together(config: TrainingConfig) -> None:
     """Rules between options. Raises ValueError."""
     parse_loss(config.loss)
-    if config.preset not in (None, "auto", *PRESETS):
-        near = difflib.get_close_matches(str(config.preset), ("auto", *PRESETS), n=1)
-        names = f"did you mean {near[0]}?" if near else f"must be auto, {', '.join(PRESET_PURPOSES)} (list shows them)"
+    if config.preset not in (None, "auto", *PRESET_NAMES):
+        near = difflib.get_close_matches(str(config.preset), ("auto", *PRESET_NAMES), n=1)
+        names = f"did you mean {near[0]}?" if near else f"must be auto, {', '.join(PRESET_NAMES)} (list shows them)"
         raise ValueError(f"--preset {config.preset}: {names}")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on, --overwrite starts again: drop one")
@@ -836,6 +579,14 @@ def check_together(config: TrainingConfig) -> None:
             raise ValueError(f"{flag} {pair[0]} {pair[1]}: LO must be below HI")
 
 
+def check_dataset_name(name: str, *known: str) -> None:
+    """Raise ValueError unless a data set's name is among the known ones."""
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=3)
+        said = f"did you mean {' or '.join(near)}?" if near else f"must be of {', '.join(known)}"
+        raise ValueError(f"--dataset {name}: {said}")
+
+
 def check_data(config: TrainingConfig) -> None:
     """Rules between the options that name data and splits. Raises ValueError."""
     named = [name for name in config.dataset_names if name != "csv"]
@@ -850,10 +601,7 @@ def check_data(config: TrainingConfig) -> None:
     if config.split_file and not Path(config.split_file).absolute().parent.is_dir():
         raise ValueError(f"--split_file {config.split_file}: its folder does not exist")
     for name in named:
-        if name not in DATASET_NAMES:
-            near = difflib.get_close_matches(name.lower(), DATASET_NAMES, n=3)
-            known = f"did you mean {' or '.join(near)}?" if near else f"must be csv or of {', '.join(DATASET_NAMES)}"
-            raise ValueError(f"--dataset {name}: {known}")
+        check_dataset_name(name, "csv", *DATASET_NAMES)
     if len(set(config.dataset_names)) < len(config.dataset_names):
         raise ValueError(f"--dataset {config.dataset}: names a data set twice")
     if len(config.data_roots) != len(named):
@@ -878,278 +626,4 @@ def check_data(config: TrainingConfig) -> None:
         raise ValueError("--no_test: --repeats and --kfold are for measuring on test folds; drop one of the two")
 
 
-def derive_options() -> dict[str, Option]:
-    """Read the fields of TrainingConfig into Options, in order."""
-    hints = get_type_hints(TrainingConfig)
-    options = {}
-    for item in fields(TrainingConfig):
-        hint = hints[item.name]
-        kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
-        pair = getattr(kinds[0], "__args__", None)
-        assert item.default is not MISSING
-        options[item.name] = Option(
-            name=item.name,
-            kind=pair[0] if pair else kinds[0],
-            optional=item.default is None,
-            pair=bool(pair),
-            default=item.default,
-            metadata=item.metadata,
-        )
-    return options
-
-
-OPTIONS = derive_options()
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ValueErrors of one line, with the nearest flag for a misspelt one."""
-
-    def error(self, message: str) -> NoReturn:
-        message = in_a_line(message)  # it quotes what was given
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
-        raise ValueError(message + (f" (did you mean {near[0]}?)" if near else "; see --help"))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of baseline.py."""
-    parser = OneLineParser(
-        prog="baseline.py",
-        usage="python baseline.py [flags]",
-        description="Fine-tune CLIP to predict how people score AI-generated images: perceptual quality and "
-        "consistency with the prompt.",
-        epilog="Try it now: python baseline.py --demo",
-        allow_abbrev=False,
-    )
-    groups = {name: parser.add_argument_group(name, description) for name, description in GROUPS.items()}
-    for spec in OPTIONS.values():
-        spec.add_to(groups[spec.metadata["group"]])
-    return parser
-
-
-def load_options(path: str | Path, flag: str = "--config") -> dict[str, Any]:
-    """Read options from a saved config.json, or a hand-written one with any of its keys; null says nothing.
-
-    Raises:
-        ValueError: the file is missing, is not a JSON object, or has a key that is no option.
-    """
-    try:
-        saved = read_json(Path(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(in_a_line(f"{flag} {path}: no such file")) from None
-    except ValueError as error:
-        raise ValueError(in_a_line(f"{flag} {error}")) from None
-    saved.pop("provenance", None)
-    for key in saved:
-        if key not in OPTIONS:
-            near = difflib.get_close_matches(key, OPTIONS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(in_a_line(f"{flag} {path}: unknown option {shortened(key)}{hint}"))
-    return {
-        key: tuple(value) if OPTIONS[key].pair and isinstance(value, list) else value
-        for key, value in saved.items()
-        if key not in NOT_SAVED and not (value is None and OPTIONS[key].optional)
-    }
-
-
-def preset_table() -> str:
-    """What each preset stands for, as a table of text."""
-    width = max(map(len, PRESET_PURPOSES)) + 2
-    lines: list[str] = []
-    for name, purpose in PRESET_PURPOSES.items():
-        lines += [f"{name:<{width}}{purpose}", f"{'':<{width}}{' '.join(flag_words(PRESETS[name], {}))}"]
-    depth = f"--freeze_layers is of {PRESET_DEPTH} blocks, and fewer for a CLIP that has fewer"
-    return "\n".join([*lines, f"{depth}. All else is the default; flags override."])
-
-
-def preset_by_size(num_images: int) -> str:
-    """The preset for so many training images."""
-    return "small" if num_images < 1000 else "medium" if num_images <= 5000 else "large"
-
-
-def yielding(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left of the options `below`: who says above how to freeze CLIP says all of it."""
-    dropped: tuple[str, ...] = ()
-    if above.get("freeze_clip"):
-        dropped = FREEZING
-    elif any(above.get(name) for name in ("partial_freeze", "unfreeze_schedule", "lora_rank")):
-        dropped = ("freeze_clip",)
-    elif above.get("partial_freeze") is False:
-        dropped = ("freeze_layers",)
-    if any(name in above for name in ("partial_freeze", "freeze_layers", "lora_rank")):
-        dropped += ("unfreeze_schedule",)
-    return {key: value for key, value in below.items() if key not in dropped}
-
-
-def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of both, those of `above` where both have them, and where they speak of freezing. See `yielding`."""
-    return {**yielding(below, above), **above}
-
-
-def parse_args(
-    argv: Sequence[str] | None = None,
-    *,
-    num_images: Callable[[TrainingConfig], int] | None = None,
-    num_blocks: Callable[[TrainingConfig], int | None] | None = None,
-) -> TrainingConfig:
-    """Command line -> config. Precedence: flags, then --preset, then --config, then --demo, then defaults.
-
-    Args:
-        num_images: counts the training images, for --preset auto; without it, auto stays unresolved.
-        num_blocks: tells the depth of the CLIP, for the presets' --freeze_layers; without it, that of ViT-L.
-
-    Raises:
-        ValueError: an unknown flag, or a value that breaks its rule.
-        SystemExit: --help and --preset list have printed what was asked for.
-    """
-    parser = build_parser()
-    flags = vars(parser.parse_args(argv))
-    flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
-    for name in ("config", "resume", "preset"):  # used before all are checked; argparse makes () of "--config=--"
-        if name in flags:
-            OPTIONS[name].check(flags[name])
-    if flags.get("preset") == "list":
-        print(preset_table())
-        raise SystemExit(0)
-    if flags.get("resume", "auto") != "auto":
-        return resumed_config(flags)
-    saved = load_options(flags["config"]) if "config" in flags else {}
-    is_demo = flags.get("demo", saved.get("demo", False))
-    for name in ("data_csv_path", "image_base_dir", "dataset"):
-        if is_demo and name in flags:
-            ways = "drop it" if "demo" in flags else "add --no_demo (--config has it on)"
-            raise ValueError(f"--demo draws its own data: {ways} or drop --{name}")
-    below = DEMO_SETTINGS if is_demo else {}
-    preset, own = flags.pop("preset", None), saved.pop("preset", None)
-    if preset is None:  # a file may name one, which comes below what else the file says
-        below = with_preset(below, overlay(saved, flags), own, num_images, num_blocks)
-    below = overlay(below, saved)
-    return TrainingConfig(**overlay(with_preset(below, flags, preset, num_images, num_blocks), flags))
-
-
-def resumed_config(flags: Mapping[str, Any]) -> TrainingConfig:
-    """The options of the run that is to be gone on with; flags may change those in FREE. Raises ValueError."""
-    folder = Path(flags["resume"])
-    files = [folder / name for name in ("config.json", "protocol.json") if (folder / name).is_file()]
-    if not files:
-        raise ValueError(in_a_line(f"--resume {folder}: there is no run in it"))
-    saved = load_options(files[0], "--resume")
-    for name, value in flags.items():
-        if name not in (*FREE, "resume") and value != saved.get(name, OPTIONS[name].default):
-            raise ValueError(
-                f"--resume {folder}: {OPTIONS[name].flag} would make it another run; drop it, or start one with "
-                f"--config {files[0]}"
-            )
-    return TrainingConfig(**{**saved, **flags, "output_dir": str(folder)})
-
-
-def with_preset(
-    below: Mapping[str, Any],
-    above: Mapping[str, Any],
-    name: str | None,
-    num_images: Callable[[TrainingConfig], int] | None,
-    num_blocks: Callable[[TrainingConfig], int | None] | None,
-) -> dict[str, Any]:
-    """`below` with what the preset stands for, given the options `above` it. Raises ValueError; see `parse_args`."""
-    if name is None:
-        return dict(below)
-    below = {key: value for key, value in below.items() if key not in FREEZING}
-    plain = TrainingConfig(**overlay(below, above))
-    if name == "auto" and num_images:
-        name = preset_by_size(num_images(plain))
-    replace(plain, preset=name)  # says what is wrong with the name
-    settings = {**PRESETS.get(name, {}), "preset": name}
-    depth = num_blocks(plain) if num_blocks and "freeze_layers" in settings and "freeze_layers" not in above else None
-    if depth:
-        settings["freeze_layers"] = round(settings["freeze_layers"] * depth / PRESET_DEPTH)
-    return {**below, **settings}
-
-
-def flag_words(values: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
-    """Flags and values of the options that differ from `base` or, where that has none, from the default."""
-    words: list[str] = []
-    for name, spec in OPTIONS.items():
-        if name in values and values[name] != base.get(name, spec.default):
-            words += spec.words(values[name])
-    return words
-
-
-def command_line(config: TrainingConfig, program: str = "baseline.py", **changes: Any) -> str:
-    """The shell command that runs `config` with `changes`, but for what belongs to one place (NOT_SAVED).
-
-    No flag says None where the demo has a value, and `parse_args` never yields that.
-    """
-    values = asdict(replace(config, preset=None, **changes))
-    base: dict[str, Any] = {"demo": False}
-    if config.demo:  # which draws its own data
-        said = {
-            name: values[name] for name in FREEZING if values[name] != DEMO_SETTINGS.get(name, OPTIONS[name].default)
-        }
-        base |= {name: values[name] for name in ("data_csv_path", "image_base_dir")} | yielding(DEMO_SETTINGS, said)
-    values = {name: value for name, value in values.items() if name not in NOT_SAVED}
-    return shlex.join(["python", program, *flag_words(values, base)])
-
-
-# What moves a terminal's cursor, changes its colours or the order of letters, and halves of characters; not \n and \t.
-UNPRINTABLE = {
-    number: ascii(chr(number))[1:-1]
-    for number in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-} | {number: f"\\u{number:x}" for number in range(0xD800, 0xE000)}
-
-
-def printable(text: str) -> str:
-    """A text whose control characters are spelt out, so that names and prompts do nothing to a terminal."""
-    return text.translate(UNPRINTABLE)
-
-
-class Printable:
-    """A stream of text through which everything passes as `printable`."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        """Write it; returns its length, as streams do."""
-        self.stream.write(printable(text))
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def in_words(error: Exception) -> str:
-    """What an error says; of one that the system gave, the file first, without number and quotes."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
-def complain(text: str) -> None:
-    """Say it on stderr, if anybody still reads that: the exit code tells it too."""
-    try:
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, where processes share it
-    except OSError:  # or Python would try once more at its end, and end by another exit code
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-@contextmanager
-def one_line_errors(*failures: type[Exception], retry: type[BaseException] | tuple[()] = ()) -> Iterator[None]:
-    """For command lines: a user's mistake (or the file system's) becomes one line and exit code 2, `failures` 1.
-
-    `retry` is what asks to be run again: exit code 75, as in sysexits.h. What is printed meanwhile is `printable`.
-    """
-    try:
-        with redirect_stdout(cast(TextIO, Printable(sys.stdout))):
-            yield
-    except (ValueError, OSError) as error:
-        complain(f"error: {printable(in_words(error))}")
-        raise SystemExit(2) from error
-    except failures as error:
-        complain(f"failed: {printable(str(error))}")
-        raise SystemExit(1) from error
-    except retry as error:
-        complain(printable(str(error)))
-        raise SystemExit(75) from error
-    except KeyboardInterrupt:
-        complain("interrupted")
-        raise SystemExit(130) from None
+OPTIONS = options_of(TrainingConfig)

@@ -1,39 +1,68 @@
-"""The scoring model: CLIP, how much of it is trained, and two heads on its embeddings.
-
-Shapes: B images, V views of each, P distinct prompts, K levels, N tokens, D tower width, E embedding, S pixels per
-side. Where each image has several views, they stand in a dimension behind B.
-Scores are label units: 0..1 spans the data set's MOS scale. Nothing is clamped inside the graph.
-"""
+"""What a checkpoint says of its model: checked against the weights before anything of it is built."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from open_clip import CustomTextCLIP
-from open_clip.transformer import (
-    PatchDropout,
-    QuickGELU,
-    ResidualAttentionBlock,
-    TextTransformer,
-    VisionTransformer,
-    text_global_pool,
-)
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
-# What follows a tower's last block, in open_clip's, timm's and Hugging Face's towers.
-TOP = "ln_post|ln_final|proj|text_projection|head|norm|fc_norm|attn_pool|attnpool"
-# By depth of the image tower: ViT-B, and ViT-L/14 (at 336 pixels).
-RECOMMENDED_FREEZE_LAYERS = {12: "8-10", 24: "18-20 (20-22 at 336 pixels)"}
+from backbones import download
+from backbones.loading import rebuild_clip, size_description
+from backbones.towers import frozen_stages, num_stages, run_image, run_text
+from backbones.verify import refuse_larger
+from configs import OPTIONS
+from storage import json_files
+from storage.json_files import NUMBER
+from training import checkpoints
+
+DESCRIPTION = {  # of a checkpoint
+    "clip": {
+        "model_cfg": {"embed_dim": int, "vision_cfg": {}, "text_cfg": {}},
+        "preprocess_cfg": {"mean": [NUMBER, NUMBER, NUMBER], "std": [NUMBER, NUMBER, NUMBER]},
+    },
+    "image_size": int,
+    "model": {"scale_q": NUMBER, "scale_c": NUMBER, "hidden_q": int, "hidden_c": int, "dropout": NUMBER},
+    "scales": {str: {"low": NUMBER, "high": NUMBER}},
+}
+# What building from values of the wrong kind raises, beside ValueError.
+BUILD_ERRORS = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse what does not describe a checkpoint, or a far larger one than there is, before memory is taken for it.
+
+    Raises:
+        ValueError: it is no checkpoint or is damaged; one line.
+    """
+    folder, shapes, description = checkpoints.load_shapes(path)
+
+    def build() -> ScoreModel:
+        clip = rebuild_clip(description["clip"], folder, image_size=description["image_size"])
+        return build_model(clip, **{**description["model"], "prompt_levels": False})  # which add one number
+
+    try:
+        if said := json_files.schema_mismatch(description, DESCRIPTION):
+            raise ValueError(said)
+        OPTIONS["image_size"].check(description["image_size"])
+        OPTIONS["test_crops"].check(description.get("test_crops") or None)
+        read = [description["model"], description["image_size"], *size_description(description["clip"], folder)]
+        refuse_larger(read, shapes, build)
+    except (ValueError, *BUILD_ERRORS) as error:
+        raise description_error(folder, error) from error
+
+
+def description_error(folder: Path, error: Exception) -> ValueError:
+    """What to raise for a description of something else than the weights, in one line."""
+    return ValueError(f"{folder}: the description does not fit the weights ({download.first_line(error, skip=1)})")
+
+
 EXTRA_PREFIX = "score_"
 # Five texts of quality, and of agreement with the prompt; the worst first.
 LEVEL_TEXTS = {
@@ -485,295 +514,6 @@ def embed_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
         found["level_q"] = averaged(lambda image_BE: level(image_BE, known.levels_q), known.image)
         found["level_c"] = averaged(level, content, known.levels_c)
     return found
-
-
-def trims_exactly(text: nn.Module) -> bool:
-    """Whether padding after the end token cannot matter: causal attention and pooling at the end token."""
-    return (
-        isinstance(text, TextTransformer)
-        and text.attn_mask is not None
-        and text.cls_emb is None
-        and not text.use_pad_mask
-        and text.pool_type in ("argmax", "eos")
-    )
-
-
-def staged_blocks(tower: nn.Module) -> Sequence[nn.Module]:
-    """The blocks between which a tower can be entered; none if it is of a kind that can only be run as a whole."""
-    if isinstance(tower, VisionTransformer) or trims_exactly(tower):
-        transformer = cast(Any, tower).transformer
-        return transformer.resblocks if transformer.batch_first else ()
-    return ()
-
-
-def num_stages(tower: nn.Module) -> int:
-    """Stages of a tower: each block is one, the first with the embeddings; the last is pooling and projection."""
-    return len(staged_blocks(tower)) + 1
-
-
-def activation_bytes(tower: nn.Module, dtype: torch.dtype) -> float:
-    """About how many bytes the trained blocks of an image tower keep for the backward pass of one image; 0 if unknown.
-
-    A block keeps about 17 values for each of N tokens and D channels where attention is fused: what enters its two
-    norms, four projections and activation (two of them 4 D wide), and queries, keys and values. QuickGELU, being two
-    operations, keeps 4 more. Under autocast norms see float32, which is a tenth more than this.
-    """
-    blocks = [block for block in staged_blocks(tower) if any(p.requires_grad for p in block.parameters())]
-    if not blocks:
-        return 0
-    num_tokens, width = cast(Any, tower).positional_embedding.shape
-    num_values = 21 if any(isinstance(part, QuickGELU) for part in blocks[0].modules()) else 17
-    return num_values * len(blocks) * num_tokens * width * dtype.itemsize
-
-
-def stage_of(name: str, depth: int) -> int:
-    """The stage (from 0) of a parameter, by its name within a tower that can be entered between `depth` blocks."""
-    if depth == 0 or re.match(rf"({TOP})\b", name):
-        return depth
-    block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
-    return int(block[1]) if block else 0
-
-
-def frozen_stages(tower: nn.Module) -> int:
-    """How many stages in front have nothing to train and nothing random: what leaves them never changes."""
-    depth = len(staged_blocks(tower))
-    trained = [stage_of(name, depth) for name, parameter in tower.named_parameters() if parameter.requires_grad]
-    if trained and isinstance(getattr(tower, "patch_dropout", None), PatchDropout):
-        return 0
-    return min(trained, default=depth + 1)
-
-
-def stage_state(tower: nn.Module, num: int) -> dict[str, Tensor]:
-    """Weights and buffers of the first `num` stages."""
-    depth = len(staged_blocks(tower))
-    return {name: value for name, value in tower.state_dict().items() if stage_of(name, depth) < num}
-
-
-def run_image(visual: Any, x: Tensor, start: int, stop: int) -> Tensor:
-    """Take images from the entry of stage `start` to that of `stop`; behind the last stage lie unit vectors (B, E).
-
-    Between blocks there are tokens (B, N, D); behind the last block only the pooled one, (B, D), where there is one.
-    """
-    if start == stop:
-        return x
-    blocks = staged_blocks(visual)
-    if not blocks:
-        return F.normalize(visual(x).float(), dim=-1)
-    if start == 0:
-        x = visual._embeds(x)
-    pooled_at_B = torch.zeros(len(x), dtype=torch.long, device=x.device) if pools_one_token(visual) else None
-    x = run_blocks(visual.transformer, x, start, stop, pooled_at_B=pooled_at_B)
-    if stop <= len(blocks):
-        return x
-    pooled_BD, _ = visual._pool(x if x.ndim == 3 else x[:, None])
-    return F.normalize((pooled_BD if visual.proj is None else pooled_BD @ visual.proj).float(), dim=-1)
-
-
-def run_text(text: Any, x: Tensor, tokens_PN: Tensor | None, start: int, stop: int) -> Tensor:
-    """As `run_image`, for prompts cut to N tokens of which none follows the last end token."""
-    if start == stop:
-        return x
-    blocks = staged_blocks(text)
-    if not blocks:
-        return F.normalize(text(x).float(), dim=-1)
-    assert tokens_PN is not None
-    end_P = text_global_pool(places_like(tokens_PN), tokens_PN, text.pool_type, text.eos_id)
-    if start == 0:
-        x = text.token_embedding(x) + text.positional_embedding[: x.shape[1]]
-    mask = text.attn_mask[: tokens_PN.shape[1], : tokens_PN.shape[1]]
-    pooled_at_P = end_P if pools_one_token(text) else None
-    x = run_blocks(text.transformer, x, start, stop, mask=mask, pooled_at_B=pooled_at_P)
-    if stop <= len(blocks):
-        return x
-    x = text.ln_final(x)
-    pooled_PD = x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), end_P]
-    if isinstance(text.text_projection, nn.Linear):
-        pooled_PD = text.text_projection(pooled_PD)
-    elif text.text_projection is not None:
-        pooled_PD = pooled_PD @ text.text_projection
-    return F.normalize(pooled_PD.float(), dim=-1)
-
-
-def places_like(tokens_PN: Tensor) -> Tensor:
-    """(P, N) of the numbers 0..N-1."""
-    return torch.arange(tokens_PN.shape[1], device=tokens_PN.device).expand_as(tokens_PN)
-
-
-def pools_one_token(tower: Any) -> bool:
-    """Whether of the last block's output a single token is looked at, so that the block need not compute the others."""
-    if type(staged_blocks(tower)[-1]) is not ResidualAttentionBlock:
-        return False
-    return not isinstance(tower, VisionTransformer) or (tower.pool_type == "tok" and tower.attn_pool is None)
-
-
-def run_blocks(
-    transformer: Any,
-    x_BND: Tensor,
-    start: int,
-    stop: int,
-    *,
-    mask: Tensor | None = None,
-    pooled_at_B: Tensor | None = None,
-) -> Tensor:
-    """Blocks `start` to `stop` of a transformer, recomputed in the backward pass if it is set so.
-
-    Args:
-        mask: (N, N) added to the attention's logits.
-        pooled_at_B: where the one token stands that is used of the last block's output, if there is one.
-
-    Returns:
-        (B, N, D); behind the last block (B, D) with `pooled_at_B`.
-    """
-    depth = len(transformer.resblocks)
-    step: Any
-    arguments: list[Any]
-    for number in range(start, min(stop, depth)):
-        block = transformer.resblocks[number]
-        if number == depth - 1 and pooled_at_B is not None:
-            step, arguments = run_last_block, [block, x_BND, pooled_at_B, mask]
-        else:
-            step, arguments = block, [x_BND, None, None, mask]
-        if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x_BND = checkpoint(step, *arguments, use_reentrant=False)
-        else:
-            x_BND = step(*arguments)
-    return x_BND
-
-
-def run_last_block(block: Any, x_BND: Tensor, pooled_at_B: Tensor, mask: Tensor | None) -> Tensor:
-    """One token of a block's output, (B, D): attention looks from it at all tokens, everything else is for it alone."""
-    rows = torch.arange(len(x_BND), device=x_BND.device)
-    normed_BND = block.ln_1(x_BND)
-    if mask is not None:  # (N, N) -> a row for each image and attention head
-        mask = mask[pooled_at_B][:, None].repeat_interleave(block.attn.num_heads, dim=0)
-    attended_B1D = block.attention(normed_BND[rows, pooled_at_B][:, None], normed_BND, normed_BND, attn_mask=mask)
-    x_B1D = x_BND[rows, pooled_at_B][:, None] + block.ls_1(attended_B1D)
-    return (x_B1D + block.ls_2(block.mlp(block.ln_2(x_B1D))))[:, 0]
-
-
-def compile_blocks(clip: CustomTextCLIP) -> None:
-    """Compile each transformer block by itself: blocks of equal shape share the work, weights keep their names."""
-    # Both towers share one count: training or not, with gradient or not, and shapes, each make a variant.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    for tower, dynamic in ((clip.visual, None), (clip.text, True)):  # the number and length of prompts changes
-        for block in staged_blocks(tower):
-            block.compile(dynamic=dynamic)
-
-
-def tower_blocks(clip: CustomTextCLIP) -> dict[str, Sequence[Any]]:
-    """The transformer blocks of both towers. Raises ValueError for towers without such blocks."""
-    towers = {"image": clip.visual, "text": clip.text}
-    for name, tower in towers.items():
-        if not hasattr(getattr(tower, "transformer", None), "resblocks"):
-            raise ValueError(
-                f"--partial_freeze: the {name} tower of this model ({type(tower).__name__}) has no plain transformer "
-                "blocks; use --freeze_clip or full fine-tuning"
-            )
-    return {name: tower.transformer.resblocks for name, tower in towers.items()}
-
-
-def freeze_backbone(clip: CustomTextCLIP, *, everything: bool = False, num_layers: int | None = None) -> None:
-    """Choose what of CLIP is trained: by default all of it but the contrastive temperature, which no score uses.
-
-    Args:
-        everything: train nothing of CLIP.
-        num_layers: freeze the embeddings and the first so many blocks of both towers (all blocks of a tower that
-            has at most that many); final norm and projection stay trained.
-
-    Raises:
-        ValueError: `num_layers` is above the image tower's depth.
-    """
-    clip.requires_grad_(not everything)
-    for scalar in (clip.logit_scale, getattr(clip, "logit_bias", None)):
-        if scalar is not None:
-            scalar.requires_grad_(False)
-    if everything or num_layers is None:
-        return
-    blocks = tower_blocks(clip)
-    depth = len(blocks["image"])
-    if num_layers > depth:
-        advice = RECOMMENDED_FREEZE_LAYERS.get(depth, f"{depth * 3 // 4}-{depth * 5 // 6}")
-        raise ValueError(
-            f"--freeze_layers {num_layers}: this image tower has {depth} blocks; recommended for it: {advice}"
-        )
-    visual, text = clip.visual, clip.text
-    embeddings = [visual.conv1, visual.ln_pre, text.token_embedding]
-    for module in [*embeddings, *blocks["image"][:num_layers], *blocks["text"][:num_layers]]:
-        module.requires_grad_(False)
-    for table in (visual.class_embedding, visual.positional_embedding, text.positional_embedding):
-        table.requires_grad_(False)
-
-
-class LowRank(nn.Module):
-    """LoRA (Hu et al., 2022) as a parametrization of a weight (O, I): W + (alpha / r) B A, with alpha = 2 r.
-
-    B starts at zero, so the first step sees the base weight, bit for bit.
-    """
-
-    def __init__(self, weight: Tensor, rank: int) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """(O, I) -> (O, I)."""
-        return weight + 2.0 * (self.b @ self.a).to(weight.dtype)
-
-
-def add_lora(clip: CustomTextCLIP, rank: int, *, num_layers: int | None) -> None:
-    """Train low-rank corrections of the attention and MLP projections instead of CLIP's own weights.
-
-    PyTorch's parametrizations do it, because the attention keeps its projections in one bare parameter.
-
-    Args:
-        num_layers: leave the first so many blocks of both towers as they are (None: correct all).
-    """
-    freeze_backbone(clip, num_layers=num_layers)  # checks the depth
-    freeze_backbone(clip, everything=True)
-    for blocks in tower_blocks(clip).values():
-        for block in list(blocks)[num_layers or 0 :]:
-            places = ((block.attn, "in_proj_weight"), (block.attn.out_proj, "weight"))
-            for module, name in (*places, (block.mlp.c_fc, "weight"), (block.mlp.c_proj, "weight")):
-                parametrize.register_parametrization(module, name, LowRank(getattr(module, name), rank))
-
-
-def merged_state(model: ScoreModel) -> dict[str, Tensor]:
-    """The weights of a model under their plain names, LoRA merged in; the model itself stays as it is."""
-    state = {}
-    for name, value in model.state_dict().items():
-        if ".parametrizations." not in name:
-            state[name] = value
-        elif name.endswith(".original"):
-            owner, _, parameter = name.removesuffix(".original").partition(".parametrizations.")
-            state[f"{owner}.{parameter}"] = getattr(model.get_submodule(owner), parameter).detach()
-    return state
-
-
-def merge_lora(model: ScoreModel) -> ScoreModel:
-    """Fold LoRA into the weights, in place; returns the model. Deep copies of it can no longer be used after that."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            for name in list(cast(nn.ModuleDict, module.parametrizations)):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return model
-
-
-def lr_scales(model: ScoreModel, layer_decay: float) -> dict[str, float]:
-    """Name of each CLIP parameter -> its share of the learning rate: `layer_decay` per block below the top.
-
-    Final norm and projection get 1, the last block `layer_decay`, the embeddings the least (as in BEiT).
-    """
-    scales = {}
-    for tower in ("visual", "text"):
-        names = [name for name, _ in model.named_parameters() if name.startswith(f"clip.{tower}.")]
-        places = {name: re.search(r"\.(?:resblocks|blocks)\.(\d+)\.", name) for name in names}
-        depth = 1 + max((int(place[1]) for place in places.values() if place), default=-1)
-        for name, place in places.items():
-            top = re.match(rf"clip\.{tower}\.(trunk\.)?({TOP})\b", name)
-            steps = depth - int(place[1]) if place else 0 if top else depth + 1
-            scales[name] = layer_decay**steps
-    return scales
 
 
 def count_parameters(model: ScoreModel) -> dict[str, tuple[int, int]]:

@@ -27,18 +27,21 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import backbones
-import baseline
-import data
-import engine
-import feeding
-import images
-import inputs
 import models
-import reporting
-import starting
-from configs import TrainingConfig, parse_args
-from scores import TASKS
+from backbones import tokenizers
+from cli.memo import NO_MEMO
+from configs import TrainingConfig
+from evaluation import probes
+from finetune import feed, initial_model
+from finetune.experiment import read_examples
+from finetune.frozen_clip import caches_nothing
+from finetune.task import evaluate
+from guidance.arguments import parse_args
+from inputs import decoding, views
+from inputs.batches import BatchOrder
+from sources.examples import Examples
+from sources.scores import TASKS
+from training import devices, loop, optim, resuming
 
 EVALUATION = -1  # the view of an image that is not augmented
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -47,9 +50,7 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 class ScoredImages(Dataset):
     """All rows of a data set, as (pixels (3, S, S), token ids (77,), targets (2,))."""
 
-    def __init__(
-        self, config: TrainingConfig, examples: data.Examples, tokens: Tensor, preprocess: dict[str, Any]
-    ) -> None:
+    def __init__(self, config: TrainingConfig, examples: Examples, tokens: Tensor, preprocess: dict[str, Any]) -> None:
         self.files, self.tokens = examples.files, tokens
         self.targets = np.stack([examples.unit_targets[task] for task in TASKS], axis=1).astype(np.float32)
         self.view = torch.full((), EVALUATION).share_memory_()  # of training; reading processes see it change
@@ -57,7 +58,7 @@ class ScoredImages(Dataset):
         self.normalise = v2.Compose(
             [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocess["mean"], preprocess["std"])]
         )
-        self.views = images.Views(
+        self.views = views.Views(
             image_size=config.image_size,
             device=torch.device("cpu"),
             crop_scale_min=config.crop_scale_min,
@@ -70,7 +71,7 @@ class ScoredImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        image = images.load_image(self.files[row].path)
+        image = decoding.load_image(self.files[row].path)
         view = int(self.view)
         if view == EVALUATION:
             image = VF.center_crop(VF.resize(image, [self.size], interpolation=BICUBIC), [self.size] * 2)
@@ -85,7 +86,7 @@ class ScoredImages(Dataset):
 class RowsOf(Sampler[list[int]]):
     """The batches of a BatchOrder."""
 
-    def __init__(self, order: inputs.BatchOrder) -> None:
+    def __init__(self, order: BatchOrder) -> None:
         self.order = order
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -102,26 +103,24 @@ def forward(model: models.ScoreModel, pixels: Tensor, tokens: Tensor) -> dict[st
 
 def train(config: TrainingConfig) -> dict[str, Any]:
     """Train as configured; returns the mean loss of each epoch, the test scores and what it took."""
-    runtime = engine.start_runtime(config.device, config.amp)
-    engine.seed_everything(config.seed)
-    examples = baseline.read_examples(config)
-    backbone, model, _ = starting.start_model(config, examples)
+    runtime = devices.start_runtime(config.device, config.amp)
+    devices.seed_everything(config.seed)
+    examples = read_examples(config, NO_MEMO)
+    backbone, model, _ = initial_model.start_model(config, examples, NO_MEMO)
     model.to(runtime.device)
     prompts = examples.table["prompt"].tolist()
-    tokens, _ = backbones.tokenize(backbone.tokenizer, prompts, backbone.clip.context_length)
+    tokens, _ = tokenizers.tokenize(backbone.tokenizer, prompts, backbone.clip.context_length)
     preprocess = backbone.config["preprocess_cfg"]
     optimizer = torch.optim.AdamW(
-        engine.parameter_groups(model, lambda name: config.lr, config.weight_decay), fused=runtime.device.type != "cpu"
+        optim.parameter_groups(model, lambda name: config.lr, config.weight_decay), fused=runtime.device.type != "cpu"
     )
     num_train = len(examples.rows("train"))
-    num_steps = engine.num_optimizer_steps(
-        num_train, batch_size=config.batch_size, accumulation=1, epochs=config.epochs
-    )
-    schedule = engine.build_schedule(
+    num_steps = config.epochs * optim.num_optimizer_steps(num_train, batch_size=config.batch_size, accumulation=1)
+    schedule = optim.build_schedule(
         optimizer, kind=config.scheduler, num_steps=num_steps, warmup_ratio=config.warmup_ratio
     )
     # On a CPU, reading processes fight with the model for the cores: none is faster.
-    num_workers = 0 if runtime.device.type == "cpu" else min(16, engine.num_cpus())
+    num_workers = 0 if runtime.device.type == "cpu" else min(16, devices.num_cpus())
     dataset = ScoredImages(config, examples, tokens, preprocess)
     loaders = {
         name: DataLoader(
@@ -131,9 +130,9 @@ def train(config: TrainingConfig) -> dict[str, Any]:
             pin_memory=num_workers > 0,
             persistent_workers=num_workers > 0,
         )
-        for name, order in feeding.build_orders(config, examples).items()
+        for name, order in feed.build_orders(config, examples).items()
     }
-    watch = engine.Stopwatch()
+    watch = loop.Stopwatch()
 
     def batches(name: str, view: int) -> Iterator[tuple[Tensor, ...]]:
         dataset.view.fill_(view)
@@ -151,10 +150,10 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     started = time.perf_counter()
-    base = reporting.fit_base({"train_eval": scores("train_eval")}, examples)
+    base = probes.fit_base({"train_eval": scores("train_eval")}, examples)
     assert isinstance(model.heads, models.ResidualHeads)
     model.heads.set_base(base.quality, base.consistency)
-    is_cached = not feeding.caches_nothing(config, model)
+    is_cached = not caches_nothing(config, model)
     curve: list[float] = []
     validation: list[float] = []
     best: dict[str, Tensor] = {}
@@ -176,11 +175,11 @@ def train(config: TrainingConfig) -> dict[str, Any]:
             schedule.step()
             total += loss.detach() * len(pixels)
         curve.append(float(total) / num_train)
-        validation.append(baseline.evaluate(scores("val"), "val", examples, config)["main"])
-        if engine.best_epoch(validation) == epoch + 1:
+        validation.append(evaluate(scores("val"), "val", examples, config)["main"])
+        if resuming.best_epoch(validation) == epoch + 1:
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
     model.load_state_dict(best)
-    test = baseline.evaluate(scores("test"), "test", examples, config)
+    test = evaluate(scores("test"), "test", examples, config)
     seconds = time.perf_counter() - started
     return {
         "losses": curve,
@@ -192,7 +191,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def peak_gb(runtime: engine.Runtime) -> float:
+def peak_gb(runtime: devices.Runtime) -> float:
     """The most memory in use so far: of the GPU, or of this process."""
     if runtime.device.type != "cpu":
         return torch.get_device_module(runtime.device).max_memory_allocated() / 1e9

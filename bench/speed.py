@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import plain_loop  # noqa: E402
 
-import baseline  # noqa: E402  (the paths have to be set first)
-import engine  # noqa: E402
-from configs import parse_args  # noqa: E402
+import baseline  # noqa: E402
+from guidance.arguments import parse_args  # noqa: E402
+from training import devices  # noqa: E402
 
 CASES = {
     "freeze_clip": "--freeze_clip --lr 1e-3",
@@ -121,7 +121,7 @@ def ours(flags: list[str]) -> dict[str, Any]:
     """Train with baseline.py."""
     config = parse_args(flags)
     results = baseline.run(config)
-    runtime = engine.start_runtime(config.device, config.amp)
+    runtime = devices.start_runtime(config.device, config.amp)
     history = pd.read_csv(Path(str(config.output_dir)) / "metrics.csv")
     return {
         "losses": history["loss"].tolist(),
@@ -149,7 +149,7 @@ def counted_operations(flags: list[str]) -> dict[str, Any]:
 
 def matmul_rate(config: Any, size: int = 8192, repeats: int = 20) -> float:
     """Operations per second of a large matrix product in the precision of the run."""
-    runtime = engine.start_runtime(config.device, config.amp)
+    runtime = devices.start_runtime(config.device, config.amp)
     a, b = (torch.randn(size, size, device=runtime.device, dtype=runtime.compute_dtype) for _ in range(2))
     for _ in range(3):
         a @ b

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,17 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-import demo
+from sources import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 # Before torch is imported, and for the processes that tests start: on small images threads only get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 COLUMNS = ("name", "prompt", "mos_quality", "mos_align")
+TEMPORARY = Path(tempfile.gettempdir())  # the system's own folder, in which tests must leave nothing
+# What libraries leave there that know no better. Only these, as others may use that folder meanwhile.
+LEFT_BY_LIBRARIES = ("torchelastic_*", "torchinductor_*", "pymp-*", "gradio*", "image-scores-*", "playwright*")
+
+BEFORE, LEFT = pytest.StashKey[set[Path]](), pytest.StashKey[list[Path]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,8 +56,29 @@ def figure(
     return lambda promise, measured: record_property("figure", [promise, request.node.nodeid, measured])
 
 
+def left_behind() -> set[Path]:
+    """What libraries have left in the system's temporary folder, by whomever it was."""
+    return {path for pattern in LEFT_BY_LIBRARIES for path in TEMPORARY.glob(pattern)}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Remember what lies in the system's temporary folder already."""
+    session.config.stash[BEFORE] = left_behind()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a session that has left something in the system's temporary folder."""
+    new = left_behind() - session.config.stash[BEFORE]
+    is_worker = hasattr(session.config, "workerinput")  # of pytest-xdist, whose main process looks when all have ended
+    if new and not is_worker:
+        session.config.stash[LEFT] = sorted(new)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what the tests have measured of what is promised (docs/reliability.md)."""
+    """Print what the tests have measured of what is promised (docs/reliability.md), and what they have left behind."""
+    for path in terminalreporter.config.stash.get(LEFT, []):
+        terminalreporter.write_line(f"ERROR: the tests have left {path}", red=True)
     reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
     rows = sorted(value for report in reports for name, value in report.user_properties if name == "figure")
     if rows:
@@ -62,11 +89,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests run in a folder of their own, so that caches and runs do not pile up in the repository."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("cwd"))
-    yield
-    os.chdir(before)
+    """Tests, and the processes that they start, leave nothing in the repository or the system's temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("cwd"))
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr(tempfile, "tempdir", None)  # so that it is looked up again
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ from conftest import ROOT, DataFiles, csv_text, scored_rows
 from PIL import Image
 
 import baseline
-import checkpoint
 import predict
+from serving.scorer import Scorer
+from training import checkpoints
 
 TINY = ["--clip_model", "tiny", "--clip_pretrained", "none", "--image_size", "56", "--freeze_clip"]
 
@@ -64,7 +65,7 @@ def trained(demo_set, tmp_path_factory) -> Path:
     """The folder of a finished run. Read it, do not change it."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
-    baseline.main([*paths, *TINY, "--epochs", "1", "--output_dir", str(folder)])
+    baseline.main([*paths, *TINY, "--epochs", "1", "--no_report", "--output_dir", str(folder)])
     return folder
 
 
@@ -337,7 +338,7 @@ def test_images_of_every_kind_are_trained_on(make_dataset, tmp_path, monkeypatch
     for number, (image, kind) in enumerate([*kinds, (rgba.convert("LA"), "PNG"), (grey.convert("1"), "PNG")]):
         image.save(files.images / f"gen0_{number}.png", kind)
     rgb.save(files.images / "gen0_7.png", "PNG", exif=exif)
-    results = baseline.main([*files.flags, *TINY, "--epochs", "1", "--output_dir", "run"])
+    results = baseline.main([*files.flags, *TINY, "--epochs", "1", "--no_report", "--output_dir", "run"])
     assert np.isfinite(results["test"]["loss"])
     assert len((tmp_path / "run" / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 25
 
@@ -391,9 +392,9 @@ def test_a_damaged_description_is_refused(scoring, picture, trained, tmp_path, d
 
 
 def test_a_description_of_another_model_is_refused_in_one_line(scoring, picture, trained, tmp_path):
-    _, state, description = checkpoint.load_weights(trained)
+    _, state, description = checkpoints.load_weights(trained)
     description["model"]["hidden_q"] += 1
-    checkpoint.save_weights(tmp_path / "best", state, description, lambda folder: None)
+    checkpoints.save_weights(tmp_path / "best", state, description, lambda folder: None)
     message = scoring("--checkpoint", tmp_path / "best", picture)
     assert "does not fit the weights" in message and "size mismatch" in message
 
@@ -424,7 +425,7 @@ def test_a_place_for_the_scores_that_does_not_exist_is_refused_before_scoring(sc
 
 
 def test_every_image_needs_its_prompt(trained, picture):
-    scorer = predict.Scorer.load(trained)
+    scorer = Scorer.load(trained)
     with pytest.raises(ValueError, match="2 images but 1 prompts"):
         scorer.score([picture, picture], ["a red circle"])
     assert len(scorer.score([picture, picture], ["a red circle", ""])) == 2
@@ -437,8 +438,15 @@ def test_every_image_needs_its_prompt(trained, picture):
 @pytest.mark.parametrize(
     ("program", "argv", "num_lines", "says"),
     [
-        ("baseline.py", [], 5, "AGIQA-3K"),
-        ("predict.py", ["--checkpoint", "nowhere", "--csv", "bad.csv"], 1, "1 of 1 images are missing"),
+        ("baseline.py", ["--epochs", "0"], 1, "--epochs 0: must be in [1, 100000]"),  # before torch is imported
+        pytest.param("baseline.py", [], 5, "AGIQA-3K", marks=pytest.mark.slow),
+        pytest.param(
+            "predict.py",
+            ["--checkpoint", "nowhere", "--csv", "bad.csv"],
+            1,
+            "1 of 1 images are missing",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_mistake_is_a_line_on_stderr_and_exit_code_2_without_a_traceback(program, argv, num_lines, says, tmp_path):

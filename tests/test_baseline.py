@@ -6,11 +6,8 @@ import contextlib
 import io
 import json
 import math
-import os
-import re
 import shlex
 import shutil
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +20,20 @@ from safetensors.torch import load_file
 
 import baseline
 import compare
-import engine
-import feeding
-import images
-import metrics
 import models
-import predict
-import starting
-from configs import parse_args
-from predict import Scorer
+from cli.memo import NO_MEMO, Memo
+from evaluation import metrics
+from finetune import initial_model
+from finetune import task as score_task
+from finetune.experiment import Experiment, read_examples
+from guidance.arguments import parse_args
+from predict import main
+from serving.scorer import Scorer
+from training import devices
 
 RUN_FILES = {"config.json", "splits.csv", "metrics.csv", "results.json", "predictions.csv", "best"}
 REPORT_FILES = {"report.html", "figures"}
-TINY = "--clip_model tiny --clip_pretrained none --image_size 112"
+TINY = "--clip_model tiny --clip_pretrained none --image_size 56 --no_report"
 SHORT = f"{TINY} --partial_freeze --freeze_layers 22 --epochs 3 --lr 1e-3 --batch_size 16"
 
 
@@ -56,7 +54,7 @@ def finished(demo_set, tmp_path_factory) -> tuple[Path, dict]:
     """One ordinary finished run. Read it, do not change it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
-    return folder, baseline.main([*paths, "--output_dir", str(folder), *shlex.split(SHORT)])
+    return folder, baseline.main([*paths, "--output_dir", str(folder), *shlex.split(SHORT), "--use_report"])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,8 +64,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def untrained(folder: Path) -> models.ScoreModel:
     """The model that a run started with."""
     config = parse_args(["--config", str(folder / "config.json")])
-    engine.seed_everything(config.seed)
-    return starting.start_model(config, baseline.read_examples(config))[1]
+    devices.seed_everything(config.seed)
+    return initial_model.start_model(config, read_examples(config, NO_MEMO), NO_MEMO)[1]
 
 
 def test_a_run_writes_exactly_its_files_and_the_loss_falls(finished):
@@ -130,20 +128,8 @@ def test_results_hold_scores_base_and_floors(finished):
     assert results["seconds"] > 0
 
 
-def test_a_saved_config_reproduces_the_run(finished, tmp_path):
-    folder, results = finished
-    again = baseline.main(["--config", str(folder / "config.json"), "--output_dir", str(tmp_path / "again")])
-    assert again["test"] == results["test"]
-    first, second = weights(folder), weights(tmp_path / "again")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    saved = json.loads((folder / "config.json").read_text())
-    assert saved["lr"] == 1e-3 and saved["freeze_layers"] == 22
-    assert {"versions", "git_revision", "data_fingerprint"} <= saved["provenance"].keys()
-
-
 def test_another_seed_gives_other_weights(finished, train):
-    folder, _ = train(f"{SHORT} --seed 7 --epochs 1")
+    folder, _ = train(f"{TINY} --freeze_clip --seed 7 --epochs 1")
     first, second = weights(finished[0]), weights(folder)
     assert not torch.equal(first["heads.delta_q.0.weight"], second["heads.delta_q.0.weight"])
 
@@ -213,14 +199,11 @@ def test_lora_trains_and_is_merged_into_plain_weights(train, demo_set):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--use_explanations",
-        "--no_residual_learning",
-        "--no_residual_learning --use_refinement --refinement_layers 1 --refinement_heads 2 --refinement_dim 16",
-        "--loss mse+0.5*plcc+rank+fidelity --label_smoothing 0.1 --scheduler cyclic",
-        "--ema_decay 0.9 --gradient_accumulation_steps 3 --max_grad_norm 0 --amp bf16",
-        "--no_calibration --layer_decay 0.7 --head_lr 1e-2 --split_by image",
-        "--crops 2 --test_crops 4 --global_view",
+        "--use_explanations --loss mse+0.5*plcc+rank+fidelity --label_smoothing 0.1 --scheduler cyclic",
+        "--no_residual_learning --ema_decay 0.9 --gradient_accumulation_steps 3 --max_grad_norm 0 --amp bf16",
+        "--no_residual_learning --use_refinement --refinement_layers 1 --refinement_heads 2 --refinement_dim 16 "
         "--crops 1 --test_crops 3 --freeze_clip --no_partial_freeze",
+        "--no_calibration --layer_decay 0.7 --head_lr 1e-2 --split_by image --crops 2 --test_crops 4 --global_view",
         "--prompt_levels --task_gradients stop_q --crops 1 --no_cache",
     ],
 )
@@ -238,8 +221,8 @@ def test_every_kind_of_run_finishes_and_its_checkpoint_scores(train, demo_set, f
 
 def test_early_stopping_stops(train, monkeypatch):
     values = iter([0.5, 0.4, 0.3, 0.9])
-    real = baseline.evaluate
-    monkeypatch.setattr(baseline, "evaluate", lambda *args: {**real(*args), "main": next(values, 0.0)})
+    real = score_task.evaluate
+    monkeypatch.setattr(score_task, "evaluate", lambda *args: {**real(*args), "main": next(values, 0.0)})
     folder, results = train(f"{SHORT} --epochs 4 --early_stopping_patience 2")
     assert len(pd.read_csv(folder / "metrics.csv")) == 3
     assert results["best_epoch"] == 1
@@ -247,7 +230,7 @@ def test_early_stopping_stops(train, monkeypatch):
 
 def test_a_non_finite_loss_ends_with_one_line_and_code_1(train, monkeypatch, capsys):
     broken = {"loss": torch.tensor(float("nan"), requires_grad=True)}
-    monkeypatch.setattr(baseline, "build_losses", lambda *args: lambda model, batch: broken)
+    monkeypatch.setattr(score_task.ScoreTask, "compute_losses", lambda self, model, batch: broken)
     with pytest.raises(SystemExit) as exit_:
         train()
     assert exit_.value.code == 1
@@ -318,29 +301,20 @@ GUIDE = """
 """.strip("\n").split("\n")
 
 
+@pytest.fixture(scope="module")
+def memo() -> Memo:
+    """Of the data and the CLIP that all commands of the guide share."""
+    return Memo()
+
+
 @pytest.mark.parametrize("command", GUIDE)
-def test_every_command_of_the_guide_builds(command, demo_set, tmp_path, monkeypatch, capsys):
+def test_every_command_of_the_guide_builds(command, memo, demo_set, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
     tiny = ["--clip_model", "tiny", "--clip_pretrained", "none", "--dry_run"]
-    assert baseline.main([*paths, *tiny, *shlex.split(command)]) == {}
+    assert baseline.run(parse_args([*paths, *tiny, *shlex.split(command)]), memo=memo) == {}
     assert "trained" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-
-
-def test_runs_that_start_in_one_second_get_folders_of_their_own_and_one_that_fails_leaves_none(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = parse_args(["--demo"])
-    with contextlib.ExitStack() as running:
-        folders = {running.enter_context(baseline.with_folder(config)).output_dir for _ in range(20)}
-        assert len(folders) == 20 and all(Path(str(folder)).is_dir() for folder in folders)
-    assert list(tmp_path.iterdir()) == []
-    looked = [Path("runs/a"), Path("runs/a"), Path("runs/b")]
-    Path("runs/a").mkdir(parents=True)  # another run makes it after this one has looked
-    monkeypatch.setattr(baseline, "run_folder", lambda config: looked.pop(0))
-    with baseline.with_folder(config) as named:
-        assert named == replace(config, output_dir="runs/b")
-    assert [path.name for path in Path("runs").iterdir()] == ["a"]
 
 
 @pytest.mark.slow
@@ -363,7 +337,7 @@ def test_a_leak_is_said_and_counted_and_refused_where_splits_are_strict(train, c
         train(f"{flags} --strict_splits", "strict")
     assert stop.value.code == 2
     assert "error: --strict_splits: leakage: " in capsys.readouterr().err
-    train(f"{TINY} --freeze_clip --epochs 1 --batch_size 16 --strict_splits", "clean")
+    train(f"{TINY} --freeze_clip --epochs 1 --batch_size 16 --strict_splits --dry_run", "clean")
 
 
 @pytest.mark.slow
@@ -491,7 +465,7 @@ def test_what_a_run_without_a_test_leaves_scores_images_and_starts_a_second_stag
     scores = Scorer.load(folder).score(files, expected["prompt"].tolist())
     np.testing.assert_allclose(scores["pred_quality"], expected["pred_quality"], atol=1e-4)
     paths = f"--checkpoint {folder} --evaluate --csv {demo_set[0]} --image_dir {demo_set[1]}"
-    predict.main(shlex.split(paths))
+    main(shlex.split(paths))
     assert "48 of 64 images of data left out" in capsys.readouterr().out  # all but the test fold
     paths = f"--data_csv_path {demo_set[0]} --image_base_dir {demo_set[1]} --output_dir {tmp_path / 'second'}"
     second = baseline.main(shlex.split(f"{paths} {SHORT} --epochs 1 --init_from {folder}"))
@@ -524,11 +498,11 @@ def test_a_run_says_every_epoch_to_who_asks_and_stops_when_told_to(demo_set, tmp
 @pytest.mark.parametrize(("name", "layers"), [("tiny", 24), ("ViT-B-32", 12), ("ViT-L-14", 24), ("ViT-H-14", 32)])
 def test_the_depth_of_a_model_is_known_before_it_is_built(name, layers):
     config = parse_args(["--clip_model", name, "--clip_pretrained", "none"])
-    assert starting.num_blocks(config) == layers
+    assert initial_model.num_blocks(config) == layers
 
 
 def test_a_model_without_blocks_has_no_depth():
-    assert starting.num_blocks(parse_args(["--clip_model", "RN50", "--clip_pretrained", "none"])) is None
+    assert initial_model.num_blocks(parse_args(["--clip_model", "RN50", "--clip_pretrained", "none"])) is None
 
 
 def test_a_preset_follows_the_data_and_the_first_stage(finished, demo_set, tmp_path, capsys):
@@ -537,184 +511,7 @@ def test_a_preset_follows_the_data_and_the_first_stage(finished, demo_set, tmp_p
     baseline.main(shlex.split(f"{paths} {flags}"))
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["preset"], saved["freeze_clip"], saved["batch_size"], saved["epochs"]) == ("small", True, 16, 1)
-    assert starting.num_blocks(parse_args(["--init_from", str(finished[0])])) == 24
-
-
-# -- images that cannot be used
-
-
-QUICK = "--clip_model tiny --clip_pretrained none --image_size 56 --freeze_clip --epochs 3 --batch_size 8 --no_report"
-PIXELS = f"{QUICK} --no_cache --image_memory_gb 0 --cache_max_gb 0"  # every image is decoded whenever it is needed
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A data set that may be damaged, and where a run on it goes."""
-
-    csv: Path
-    images: Path
-    run: Path
-
-    def train(self, flags: str) -> dict:
-        paths = ["--data_csv_path", str(self.csv), "--image_base_dir", str(self.images), "--output_dir", str(self.run)]
-        return baseline.main([*paths, *shlex.split(flags)])
-
-    def damage(self, name: str) -> None:
-        (self.images / name).unlink()
-
-    def replace(self, name: str) -> None:
-        Image.new("RGB", Image.open(self.images / name).size).save(self.images / name)
-
-
-@pytest.fixture
-def copy_set(demo_set, tmp_path) -> Copy:
-    shutil.copy(demo_set[0], tmp_path / "data.csv")
-    shutil.copytree(demo_set[1], tmp_path / "images")
-    return Copy(tmp_path / "data.csv", tmp_path / "images", tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def names_of(demo_set, tmp_path_factory) -> dict[str, list[str]]:
-    """Names of the images in each fold."""
-    config = parse_args(["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])])
-    examples = baseline.read_examples(config)
-    return {fold: examples.table["name"].iloc[examples.rows(fold)].tolist() for fold in ("train", "val", "test")}
-
-
-def before_training(monkeypatch, change) -> None:
-    """Let something happen after the data was checked and before any image is decoded."""
-    original = baseline.write_inputs
-    monkeypatch.setattr(baseline, "write_inputs", lambda *args: (original(*args), change()))
-
-
-def after_epoch(monkeypatch, changes) -> None:
-    """Let something happen after epochs, counted from 1."""
-    original = baseline.reporting.epoch_line
-
-    def line(row, epochs):
-        changes.get(row["epoch"], lambda: None)()
-        return original(row, epochs)
-
-    monkeypatch.setattr(baseline.reporting, "epoch_line", line)
-
-
-def one_line_of_exit_2(capsys, run) -> str:
-    with pytest.raises(SystemExit) as caught:
-        run()
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    return message
-
-
-def test_a_run_that_skips_is_one_on_the_data_without_what_it_skips(copy_set, names_of, capsys, tmp_path):
-    lost = [names_of["train"][0], names_of["val"][1], names_of["test"][2]]
-    for name in lost:
-        copy_set.damage(name)
-    os.mkfifo(copy_set.images / lost[1])
-    results = copy_set.train(f"{QUICK} --bad_images skip --split_file {tmp_path / 'folds.csv'}")
-    plan = capsys.readouterr().out
-    assert "note      --bad_images skip: 3 of 64 images left out: " in plan and f"{lost[1]} (no regular file)" in plan
-    skipped = pd.read_csv(copy_set.run / "skipped.csv").set_index("name")
-    assert skipped["fold"].to_dict() == dict(zip(lost, ("train", "val", "test"), strict=True))
-    table = pd.read_csv(copy_set.csv)
-    assert (table["name"].iloc[skipped["row"] - 2] == skipped.index).all(), "rows as a spreadsheet counts"
-    splits = pd.read_csv(copy_set.run / "splits.csv").set_index("name")["split"]
-    assert splits.to_dict() == {name: fold for fold, names in names_of.items() for name in names}
-    kept = copy_set.run.rename(tmp_path / "first")
-    table[~table["name"].isin(lost)].to_csv(copy_set.csv, index=False)
-    other = copy_set.train(f"{QUICK} --split_file {tmp_path / 'folds.csv'}")
-    for key in ("val", "test", "base", "floors", "certainty", "images", "test_digest", "best_epoch"):
-        assert results[key] == other[key], key
-    assert all(torch.equal(value, weights(kept)[name]) for name, value in weights(copy_set.run).items())
-    assert not (copy_set.run / "skipped.csv").exists()
-    shutil.copy(kept / "skipped.csv", copy_set.run)
-    copy_set.train(f"{QUICK} --epochs 1 --overwrite")
-    assert not (copy_set.run / "skipped.csv").exists(), "an older run's"
-
-
-def test_training_images_that_are_lost_before_they_are_cached_are_left_out(
-    copy_set, names_of, monkeypatch, capsys, tmp_path
-):
-    lost = names_of["train"][3:5]
-    before_training(monkeypatch, lambda: (copy_set.damage(lost[0]), copy_set.replace(lost[1])))
-    results = copy_set.train(f"{QUICK} --bad_images skip --cache_dir {tmp_path / 'cache'}")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out  ")]
-    assert len(said) == 2 and all(any(name in line for line in said) for name in lost)
-    skipped = pd.read_csv(copy_set.run / "skipped.csv").set_index("name")
-    assert skipped["reason"].to_dict() == {
-        lost[0]: "No such file or directory",
-        lost[1]: "has changed since it was checked",
-    }
-    assert set(skipped["fold"]) == {"train"}
-    assert all(math.isfinite(value) for floor in results["floors"].values() for value in floor.values())
-    assert math.isfinite(results["test"]["loss"]) and results["images"]["train"] == len(names_of["train"])
-
-
-def test_what_is_cached_needs_no_file_any_more(copy_set, monkeypatch, tmp_path):
-    first = copy_set.train(f"{QUICK} --cache_dir {tmp_path / 'cache'}")
-    before_training(monkeypatch, lambda: shutil.rmtree(copy_set.images))
-    again = copy_set.train(f"{QUICK} --cache_dir {tmp_path / 'cache'} --overwrite")
-    assert (again["test"], again["floors"]) == (first["test"], first["floors"])
-
-
-def test_a_training_image_that_is_lost_between_epochs_stays_out_when_it_comes_back(
-    copy_set, names_of, monkeypatch, capsys
-):
-    lost, gone, seen = names_of["train"][7], copy_set.images.parent / "gone.png", []
-    original = engine.train_epoch
-
-    def train_epoch(model, batches, *args, **options):
-        kept = list(batches)
-        seen.append(sum(map(len, kept)))
-        return original(model, kept, *args, **options)
-
-    monkeypatch.setattr(engine, "train_epoch", train_epoch)
-    file = copy_set.images / lost
-    after_epoch(monkeypatch, {1: lambda: file.rename(gone), 2: lambda: gone.rename(file)})
-    copy_set.train(f"{PIXELS} --bad_images skip")
-    count = len(names_of["train"])
-    assert seen == [count, count - 1, count - 1]
-    assert capsys.readouterr().out.count("left out  ") == 1
-    assert pd.read_csv(copy_set.run / "skipped.csv")["name"].tolist() == [lost]
-
-
-@pytest.mark.parametrize(
-    ("fold", "flags", "says"),
-    [
-        ("train", "", r"\(has changed since it was checked\)\n$"),
-        ("val", "--bad_images skip", "leaves out training images only, no score is measured on a changing fold"),
-        ("test", "--bad_images skip", "leaves out training images only"),
-    ],
-)
-def test_images_that_change_in_mid_run_end_it_in_one_line_unless_they_may_be_left_out(
-    copy_set, names_of, monkeypatch, capsys, fold, flags, says
-):
-    name = names_of[fold][2]
-    after_epoch(monkeypatch, {1: lambda: copy_set.replace(name)})
-    message = one_line_of_exit_2(capsys, lambda: copy_set.train(f"{PIXELS} {flags}"))
-    assert re.search(says, message) and f"{copy_set.images / name} (has changed since it was checked)" in message
-    assert not (copy_set.run / "skipped.csv").exists()
-
-
-def test_several_processes_leave_nothing_out_in_mid_run_and_must_have_found_the_same(copy_set, monkeypatch):
-    flags = ["--data_csv_path", str(copy_set.csv), "--image_base_dir", str(copy_set.images), "--bad_images", "skip"]
-    config = parse_args(flags)
-    examples = baseline.read_examples(config)
-    alone = engine.start_runtime("cpu", "off")
-    lost = examples.rows("train")[:1]
-
-    def load(rows):
-        raise images.Unreadable(dict.fromkeys(rows.tolist(), "gone"), [copy_set.images])
-
-    first = examples.fingerprint
-    monkeypatch.setattr(engine.Runtime, "agree", lambda runtime, value: first)
-    with pytest.raises(ValueError, match="have not found the same images readable"):
-        feeding.build_dropping(config, replace(examples, fingerprint="other"), replace(alone, world=2))
-    dropping = feeding.build_dropping(config, examples, replace(alone, world=2))
-    with pytest.raises(OSError, match="several processes cannot leave out images in mid-run"):
-        dropping.load(lost, load)
-    dropping = feeding.build_dropping(config, examples, alone)
-    assert len(dropping.load(lost, load)[0]) == 0 and dropping.rows == set(lost.tolist())
+    assert initial_model.num_blocks(parse_args(["--init_from", str(finished[0])])) == 24
 
 
 def test_scores_that_are_all_equal_are_told_and_have_correlation_0(demo_set, tmp_path, capsys, monkeypatch):
@@ -729,13 +526,12 @@ def test_scores_that_are_all_equal_are_told_and_have_correlation_0(demo_set, tmp
     def constant(model: torch.nn.Module, batch: object) -> dict[str, torch.Tensor]:
         return {**(found := real(model, batch)), "c": torch.full_like(found["c"], 0.5)}
 
-    predict_with = baseline.build_predict
+    predict = Experiment.predict
 
-    def build(*given: Any) -> Any:
-        predict = predict_with(*given)
-        return lambda scorer, fold, compute=constant, **hooks: predict(scorer, fold, compute, **hooks)
+    def predict_constant(self: Experiment, scorer: Any, fold: str, compute: Any = constant, **hooks: Any) -> Any:
+        return predict(self, scorer, fold, compute, **hooks)
 
-    monkeypatch.setattr(baseline, "build_predict", build)
+    monkeypatch.setattr(Experiment, "predict", predict_constant)
     paths = ["--data_csv_path", str(tmp_path / "equal.csv"), "--image_base_dir", str(demo_set[1])]
     results = baseline.main([*paths, *shlex.split(SHORT), "--epochs", "1", "--output_dir", str(tmp_path / "run")])
     lines = [

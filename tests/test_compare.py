@@ -1,66 +1,33 @@
-"""`compare.py` on predictions written by hand, of which it is known how far they differ."""
+"""The command line of compare.py: what it prints and writes, and what it refuses."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 import compare
-import metrics
-from scores import MEASURES
-
-NUM_IMAGES = 60
-PER_PROMPT = 3
-MOS = np.random.default_rng(0).uniform(1, 5, NUM_IMAGES)
-NAMES = [f"{i:03}.png" for i in range(NUM_IMAGES)]
-PROMPTS = [i // PER_PROMPT for i in range(NUM_IMAGES)]
-
-
-def noisy(spread: float, seed: int) -> np.ndarray:
-    """Predictions with errors of this standard deviation, half of which an image shares with its prompt."""
-    rng = np.random.default_rng(seed)
-    of_prompt = np.repeat(rng.normal(size=NUM_IMAGES // PER_PROMPT), PER_PROMPT)
-    return MOS + spread * (of_prompt + rng.normal(size=NUM_IMAGES)) / np.sqrt(2)
-
-
-def table_of(pred: Sequence[float] | np.ndarray, **columns: Any) -> pd.DataFrame:
-    """The test fold's part of a predictions.csv with quality only, as a run without prompts has it."""
-    usual = {
-        "name": NAMES,
-        "set": "csv",
-        "split": "test",
-        "prompt": "",
-        "generator": "",
-        "cluster": PROMPTS,
-        "mos_quality": MOS,
-    }
-    empty = {"mos_align": np.nan, "pred_align": np.nan}
-    return pd.DataFrame({**usual, "pred_quality": pred, **empty, **columns})
+from evaluation import comparison
 
 
 @pytest.fixture
 def run(tmp_path) -> Callable[..., str]:
-    """A function that writes the folder of a finished run and returns its name."""
+    """A function that writes the folder of a finished run of 60 images and returns its name."""
 
-    def write(name: str, table: pd.DataFrame) -> str:
-        # Images of the other folds, with scores that would ruin any comparison.
-        trained = table.assign(split=["train", "val"] * (len(table) // 2) + ["train"] * (len(table) % 2))
-        for column in table.columns[table.columns.str.startswith("pred_")]:
-            trained[column] = -100 * trained[column]
-        trained["name"] = "seen_" + trained["name"]
+    def write(name: str, seed: int = 0) -> str:
+        mos = np.random.default_rng(9).uniform(1, 5, 60)
+        usual = {
+            "name": [f"{i:03}.png" for i in range(60)],
+            "set": "csv",
+            "split": "test",
+            "cluster": np.arange(60) // 3,
+        }
+        pred = mos + np.random.default_rng(seed).normal(size=60)
         (tmp_path / name).mkdir()
-        pd.concat([trained, table]).to_csv(tmp_path / name / "predictions.csv", index=False, float_format="%.9g")
-        (tmp_path / name / "config.json").write_text("{}")
+        table = pd.DataFrame({**usual, "mos_quality": mos, "pred_quality": pred})
+        table.to_csv(tmp_path / name / "predictions.csv", index=False)
         return str(tmp_path / name)
 
     return write
@@ -68,7 +35,7 @@ def run(tmp_path) -> Callable[..., str]:
 
 @pytest.fixture
 def refused(capsys) -> Callable[..., str]:
-    """A function that expects folders to be refused in one line, and returns it."""
+    """A function that expects a command line to be refused in one line, and returns it."""
 
     def check(*argv: str) -> str:
         capsys.readouterr()
@@ -82,346 +49,20 @@ def refused(capsys) -> Callable[..., str]:
     return check
 
 
-def row_of(found: pd.DataFrame, run: str, score: str = "quality") -> pd.Series:
-    """The one row of a run and a score."""
-    rows = found[(found["run"] == run) & (found["score"] == score)]
-    assert len(rows) == 1
-    return rows.iloc[0]
-
-
-def expect(row: pd.Series, difference: dict[str, tuple[float, float, float]]) -> None:
-    """The row's differences are those of `metrics.paired_bootstrap`."""
-    for name, values in difference.items():
-        assert row[[f"d_{name}", f"{name}_low", f"{name}_high"]].tolist() == pytest.approx(values, abs=1e-6)
-
-
-# -- single runs
-
-
-def test_known_predictions_get_known_scores_and_the_sign_of_their_difference(run, capsys):
-    right, wrong = run("right", table_of(MOS)), run("wrong", table_of(10 - MOS))
-    found = compare.main([wrong, right])
-    assert list(found.columns) == compare.COLUMNS
-    assert found[["srocc", "plcc"]].to_numpy() == pytest.approx(np.array([[-1, -1], [1, 1]]))
-    assert found["images"].tolist() == [NUM_IMAGES] * 2
-    assert row_of(found, wrong)[["d_srocc", "srocc_low", "plcc_high"]].isna().all()
-    expect(row_of(found, right), {"srocc": (2, 2, 2), "plcc": (2, 2, 2)})
-    assert capsys.readouterr().out.splitlines()[2].endswith("1.000   1.000   +2.000 (+2.000 .. +2.000)  better")
-    expect(row_of(compare.main([right, wrong]), wrong), {"srocc": (-2, -2, -2), "plcc": (-2, -2, -2)})
-    assert capsys.readouterr().out.splitlines()[2].endswith("worse")
-
-
-def test_spearmans_formula_gives_the_srocc(run):
-    """1 - 6 * (1 + 1 + 1 + 1) / (5 * 24)."""
-    small = table_of(np.zeros(NUM_IMAGES)).head(5).assign(mos_quality=[1, 2, 3, 4, 5])
-    swapped = run("swapped", small.assign(pred_quality=[2.0, 1.0, 3.0, 5.0, 4.0]))
-    found = compare.main([swapped, run("right", small.assign(pred_quality=[1.0, 2.0, 3.0, 4.0, 5.0]))])
-    assert row_of(found, swapped)["srocc"] == pytest.approx(0.8)
-
-
-def test_better_worse_and_equal_runs_are_told_apart(run, capsys):
-    first, same = run("first", table_of(noisy(0.8, 1))), run("same", table_of(noisy(0.8, 1)))
-    better, worse = run("better", table_of(noisy(0.2, 2))), run("worse", table_of(noisy(4, 3)))
-    alike = run("alike", table_of(2 * MOS - noisy(0.8, 1)))  # errors of the same sizes
-    found = compare.main([first, better, worse, same, alike])
-    assert found["run"].tolist() == [first, better, worse, same, alike]
-    said = [re.split("  +", line)[-1] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert said == ["better", "worse", "not told apart", "not told apart"]
-    expect(row_of(found, same), {"srocc": (0, 0, 0), "plcc": (0, 0, 0)})
-    assert row_of(found, alike)["srocc_low"] < 0 < row_of(found, alike)["srocc_high"]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [
-        (0.1, 0.2, "better"),
-        (-0.2, -0.1, "worse"),
-        *((a, b, "not told apart") for a, b in [(-0.1, 0.1), (0, 1), (-1, 0)]),
-    ],
-)
-def test_an_interval_tells_apart_unless_it_holds_0(low, high, said):
-    assert compare.verdict(low, high) == said
-
-
-def test_intervals_are_those_of_the_paired_bootstrap_over_prompts(run):
-    one, other = noisy(1.0, 1), noisy(0.8, 2)
-    found = compare.main([run("one", table_of(one)), run("other", table_of(other))])
-    expect(found.iloc[1], metrics.paired_bootstrap(one, other, MOS, PROMPTS))
-    by_image = metrics.paired_bootstrap(one, other, MOS, range(NUM_IMAGES))
-    assert found.iloc[1][["srocc_low", "srocc_high"]].tolist() != pytest.approx(by_image["srocc"][1:], abs=0.005)
-
-
-def test_only_test_images_that_all_runs_share_are_compared(run):
-    one, other, third = noisy(1.0, 1), noisy(0.8, 2), noisy(0.6, 3)
-    names = [
-        run("one", table_of(one)[:40]),
-        run("other", table_of(other)[10:].iloc[::-1]),  # in another order
-        run("third", table_of(third)[6:30]),
-    ]
-    found = compare.main(names)
-    assert found["images"].tolist() == [20, 20, 20]
-    for name, pred in zip(names, (one, other, third), strict=True):
-        row = row_of(found, name)
-        assert row["srocc"] == pytest.approx(stats.spearmanr(pred[10:30], MOS[10:30])[0])
-        assert row["plcc"] == pytest.approx(stats.pearsonr(pred[10:30], MOS[10:30])[0])
-        if name != names[0]:
-            expect(row, metrics.paired_bootstrap(one[10:30], pred[10:30], MOS[10:30], PROMPTS[10:30]))
-
-
-def test_images_without_a_score_on_either_side_are_left_out_of_that_score_alone(run):
-    one, other = noisy(1.0, 1), noisy(0.8, 2)
-    human = np.where(np.arange(NUM_IMAGES) < 9, np.nan, MOS)
-    align = {"mos_align": 6 - MOS, "pred_align": np.where(np.arange(NUM_IMAGES) % 7 == 0, np.nan, 6 - other)}
-    found = compare.main(
-        [
-            run("one", table_of(one, mos_quality=human, mos_align=6 - MOS, pred_align=6 - one)),
-            run("other", table_of(other, mos_quality=human, **align)),
-        ]
-    )
-    assert found["score"].tolist() == ["quality", "quality", "align", "align"]
-    assert found["images"].tolist() == [51, 51, 51, 51]
-    expect(found.iloc[1], metrics.paired_bootstrap(one[9:], other[9:], MOS[9:], PROMPTS[9:]))
-    keep = np.arange(NUM_IMAGES) % 7 != 0
-    expect(found.iloc[3], metrics.paired_bootstrap(one[keep], other[keep], MOS[keep], np.array(PROMPTS)[keep].tolist()))
-
-
-def test_further_scores_are_compared_where_all_runs_have_them(run, capsys):
-    further = {"mos_authenticity": MOS, "pred_authenticity": noisy(0.1, 5)}
-    one, other = run("one", table_of(MOS, **further)), run("other", table_of(MOS, **further))
-    found = compare.main([one, other])
-    assert found["score"].tolist() == ["quality"] * 2 + ["authenticity"] * 2
-    assert re.search(rf"^authenticity +{one} ", capsys.readouterr().out, re.MULTILINE)
-    without = run("without", table_of(MOS))
-    assert set(compare.main([one, other, without])["score"]) == {"quality"}
-    no_human = run("no human", table_of(MOS, pred_authenticity=MOS))
-    assert set(compare.main([one, no_human])["score"]) == {"quality"}
-
-
-def test_names_that_look_like_numbers_or_missing_values_are_names(run):
-    table = table_of(MOS).head(4).assign(name=["001", "1", "NA", "null"])
-    found = compare.main([run("one", table), run("other", table.iloc[:3])])
-    assert found["images"].tolist() == [3, 3]
-
-
-def test_images_of_a_single_prompt_are_scored_but_have_no_interval(run, capsys):
-    found = compare.main([run(name, table_of(MOS, cluster=0)) for name in ("one", "other")])
-    assert found["srocc"].tolist() == pytest.approx([1, 1]) and found["srocc_low"].isna().all()
-    assert "told apart" not in capsys.readouterr().out
-
-
-@settings(max_examples=20)
-@given(st.lists(st.tuples(*[st.integers(1, 50)] * 3), min_size=6, max_size=20))
-def test_exchanging_two_runs_mirrors_the_difference(rows):
-    mos, one, other = np.array(rows, dtype=float).T
-    there, back = (metrics.paired_bootstrap(*pair, mos, range(len(mos))) for pair in ((one, other), (other, one)))
-    forward, backward = compare.differences(there), compare.differences(back)
-    for name in ("srocc", "plcc"):
-        ends = backward[f"d_{name}"], backward[f"{name}_high"], backward[f"{name}_low"]
-        assert [forward[f"d_{name}"], forward[f"{name}_low"], forward[f"{name}_high"]] == (
-            pytest.approx([-end for end in ends], abs=1e-12)
-        )
-
-
-def test_the_table_is_written_as_it_is_returned(run, tmp_path):
+def test_the_table_is_printed_and_written_as_it_is_returned(run, tmp_path, capsys):
     out = tmp_path / "table.csv"
-    found = compare.main([run("one", table_of(noisy(1, 1))), run("other", table_of(noisy(1, 2))), "--out", str(out)])
+    found = compare.main([run("one", 1), run("other", 2), "--out", str(out)])
     pd.testing.assert_frame_equal(pd.read_csv(out), found, rtol=1e-5, check_dtype=False)
+    assert capsys.readouterr().out.splitlines() == comparison.table_lines(found)
 
 
-def test_the_lines_hold_the_numbers(run, capsys):
-    found = compare.main([run("one", table_of(noisy(1, 1))), run("other", table_of(noisy(0.5, 2)))])
-    lines = capsys.readouterr().out.splitlines()
-    for line, (_, row) in zip(lines[1:], found.iterrows(), strict=True):
-        shown = [float(text) for text in re.findall(r"[+-]?\d\.\d{3}", line)]
-        expected = row[["srocc", "plcc", "d_srocc", "srocc_low", "srocc_high"]].dropna().tolist()
-        assert shown == pytest.approx(expected, abs=6e-4) and f" {NUM_IMAGES} " in line
-
-
-# -- what cannot be compared
-
-
-def test_other_human_scores_are_refused(run, refused):
-    moved = np.where(np.arange(NUM_IMAGES) == 7, 3.33, MOS)
-    one, other = run("one", table_of(MOS)), run("other", table_of(MOS, mos_quality=moved))
-    assert f"{other}: its human scores of quality are not those of {one}" in refused(one, other)
-
-
-def test_runs_without_common_test_images_or_scores_are_refused(run, refused):
-    one, other = run("one", table_of(MOS)[:30]), run("other", table_of(MOS)[29:])
-    assert "share 1 test image(s)" in refused(one, other)
-    align = table_of(MOS).assign(mos_align=MOS, pred_align=MOS, mos_quality=np.nan, pred_quality=np.nan)
-    assert "share 30 test image(s) and 0 score(s)" in refused(one, run("align", align))
-
-
-def test_a_run_that_left_its_test_fold_unread_is_refused_by_name(run, refused, tmp_path):
-    scored, unread = run("scored", table_of(MOS)), run("unread", table_of(MOS))
-    table = pd.read_csv(tmp_path / "unread" / "predictions.csv")
-    table[table["split"] != "test"].to_csv(tmp_path / "unread" / "predictions.csv", index=False)
-    for folders in ((scored, unread), (unread, scored), (unread, unread)):
-        message = f"error: {unread}: has no test scores, being a run with --no_test; run it again without\n"
-        assert refused(*folders) == message
-
-
-def test_unfinished_runs_and_other_folders_are_refused_by_name(run, refused, tmp_path):
-    one = run("one", table_of(MOS))
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.json").write_text("{}")
-    assert f"{tmp_path / 'begun'}: an unfinished run, predictions.csv is missing" in refused(
-        one, str(tmp_path / "begun")
-    )
-    assert f"{tmp_path}: no run folder, predictions.csv is missing" in refused(one, str(tmp_path))
-    assert "no such: no run folder" in refused(one, str(tmp_path / "no such"))
-
-
-@pytest.mark.parametrize("column", ["name", "set", "split", "cluster"])
-def test_a_table_of_an_older_version_is_refused_with_what_it_lacks(run, refused, column):
-    one = run("one", table_of(MOS))
-    path = Path(run("old", table_of(MOS))) / "predictions.csv"
-    pd.read_csv(path).drop(columns=column).to_csv(path, index=False)
-    assert f"{path}: no column {column!r}; run it again" in refused(one, str(path.parent))
-
-
-@pytest.mark.parametrize("content", [b"", b'name,split\n"', b"\xff\xfe\x00"])
-def test_a_damaged_table_is_refused_by_name(run, refused, content):
-    one = run("one", table_of(MOS))
-    path = Path(run("damaged", table_of(MOS))) / "predictions.csv"
-    path.write_bytes(content)
-    assert str(path) in refused(one, str(path.parent))
-
-
-def test_a_single_run_has_nothing_to_be_compared_with(run, refused):
-    assert "name at least two run folders" in refused(run("one", table_of(MOS)))
+def test_what_cannot_be_compared_is_refused_in_one_line(run, refused, tmp_path):
+    one = run("one")
+    assert "name at least two run folders" in refused(one)
     assert "required: RUN" in refused()
     assert "did you mean --out?" in refused("a", "b", "--outt", "c")
-
-
-# -- repeated runs
-
-IMAGES = {"train": 48, "val": 4, "test": 12}  # a quarter
-
-
-@pytest.fixture
-def repeated(tmp_path) -> Callable[..., str]:
-    """A function that writes the folder of repeated runs with these SROCC; every PLCC is 0.1 below."""
-
-    def write(name: str, *, runs: Sequence[str] = ("seed1", "seed2", "seed3"), images: Any = IMAGES, **of_task) -> str:
-        of_all = {"mean": 0.0, "sd": 0.0, "median": 0.0, "interval": None}
-        test = {}
-        for task, values in of_task.items():
-            own = [*values][: len(runs)]
-            test |= {f"{name}_{task}": {**of_all, "values": own} for name in MEASURES}
-            test[f"plcc_{task}"] = {**of_all, "values": [value - 0.1 for value in own]}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "protocol.json").write_text("{}")
-        summary = {
-            "runs": list(runs),
-            "images": images,
-            "tests": [f"{run} {images}" for run in runs],
-            "share": images["test"] / images["train"],
-            "test": {**test, "main": {**of_all, "values": [0.0] * len(runs)}},
-            "floors": {},
-            "over": {},
-        }
-        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
-        return str(tmp_path / name)
-
-    return write
-
-
-def test_repeated_runs_are_paired_by_split(repeated, capsys):
-    """Splits differ far more than the runs on one split do."""
-    one = repeated("one", q=[0.2, 0.5, 0.8])
-    other = repeated("other", q=[0.21, 0.52, 0.83])
-    found = compare.main([one, other])
-    half = stats.t.ppf(0.975, 2) * 0.01 * np.sqrt(1 / 3 + 1 / 4)
-    row = row_of(found, other)
-    assert row[["srocc", "plcc", "images"]].tolist() == pytest.approx([0.52, 0.42, 12])
-    expect(row, dict.fromkeys(("srocc", "plcc"), (0.02, 0.02 - half, 0.02 + half)))
-    assert "not told apart" in capsys.readouterr().out
-    by_a_hair = repeated("by a hair", q=[0.21, 0.51, 0.811])
-    compare.main([one, by_a_hair])
-    assert capsys.readouterr().out.splitlines()[-1].endswith("better")
-    compare.main([by_a_hair, one])
-    assert capsys.readouterr().out.splitlines()[-1].endswith("worse")
-    compare.main([one, repeated("mixed up", q=[0.52, 0.83, 0.21])])
-    assert capsys.readouterr().out.splitlines()[-1].endswith("not told apart")
-
-
-def test_repeated_runs_are_compared_on_the_scores_that_all_have(repeated, refused):
-    both, quality = repeated("both", q=[0.1, 0.2, 0.3], c=[0.4, 0.5, 0.6]), repeated("quality", q=[0.1, 0.2, 0.3])
-    assert compare.main([both, both])["score"].tolist() == ["quality", "quality", "align", "align"]
-    for pair in (both, quality), (quality, both):
-        assert compare.main(pair)["score"].tolist() == ["quality", "quality"]
-    assert "share no score" in refused(quality, repeated("consistency", c=[0.1, 0.2, 0.3]))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"runs": ["seed1", "seed2", "seed4"]}, {"runs": ["seed1", "seed2"]}, {"images": {**IMAGES, "test": 16}}],
-)
-def test_repeated_runs_on_other_splits_are_refused(repeated, refused, change):
-    one = repeated("one", q=[0.1, 0.2, 0.3])
-    other = repeated("other", q=[0.1, 0.2, 0.3], **change)
-    assert f"{other}: has other seeds, folds, images or scores than {one}" in refused(one, other)
-
-
-def test_unfinished_repeated_runs_and_single_ones_are_refused(repeated, run, refused):
-    one, other = repeated("one", q=[0.1, 0.2, 0.3]), repeated("other", q=[0.1, 0.2, 0.3])
-    assert "cannot be compared with each other" in refused(one, run("single", table_of(MOS)))
-    (Path(other) / "summary.json").write_text("{")
-    assert f"{Path(other) / 'summary.json'}: cannot be read" in refused(one, other)
-    (Path(other) / "summary.json").unlink()
-    assert f"{other}: no finished repeated runs" in refused(one, other)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"runs": []}, "'runs' is no list of any"),
-        ({"test": {"srocc_q": 1}}, "'test.srocc_q' is no object"),
-        ({"images": {"train": 48}}, "'images' has no 'test'"),
-        ({"share": "a quarter"}, "'share' is no number"),
-        ({"runs": ["seed1"], "tests": ["x"]}, "'test.srocc_q.values' are not as many as the runs"),
-    ],
-)
-def test_a_summary_of_another_shape_is_refused_by_name(repeated, refused, change, said):
-    one, other = repeated("one", q=[0.1, 0.2, 0.3]), repeated("other", q=[0.1, 0.2, 0.3])
-    path = Path(other) / "summary.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert f"{path}: {said}: it was made by another version" in refused(one, other)
-    path.write_text("1")
-    assert f"{path}: cannot be read (is not a JSON object)" in refused(one, other)
-
-
-@pytest.mark.parametrize(
-    ("found", "shape", "said"),
-    [
-        ({"a": 1}, {"a": int}, ""),
-        ({"a": 1, "b": "x"}, {"a": int}, ""),
-        ({"a": 1, "b": "x"}, {"a": int, str: int}, "'b' is no number"),
-        ({}, {"a": int}, "it has no 'a'"),
-        ([], {}, "it is no object"),
-        ({"a": {"b": [1, "x"]}}, {"a": {str: [int, int]}}, "'a.b.1' is no number"),
-        ({"a": [1]}, {"a": [int, int]}, "'a' is no list of 2"),
-        ({"a": [1]}, {"a": [int, ...]}, ""),
-        ({"a": []}, {"a": [int, ...]}, "'a' is no list of any"),
-        (float("nan"), (int, float), "it is no number"),
-        (None, (list, type(None)), ""),
-        ("x", (list, type(None)), "it is of another kind"),
-    ],
-)
-def test_a_mismatch_is_told_by_its_place(found, shape, said):
-    assert compare.mismatch(found, shape) == said
-
-
-def test_joined_sets_are_compared_each_by_itself(run, capsys):
-    """Together they would show a difference that neither has: the sets' means differ."""
-    table = table_of(MOS)
-    half = len(table) // 2
-    joined = table.assign(set=["x"] * half + ["y"] * (len(table) - half))
-    found = compare.main([run("one", joined), run("other", joined)])
-    assert found["set"].tolist() == ["x", "x", "y", "y"] and found["images"].sum() == 2 * len(table)
-    for title, part in joined.groupby("set"):
-        expected = metrics.srocc(part["pred_quality"], part["mos_quality"])
-        assert found[found["set"] == title]["srocc"].tolist() == pytest.approx([expected] * 2)
-    assert "x quality" in capsys.readouterr().out
+    assert f"error: {tmp_path}: no run folder, predictions.csv is missing\n" == refused(one, str(tmp_path))
+    (tmp_path / "repeated").mkdir()
+    (tmp_path / "repeated" / "protocol.json").write_text("{}")
+    assert "cannot be compared with each other" in refused(one, str(tmp_path / "repeated"))
+    assert "no finished repeated runs" in refused(*[str(tmp_path / "repeated")] * 2)

@@ -1,6 +1,6 @@
 """Whatever a file or a command line holds: it is read, or refused in a line, soon and in little memory.
 
-About 500 cases of each kind; 10,000 with --torture.
+About 100 cases of each kind; 10,000 with --torture.
 """
 
 from __future__ import annotations
@@ -30,26 +30,25 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import app
 import baseline
-import checkpoint
-import compare
-import configs
-import data
-import described
-import evaluation
-import images
-import predict
-import protocol
-import reading
-import report
-import sources
+import models
+from cli import errors
 from configs import NOT_SAVED, OPTIONS, TrainingConfig
+from data import fixed_splits
+from evaluation import comparison, protocol, summaries
+from guidance import arguments, presets
+from inputs import decoding
+from pages import comparison_page, run_data
+from serving import answers, batch_scoring
+from sources import csv_files, examples, splits
+from sources.seen import prompts_seen_by, seen_by
+from storage.tensors import pack, read_tensors, unpack, weight_shapes
+from training import checkpoints
 
 pytestmark = pytest.mark.torture
 # The profile of --torture asks for more. No case is kept for the next time: examples are what stays.
 FUZZ = settings(
-    max_examples=max(500, settings().max_examples),
+    max_examples=max(100, settings().max_examples),
     database=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
@@ -110,7 +109,7 @@ class Cases:
 
 def check_message(message: str) -> None:
     assert message.strip(), "an empty message"
-    assert "\n" not in configs.printable(message), f"more than a line: {message!r}"
+    assert "\n" not in errors.printable(message), f"more than a line: {message!r}"
     assert len(message) < 5000, "too long a message"
 
 
@@ -354,20 +353,20 @@ def test_tables(cases, tmp_path):
     for name in ["a.png", *(row["name"] for row in ROWS)]:
         (tmp_path / name).touch()
     table = pd.DataFrame({"name": [row["name"] for row in ROWS], "row": 1})
-    source = data.Labelled(title="a", table=table, ranges={}, labels=b"")
+    source = examples.LabelledTable(title="a", table=table, ranges={}, labels=b"")
     flags = Namespace(csv=str(path), chunk_size=3, name_column="name", prompt_column="prompt")
     readers: list[Callable[[], object]] = [
-        lambda: data.read_table(path, tmp_path, data.Columns(), extra=["x"]),
-        lambda: data.read_table(path, tmp_path, data.Columns(), may_be_missing=True),
-        lambda: data.read_table(path, tmp_path, data.Columns(), may_be_missing=True, scored=False),
-        lambda: sources.fixed_splits([source], path),
+        lambda: csv_files.read_table(path, tmp_path, csv_files.Columns(), extra=["x"]),
+        lambda: csv_files.read_table(path, tmp_path, csv_files.Columns(), may_be_missing=True),
+        lambda: csv_files.read_table(path, tmp_path, csv_files.Columns(), may_be_missing=True, scored=False),
+        lambda: fixed_splits([source], path),
         lambda: [
-            predict.image_paths(Namespace(**vars(flags), image_dir="", follow_links=False), piece)
-            for piece in predict.csv_pieces(flags)
+            batch_scoring.image_paths(Namespace(**vars(flags), image_dir="", follow_links=False), piece)
+            for piece in batch_scoring.csv_pieces(flags)
         ],
-        lambda: compare.read_predictions(tmp_path),
-        lambda: report.read_csv(path, tmp_path, ["name"]),
-        lambda: report.read_csv(path, tmp_path, ["name"], texts=True),
+        lambda: comparison.read_predictions(tmp_path),
+        lambda: run_data.read_csv(path, tmp_path, ["name"]),
+        lambda: run_data.read_csv(path, tmp_path, ["name"], texts=True),
     ]
 
     @FUZZ
@@ -380,7 +379,7 @@ def test_tables(cases, tmp_path):
     @given(damaged(CSV_SEEDS, CSV_TOKENS) | TABLES.map(as_csv))
     def read(content):
         cases.num += 1
-        for name in ("a.csv", compare.PREDICTIONS_FILE):
+        for name in ("a.csv", comparison.PREDICTIONS_FILE):
             (tmp_path / name).write_bytes(content)
         for reader in readers:
             with cases.one():
@@ -478,12 +477,12 @@ def test_command_lines(cases, tmp_path, capsys):
         argv += {"flags": [], "--config": ["--config", str(path)], "--resume": ["--resume", str(tmp_path)]}[form]
         with cases.one():
             try:
-                config = configs.parse_args(argv)
+                config = arguments.parse_args(argv)
             except SystemExit:
                 asked = "--preset=list" in argv or ("--preset", "list") in pairwise(argv)
                 assert asked, "only --preset list ends the program"
                 return
-            again = configs.parse_args(shlex.split(configs.command_line(config))[2:])
+            again = arguments.parse_args(shlex.split(presets.command_line(config))[2:])
             own = ("data_csv_path", "image_base_dir") if config.demo else ()  # which the demo fills in
             base = TrainingConfig()
             assert again == replace(config, preset=None, **{name: getattr(base, name) for name in (*NOT_SAVED, *own)})
@@ -495,7 +494,7 @@ def test_command_lines(cases, tmp_path, capsys):
 # -- splits
 
 
-SPLITS = ((), data.FOLDS, ("train", "test"), (*data.FOLDS, "", "x"))
+SPLITS = ((), examples.FOLDS, ("train", "test"), (*examples.FOLDS, "", "x"))
 SHARES = st.floats(0.05, 0.5) | st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 
@@ -543,12 +542,12 @@ def test_splits(cases):
         cases.num += 1
         options = {"test_size": test_size, "val_size": val_size, "seed": seed, "part": part}
         labelled = [
-            data.Labelled(title=name, table=table, ranges={}, labels=b"")
+            examples.LabelledTable(title=name, table=table, ranges={}, labels=b"")
             for name, table in (("a", first), ("b", second))
         ]
         for given_sources in ([labelled[0]], labelled):
             with cases.one():
-                folds = data.place(given_sources, split_by, ("q", "c"), options)
+                folds = splits.assign_all_folds(given_sources, split_by, ("q", "c"), options)
                 for source, own in zip(given_sources, folds, strict=True):
                     check_split(source.table, own, split_by)
 
@@ -557,9 +556,9 @@ def test_splits(cases):
 
 def check_split(table: pd.DataFrame, folds: np.ndarray, split_by: str) -> None:
     """Every row is in one fold, each fold has rows, and what belongs together is together."""
-    assert len(folds) == len(table) and set(folds) <= set(data.FOLDS)
+    assert len(folds) == len(table) and set(folds) <= set(examples.FOLDS)
     if (table[["q", "c"]].notna()).any(axis=None):
-        assert set(folds) == set(data.FOLDS)
+        assert set(folds) == set(examples.FOLDS)
     if (table["split"] != "").any():
         kept = (folds == table["split"]) | ((table["split"] == "train") & (folds == "val"))
         assert kept.all(), "folds of the data's own are kept"
@@ -653,7 +652,7 @@ def test_image_bytes(cases, tmp_path):
         cases.num += 1
         path.write_bytes(content)
         with cases.one(most_mb=1500):
-            image = images.load_image(path if as_file else content, image_size)
+            image = decoding.load_image(path if as_file else content, image_size)
             assert image.mode == "RGB" and 0 < image.width * image.height <= 2 * Image.MAX_IMAGE_PIXELS
 
     cases.run("images", load)
@@ -694,29 +693,29 @@ def safetensors_files(draw: st.DrawFn, content: bytes) -> bytes:
 
 def test_checkpoints(cases, tmp_path):
     whole = tmp_path / "whole"
-    checkpoint.save_weights(whole, STATE, SCORER, lambda folder: None)
-    contents = {name: (whole / name).read_bytes() for name in (checkpoint.WEIGHTS_FILE, checkpoint.DESCRIPTION_FILE)}
-    weights = st.tuples(st.just(checkpoint.WEIGHTS_FILE), safetensors_files(contents[checkpoint.WEIGHTS_FILE]))
-    descriptions = st.tuples(st.just(checkpoint.DESCRIPTION_FILE), json_files(SCORER))
+    checkpoints.save_weights(whole, STATE, SCORER, lambda folder: None)
+    contents = {name: (whole / name).read_bytes() for name in (checkpoints.WEIGHTS_FILE, checkpoints.DESCRIPTION_FILE)}
+    weights = st.tuples(st.just(checkpoints.WEIGHTS_FILE), safetensors_files(contents[checkpoints.WEIGHTS_FILE]))
+    descriptions = st.tuples(st.just(checkpoints.DESCRIPTION_FILE), json_files(SCORER))
 
     odd_kind = b'{"a": {"dtype": "F\\n32", "shape": [1], "data_offsets": [0, 4]}}'
 
     @FUZZ
-    @example((checkpoint.WEIGHTS_FILE, struct.pack("<Q", len(odd_kind)) + odd_kind + bytes(4)))
+    @example((checkpoints.WEIGHTS_FILE, struct.pack("<Q", len(odd_kind)) + odd_kind + bytes(4)))
     @given(weights | weights | descriptions)
     def load(found):
         cases.num += 1
         name, content = found
         (whole / name).write_bytes(content)
-        for reader in (checkpoint.load_description, checkpoint.load_shapes):
+        for reader in (checkpoints.load_description, checkpoints.load_shapes):
             with cases.one():
                 reader(whole)
         with cases.one():
-            state, description = checkpoint.load_weights(whole)[1:]
+            state, description = checkpoints.load_weights(whole)[1:]
             assert description == SCORER and state.keys() == STATE.keys()
             assert all(torch.equal(state[key], STATE[key]) for key in STATE), "damage went unseen"
         with cases.one():
-            reading.weight_shapes(whole / checkpoint.WEIGHTS_FILE)
+            weight_shapes(whole / checkpoints.WEIGHTS_FILE)
         (whole / name).write_bytes(contents[name])
 
     cases.run("checkpoints", load)
@@ -747,8 +746,8 @@ def equal(a: Any, b: Any) -> bool:
 
 def test_training_states(cases, tmp_path):
     run = tmp_path / "run"
-    checkpoint.save_weights(run / checkpoint.BEST_DIR, STATE, SCORER, lambda folder: None)
-    states = checkpoint.StateFolder(run, keep=2)
+    checkpoints.save_weights(run / checkpoints.BEST_DIR, STATE, SCORER, lambda folder: None)
+    states = checkpoints.StateFolder(run, keep=2)
     saved = {1: {"step": 1, "weights": STATE}, 2: {"step": 2, "list": [1, None, {"a": np.zeros(2)}]}}
     states.save(1, 0, saved[1])
     states.save(2, 1, saved[2])
@@ -777,14 +776,14 @@ def test_training_states(cases, tmp_path):
             assert state is not None or not is_whole[0]
             assert not all(is_whole[1:]) or (state is not None and state["step"] == 2)
             if state is not None and state["step"] == 2:
-                assert equal(checkpoint.read_tensors(states.best)[0], STATE), "the best weights are back"
+                assert equal(read_tensors(states.best)[0], STATE), "the best weights are back"
             assert len(notes) == (2 if state is None else 2 - state["step"])
         for note in notes:
             check_message(note)
         with cases.one():
             tensors: dict[str, torch.Tensor] = {}
-            packed = json.loads(json.dumps(checkpoint.pack(value, "state", tensors)))
-            assert equal(checkpoint.unpack(packed, tensors), value)
+            packed = json.loads(json.dumps(pack(value, "state", tensors)))
+            assert equal(unpack(packed, tensors), value)
         for path, content in contents.items():
             path.unlink()
             path.write_bytes(content)
@@ -809,30 +808,30 @@ def finished_run(tmp_path_factory, demo_set) -> Path:
 def test_run_folders(cases, tmp_path, finished_run, capsys):
     whole = Path(shutil.copytree(finished_run, tmp_path / "runs"))
     first = whole / json.loads((whole / "summary.json").read_text())["runs"][0]
-    config = configs.parse_args(["--config", str(first / "config.json")])
+    config = arguments.parse_args(["--config", str(first / "config.json")])
 
     def shown() -> None:
-        run = report.read_run(first)
+        run = run_data.read_run(first)
         for task in run.tasks:
             run.pairs(task)
 
-    entry, entries = (lambda: report.read_entry(first, "a")), (lambda: report.read_entry(whole, "a"))
-    kept, seen = (lambda: protocol.finished_parts(whole, {first.name: config})), (lambda: evaluation.seen_by(first))
+    entry, entries = (lambda: comparison_page.read_entry(first, "a")), (lambda: comparison_page.read_entry(whole, "a"))
+    kept, seen = (lambda: protocol.finished_runs(whole, {first.name: config})), (lambda: seen_by(first))
     again = [
-        lambda flag=flag, path=path: configs.parse_args([flag, str(path)])
+        lambda flag=flag, path=path: arguments.parse_args([flag, str(path)])
         for flag, path in (("--config", first / "config.json"), ("--resume", first))
     ]
     readers: dict[Path, list[Callable[[], object]]] = {
         first / "config.json": [entry, kept, seen, *again],
-        first / "results.json": [entry, shown, kept, lambda: app.read_test_fold(first)],
+        first / "results.json": [entry, shown, kept, lambda: answers.read_test_fold(first)],
         first / "predictions.csv": [
             shown,
-            lambda: evaluation.prompts_seen_by(first),
-            lambda: compare.read_predictions(first),
+            lambda: prompts_seen_by(first),
+            lambda: comparison.read_predictions(first),
         ],
         first / "splits.csv": [shown, seen],
         first / "metrics.csv": [shown],
-        whole / "summary.json": [entries, lambda: compare.read_summary(whole)],
+        whole / "summary.json": [entries, lambda: summaries.read_summary(whole)],
         whole / "protocol.json": [entries],
     }
     contents = {path: path.read_bytes() for path in readers}
@@ -870,7 +869,7 @@ def test_run_folders(cases, tmp_path, finished_run, capsys):
 def test_descriptions(cases, tmp_path, finished_run):
     name = json.loads((finished_run / "summary.json").read_text())["runs"][0]
     best = Path(shutil.copytree(finished_run / name / "best", tmp_path / "best"))
-    path = best / checkpoint.DESCRIPTION_FILE
+    path = best / checkpoints.DESCRIPTION_FILE
 
     @FUZZ
     @given(changed(json.loads(path.read_text())))
@@ -878,6 +877,6 @@ def test_descriptions(cases, tmp_path, finished_run):
         cases.num += 1
         path.write_text(spelt(json.dumps(description)))
         with cases.one():
-            described.check_checkpoint(best)
+            models.check_checkpoint(best)
 
     cases.run("descriptions", check)

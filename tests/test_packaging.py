@@ -39,24 +39,30 @@ def imported_distributions(path: Path) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module)
-    ours = {module.stem for folder in (ROOT, path.parent) for module in folder.glob("*.py")}
+    ours = {module.stem for module in (*ROOT.glob("*.py"), *path.parent.glob("*.py"), *ROOT.glob("tests/**/*.py"))}
     ours |= {package.parent.name for package in ROOT.glob("*/__init__.py")} | {"tests", "tools"}
     roots = {name.split(".")[0] for name in names} - ours - set(sys.stdlib_module_names)
     return {canonicalize_name(DISTRIBUTIONS.get(root, root)) for root in roots}
 
 
 @pytest.mark.parametrize(
-    ("pattern", "requirements"),
+    ("places", "requirements"),
     [
-        ("*.py", "requirements-extra.txt"),
-        ("tools/*.py", "requirements.txt"),
-        ("tests/*.py", "requirements-dev.txt"),
+        (
+            ["*.py", *(f"{package.parent.name}/*.py" for package in ROOT.glob("*/__init__.py"))],
+            "requirements-extra.txt",
+        ),
+        (["tools/*.py", "bench/*.py"], "requirements.txt"),
+        (["tests/**/*.py"], "requirements-dev.txt"),
     ],
+    ids=["programs and rooms", "tools and benchmarks", "tests"],
 )
-def test_every_import_is_required(pattern: str, requirements: str) -> None:
+def test_every_import_is_required(places: list[str], requirements: str) -> None:
     asked = read_requirements(requirements).keys()
-    missing = {path.name: imported_distributions(path) - asked for path in ROOT.glob(pattern)}
-    missing = {name: distributions for name, distributions in missing.items() if distributions}
+    paths = [path for place in places for path in ROOT.glob(place)]
+    assert paths
+    missing = {path.relative_to(ROOT): imported_distributions(path) - asked for path in paths}
+    missing = {path: distributions for path, distributions in missing.items() if distributions}
     assert not missing, f"add to {requirements}: {missing}"
 
 
@@ -84,7 +90,7 @@ def test_continuous_integration_runs_tests_and_lint() -> None:
     script = ROOT / ".ci" / "run"
     commands = script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK)
-    for target in ("test", "lint", "audit"):
+    for target in ("test", "test-slow", "lint", "audit"):
         assert re.search(rf"^(step )?make {target}\b", commands, re.MULTILINE)
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 

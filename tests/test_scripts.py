@@ -1,4 +1,4 @@
-"""The shell scripts, whole, on a small set and the tiny model."""
+"""The shell scripts: which runs they make, and whole, on a small set and the tiny model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from configs import parse_args
+from guidance.arguments import parse_args
 
 
 @pytest.fixture
@@ -27,23 +27,13 @@ def small_agiqa(demo_set, tmp_path) -> Path:
     return root
 
 
-def test_the_reproduction_runs_every_model_and_split_and_prints_all_tables(small_agiqa, tmp_path):
-    flags = "--image_size 112 --epochs 1 --batch_size 16 --crops 1 --test_crops 1"
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "reproduce_agiqa3k.sh"), str(small_agiqa), "out", *shlex.split(flags)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHON": sys.executable, "REPEATS": "2", "MODELS": "tiny=none=22 tiny=assets=22"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("tiny-none", "tiny-assets"):
-        summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())
-        assert summary["runs"] == ["seed42", "seed43"]
-        assert f"== out/{name}\n2 runs, train " in done.stdout
-    comparison, published = done.stdout[done.stdout.rindex("difference in SROCC") :].split("Published")
-    assert "out/tiny-assets" in comparison and "IPCE" in published
+@pytest.fixture
+def at_once(tmp_path) -> dict[str, str]:
+    """Variables that let a script's runs be finished as soon as their flags are understood."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} {ROOT / "tests" / "finished_at_once.py"} "$@"\n')
+    python.chmod(0o755)
+    return {"PYTHON": str(python), "PYTHONPATH": str(ROOT)}
 
 
 def run_script(name: str, cwd: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,9 +48,9 @@ def run_script(name: str, cwd: Path, *flags: str, **environment: str) -> subproc
     )
 
 
-def small_flags(demo_set: tuple[Path, Path], cwd: Path) -> list[str]:
+def small_flags(demo_set: tuple[Path, Path]) -> list[str]:
     """Flags of a run that takes seconds."""
-    words = "--clip_model tiny --clip_pretrained assets --image_size 112 --batch_size 16 --epochs 1"
+    words = "--clip_model tiny --clip_pretrained assets --image_size 56 --batch_size 16 --epochs 1"
     return [*words.split(), "--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
 
 
@@ -82,38 +72,78 @@ SWEEPS = {  # script -> its variables, and the runs that they make, with an opti
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SWEEPS)
-def test_a_sweep_makes_its_runs_and_ends_with_one_table_of_them(name, demo_set, tmp_path):
-    variables, expected = SWEEPS[name]
-    flags = small_flags(demo_set, tmp_path)
-    done = run_script(name, tmp_path, *flags, OUT="runs/here", **variables)
-    assert done.returncode == 0, done.stderr
-    table = done.stdout[done.stdout.rindex("run folder:") :]
+def check_runs(place: Path, expected: dict[str, tuple[str, object]]) -> None:
+    """Each run is there, with the option that tells it from the others."""
     for run, (option, value) in expected.items():
-        assert json.loads((tmp_path / "runs" / "here" / run / "config.json").read_text())[option] == value
-        assert run in table
-    assert (tmp_path / "runs" / "here" / "comparison.html").is_file()
+        assert json.loads((place / run / "config.json").read_text())[option] == value
 
-    again = run_script(name, tmp_path, *flags, OUT="runs/here", **variables)
-    assert (
-        again.returncode == 0 and again.stdout.count("is finished") == len(expected) and "epoch 1" not in again.stdout
-    )
-    other = run_script(name, tmp_path, *flags, "--seed", "7", OUT="runs/here", **variables)
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_names_its_runs_makes_none_twice_and_mixes_none(name, tmp_path, at_once):
+    variables, expected = SWEEPS[name]
+    done = run_script(name, tmp_path, "--batch_size", "16", OUT="runs/here", **variables, **at_once)
+    assert done.returncode == 0, done.stderr
+    check_runs(tmp_path / "runs" / "here", expected)
+    assert done.stdout.splitlines()[-1].split()[2:] == [f"runs/here/{run}" for run in expected]
+
+    again = run_script(name, tmp_path, "--batch_size", "16", OUT="runs/here", **variables, **at_once)
+    assert again.returncode == 0 and again.stdout.count("is finished") == len(expected)
+    other = run_script(name, tmp_path, "--batch_size", "16", "--seed", "7", OUT="runs/here", **variables, **at_once)
     assert other.returncode == 2 and "OUT=" in other.stderr and "Traceback" not in other.stderr
 
 
 @pytest.mark.slow
-def test_a_mistake_does_not_stand_in_the_way_of_the_next_call(demo_set, tmp_path):
-    wrong = run_script("sweep_lr.sh", tmp_path, "--data_csv_pth", "x", OUT="runs/here", LRS="1e-3")
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_makes_its_runs_and_ends_with_one_table_of_them(name, demo_set, tmp_path):
+    variables, expected = SWEEPS[name]
+    done = run_script(name, tmp_path, *small_flags(demo_set), OUT="runs/here", **variables)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.rindex("run folder:") :]
+    check_runs(tmp_path / "runs" / "here", expected)
+    assert all(run in table for run in expected)
+    assert (tmp_path / "runs" / "here" / "comparison.html").is_file()
+
+
+def test_a_mistake_does_not_stand_in_the_way_of_the_next_call(tmp_path, at_once):
+    wrong = run_script("sweep_lr.sh", tmp_path, "--data_csv_pth", "x", OUT="runs/here", LRS="1e-3", **at_once)
     assert wrong.returncode == 2 and "did you mean --data_csv_path" in wrong.stderr
-    right = run_script("sweep_lr.sh", tmp_path, *small_flags(demo_set, tmp_path), OUT="runs/here", LRS="1e-3")
+    right = run_script("sweep_lr.sh", tmp_path, "--data_csv_path", "x", OUT="runs/here", LRS="1e-3", **at_once)
     assert right.returncode == 0, right.stderr
-    variables = {"OUT": "runs/two", "LAYERS": "23"}
+    variables = {"OUT": "runs/two", "LAYERS": "23", **at_once}
     for epochs, code in (("1 1", 0), ("1 2", 2)):
-        found = run_script("two_stage.sh", tmp_path, *small_flags(demo_set, tmp_path), EPOCHS=epochs, **variables)
+        found = run_script("two_stage.sh", tmp_path, "--data_csv_path", "x", EPOCHS=epochs, **variables)
         assert found.returncode == code, found.stderr
     assert "runs/two/stage-2 was made with" in found.stderr
+
+
+def test_the_reproduction_names_every_model_and_shows_each_and_all(tmp_path, at_once):
+    variables = {"REPEATS": "2", "MODELS": "tiny=none=22 tiny=assets=22", **at_once}
+    done = run_script("reproduce_agiqa3k.sh", tmp_path, "agiqa", "out", "--epochs", "1", **variables)
+    assert done.returncode == 0, done.stderr
+    check_runs(tmp_path / "out", {"tiny-none": ("repeats", 2), "tiny-assets": ("clip_pretrained", "assets")})
+    shown = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("run folder:")]
+    assert shown == [["out/tiny-none"], ["out/tiny-assets"], ["out/tiny-none", "out/tiny-assets"]]
+    assert "Published" in done.stdout and "IPCE" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_reproduction_runs_every_model_and_split_and_prints_all_tables(small_agiqa, tmp_path):
+    flags = "--image_size 56 --epochs 1 --batch_size 16 --crops 1 --test_crops 1"
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "reproduce_agiqa3k.sh"), str(small_agiqa), "out", *shlex.split(flags)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable, "REPEATS": "2", "MODELS": "tiny=none=22 tiny=assets=22"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("tiny-none", "tiny-assets"):
+        summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())
+        assert summary["runs"] == ["seed42", "seed43"]
+        assert f"== out/{name}\n2 runs, train " in done.stdout
+    comparison, published = done.stdout[done.stdout.rindex("difference in SROCC") :].split("Published")
+    assert "out/tiny-assets" in comparison and "IPCE" in published
 
 
 def test_the_ablation_crosses_freezing_heads_and_loss(tmp_path):

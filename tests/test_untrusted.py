@@ -26,21 +26,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-import app
-import backbones
 import baseline
-import checkpoint
-import compare
 import configs
-import data
-import evaluation
-import parts
 import predict
-import protocol
-import report
-import space
-import starting
-import tables
+from backbones import build, loading, names, weights
+from evaluation import comparison, protocol, summaries
+from finetune import initial_model
+from guidance import arguments
+from pages import run_data
+from serving import answers, scorer
+from sources.examples import prompt_keys
+from sources.seen import prompts_seen_by, seen_by
+from storage import chunks, tables, tensors
+from training import checkpoints
+from tuning import space
 
 TINY = ["--clip_model", "tiny", "--clip_pretrained", "none", "--image_size", "56", "--freeze_clip", "--epochs", "1"]
 FORMULAS = ("=1+1", "+1", "-1", "@a", "'=1", "plain")
@@ -154,14 +153,14 @@ def test_the_pickle_of_these_tests_does_make_its_file(tmp_path):
 def test_a_pickle_in_a_checkpoint_is_refused(best, evil, name):
     (best / name).parent.mkdir(exist_ok=True)
     (best / name).write_bytes(evil)
-    assert str(best) in refusal(predict.Scorer.load, best)
+    assert str(best) in refusal(scorer.Scorer.load, best)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin", ".ckpt", ""])
 def test_a_pickle_as_weights_is_refused(tmp_path, evil, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(evil)
-    assert str(path) in refusal(backbones.load_backbone, "ViT-B-32", str(path), image_size=224)
+    assert str(path) in refusal(loading.load_backbone, "ViT-B-32", str(path), image_size=224)
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +187,13 @@ IN_FOLDERS = {
 
 @pytest.mark.parametrize(("form", "name"), [(form, name) for form, names in IN_FOLDERS.items() for name in names])
 def test_a_pickle_in_the_folder_of_a_clip_is_refused(tmp_path, hf_folder, evil, asked, form, name):
-    source = hf_folder if form == "transformers" else backbones.TINY_DIR
+    source = hf_folder if form == "transformers" else names.TINY_DIR
     folder = Path(shutil.copytree(source, tmp_path / "clip"))
     if name.endswith(("bin", "pt", "pth")):
         for path in folder.glob("*.safetensors"):
             path.unlink()
     (folder / name).write_bytes(evil)
-    refusal(backbones.load_backbone, f"local-dir:{folder}", "openai", image_size=32)
+    refusal(loading.load_backbone, f"local-dir:{folder}", "openai", image_size=32)
     assert asked == []
 
 
@@ -217,8 +216,8 @@ def describe(best: Path, change: Callable[[dict[str, Any]], object]) -> None:
     found = json.loads(path.read_text())
     change(found)
     path.write_text(json.dumps(found))
-    state, _ = checkpoint.read_tensors(best / "model.safetensors")  # whose checksums anybody can compute
-    checkpoint.write_tensors(best / "model.safetensors", state, {"files": checkpoint.digests_of_files(best)})
+    state, _ = tensors.read_tensors(best / "model.safetensors")  # whose checksums anybody can compute
+    tensors.write_tensors(best / "model.safetensors", state, {"files": checkpoints.digests_of_files(best)})
 
 
 @pytest.mark.parametrize("asks", [{}, {"tokenizer_kwargs": {"trust_remote_code": True}}])
@@ -226,7 +225,7 @@ def describe(best: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_code_beside_a_tokenizer_is_not_run(best, tmp_path, asked, asks, name):
     bring_code(best / "tokenizer", tmp_path / "marker")
     describe(best, lambda found: found["clip"]["model_cfg"]["text_cfg"].update(**asks, **name))
-    assert str(best) in refusal(predict.Scorer.load, best)
+    assert str(best) in refusal(scorer.Scorer.load, best)
     assert not (tmp_path / "marker").exists() and asked == []
 
 
@@ -234,7 +233,7 @@ def test_code_beside_a_text_tower_is_not_run(best, tmp_path, asked):
     bring_code(best / "tokenizer", tmp_path / "marker")
     (best / "tokenizer" / "config.json").write_text(json.dumps({**CALLED_FOR, "model_type": "own"}))
     describe(best, lambda found: found["clip"]["model_cfg"]["text_cfg"].update(hf_model_name="own"))
-    assert "a text tower of type 'own'" in refusal(predict.Scorer.load, best)
+    assert "a text tower of type 'own'" in refusal(scorer.Scorer.load, best)
     assert not (tmp_path / "marker").exists() and asked == []
 
 
@@ -243,7 +242,7 @@ def test_code_in_the_folder_of_a_clip_is_not_run(tmp_path, hf_folder, asked):
     bring_code(folder, tmp_path / "marker")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **CALLED_FOR}))
-    refusal(backbones.load_backbone, str(folder), "openai", image_size=32)
+    refusal(loading.load_backbone, str(folder), "openai", image_size=32)
     assert not (tmp_path / "marker").exists() and asked == []
 
 
@@ -256,26 +255,26 @@ def test_a_description_fetches_nothing(best, asked, monkeypatch, key, name):
     monkeypatch.chdir(best.parent)  # where "best/tokenizer" could be the name of a repository
     describe(best, lambda found: found["clip"]["model_cfg"]["text_cfg"].update({key: name}))
     if key == "hf_model_name":
-        assert "no text tower" in refusal(predict.Scorer.load, Path("best"))
+        assert "no text tower" in refusal(scorer.Scorer.load, Path("best"))
     else:
-        predict.Scorer.load(Path("best"))  # with the tokenizer that was saved, which here is open_clip's own
+        scorer.Scorer.load(Path("best"))  # with the tokenizer that was saved, which here is open_clip's own
     assert asked == []
 
 
 @pytest.mark.parametrize("name", ["hf-hub:timm/resnet18", "hf_hub:timm/resnet18", "timm/resnet18", "local-dir:/", 3])
 def test_an_image_tower_from_elsewhere_is_refused(best, asked, name):
     describe(best, lambda found: found["clip"]["model_cfg"]["vision_cfg"].update(timm_model_name=name))
-    refusal(predict.Scorer.load, best)
+    refusal(scorer.Scorer.load, best)
     assert asked == []
 
 
 @pytest.mark.parametrize("part", [{"hf_model_name": "org/tower"}, {"hf_tokenizer_name": "org/tokens"}])
 def test_the_config_of_a_folder_fetches_nothing(tmp_path, asked, part):
-    folder = Path(shutil.copytree(backbones.TINY_DIR, tmp_path / "clip"))
+    folder = Path(shutil.copytree(names.TINY_DIR, tmp_path / "clip"))
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"].update(part)
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    refusal(backbones.load_backbone, f"local-dir:{folder}", "openai", image_size=56)
+    refusal(loading.load_backbone, f"local-dir:{folder}", "openai", image_size=56)
     assert asked == []
 
 
@@ -306,29 +305,29 @@ HOSTILE_JSON = {
 
 
 def finished(folder: Path) -> Any:
-    config = configs.parse_args(["--demo"])
-    return protocol.finished_parts(folder.parent, {folder.name: config})
+    config = arguments.parse_args(["--demo"])
+    return protocol.finished_runs(folder.parent, {folder.name: config})
 
 
 def part_of(folder: Path) -> None:
-    parts.Parts(folder / "x.csv", {"a": 1}).check()
+    chunks.Chunks(folder / "x.csv", {"a": 1}).check()
 
 
 # What reads a file of a run, and where it is.
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "scorer.json": ("best/scorer.json", predict.Scorer.load),
-    "--config": ("config.json", lambda folder: configs.load_options(folder / "config.json")),
+    "scorer.json": ("best/scorer.json", scorer.Scorer.load),
+    "--config": ("config.json", lambda folder: arguments.load_options(folder / "config.json")),
     "--space": ("space.json", lambda folder: space.read_space(folder / "space.json", frozenset())),
-    "report, config": ("config.json", report.read_run),
-    "report, results": ("results.json", report.read_run),
-    "summary": ("summary.json", compare.read_summary),
+    "report, config": ("config.json", run_data.read_run),
+    "report, results": ("results.json", run_data.read_run),
+    "summary": ("summary.json", summaries.read_summary),
     "finished parts, config": ("config.json", finished),
     "finished parts, results": ("results.json", finished),
-    "seen by": ("config.json", evaluation.seen_by),
+    "seen by": ("config.json", seen_by),
     "job": (".x.csv.parts/job.json", part_of),
-    "page": ("results.json", lambda folder: app.read_test_fold(folder)),
-    "open_clip": ("clip/open_clip_config.json", lambda folder: backbones.from_folder(folder / "clip")),
-    "transformers": ("clip/config.json", lambda folder: backbones.from_folder(folder / "clip")),
+    "page": ("results.json", lambda folder: answers.read_test_fold(folder)),
+    "open_clip": ("clip/open_clip_config.json", lambda folder: names.from_folder(folder / "clip")),
+    "transformers": ("clip/config.json", lambda folder: names.from_folder(folder / "clip")),
 }
 
 
@@ -355,10 +354,10 @@ def test_a_pipe_in_a_run_is_not_waited_for(run, tmp_path, name):
     folder = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("figures", "*.html")))
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    readers = {"best/model.safetensors": predict.Scorer.load, "splits.csv": evaluation.seen_by}
-    refusal(readers.get(name, report.read_run), folder)
+    readers = {"best/model.safetensors": scorer.Scorer.load, "splits.csv": seen_by}
+    refusal(readers.get(name, run_data.read_run), folder)
     if name == "predictions.csv":
-        refusal(compare.read_predictions, folder)
+        refusal(comparison.read_predictions, folder)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -400,7 +399,7 @@ def test_a_description_with_any_part_changed_loads_or_is_refused_in_a_line(best,
         part = part[key]
     part[place[-1]] = data.draw(st.sampled_from(ODD))
     (best / "scorer.json").write_text(json.dumps(found))
-    told(predict.Scorer.load, best)
+    told(scorer.Scorer.load, best)
 
 
 # -- weights
@@ -447,17 +446,17 @@ def entry(**changes: Any) -> dict[str, Any]:
 )
 def test_hostile_weights_are_refused(best, content):
     (best / "model.safetensors").write_bytes(content)
-    assert str(best) in refusal(predict.Scorer.load, best)
+    assert str(best) in refusal(scorer.Scorer.load, best)
     path = best.parent / "w.safetensors"
     path.write_bytes(content)
-    assert str(path) in refusal(backbones.read_weights, path) or content == safetensors({}, b"")
+    assert str(path) in refusal(weights.read_weights, path) or content == safetensors({}, b"")
 
 
 def test_weights_of_another_kind_of_number_load_or_are_refused(best):
-    state = checkpoint.load_weights(best)[1]
+    state = checkpoints.load_weights(best)[1]
     for dtype in (torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64):
         save_file({name: value.to(dtype) for name, value in state.items()}, best / "model.safetensors")
-        told(predict.Scorer.load, best)
+        told(scorer.Scorer.load, best)
 
 
 def used() -> int:
@@ -493,9 +492,9 @@ BOMBS: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_description_of_far_more_than_the_weights_is_refused_before_memory_is_taken(best, bomb):
     describe(best, BOMBS[bomb])
     before = used()
-    assert str(best) in refusal(predict.Scorer.load, best)
+    assert str(best) in refusal(scorer.Scorer.load, best)
     config = configs.TrainingConfig(demo=True, init_from=str(best))
-    assert str(best) in refusal(starting.load_first_stage, config, Namespace())
+    assert str(best) in refusal(initial_model.load_first_stage, config, Namespace())
     assert used() - before < 300e6
 
 
@@ -504,12 +503,12 @@ def test_a_description_of_far_more_than_the_weights_is_refused_before_memory_is_
 )
 @pytest.mark.parametrize("pretrained", ["openai", "none"])
 def test_the_config_of_a_folder_is_held_against_its_weights_too(tmp_path, key, value, pretrained):
-    folder = Path(shutil.copytree(backbones.TINY_DIR, tmp_path / "clip"))
+    folder = Path(shutil.copytree(names.TINY_DIR, tmp_path / "clip"))
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"][key] = value
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     before = used()
-    refusal(backbones.load_backbone, f"local-dir:{folder}", pretrained, image_size=56)
+    refusal(loading.load_backbone, f"local-dir:{folder}", pretrained, image_size=56)
     assert used() - before < 300e6
 
 
@@ -520,7 +519,7 @@ def test_so_is_one_in_transformers_form(tmp_path, hf_folder, part):
     config["text_config"].update(part)
     (folder / "config.json").write_text(json.dumps(config))
     before = used()
-    refusal(backbones.load_backbone, str(folder), "openai", image_size=32)
+    refusal(loading.load_backbone, str(folder), "openai", image_size=32)
     assert used() - before < 300e6
 
 
@@ -529,11 +528,11 @@ def test_weights_that_unpack_to_more_than_they_are_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "w.pt", "w", 8) as packed:
         for item in plain.infolist():
             packed.writestr(item.filename, plain.read(item))
-    assert "a compressed archive" in refusal(backbones.read_weights, tmp_path / "w.pt")
+    assert "a compressed archive" in refusal(weights.read_weights, tmp_path / "w.pt")
     torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "v.pt")
-    assert "claims 1000000000 values" in refusal(backbones.read_weights, tmp_path / "v.pt")
+    assert "claims 1000000000 values" in refusal(weights.read_weights, tmp_path / "v.pt")
     torch.save({"a": "text"}, tmp_path / "t.pt")
-    assert "is no named tensor" in refusal(backbones.read_weights, tmp_path / "t.pt")
+    assert "is no named tensor" in refusal(weights.read_weights, tmp_path / "t.pt")
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "convnext_base", "ViT-B-16-SigLIP"])
@@ -541,11 +540,11 @@ def test_what_open_clip_builds_is_not_larger_than_its_own_weights(name):
     config = {"model_cfg": open_clip.get_model_config(name)}
     size = config["model_cfg"]["vision_cfg"]["image_size"]
     with torch.device("meta"):
-        clip = backbones.build_clip(json.loads(json.dumps(config)), image_size=size)
+        clip = build.build_clip(json.loads(json.dumps(config)), image_size=size)
     shapes = {key: tuple(value.shape) for key, value in clip.state_dict().items()}
-    backbones.check_size(config, name, shapes, image_size=size)
+    build.check_size(config, name, shapes, image_size=size)
     config["model_cfg"]["embed_dim"] *= 1000
-    refusal(backbones.check_size, config, name, shapes, image_size=size)
+    refusal(build.check_size, config, name, shapes, image_size=size)
 
 
 # -- tables and terminals
@@ -557,12 +556,12 @@ def test_names_and_prompts_that_begin_as_formulas_go_through_a_run(run, module_d
         raw = pd.read_csv(run / file, dtype=str, keep_default_na=False)
         assert not raw.apply(lambda column: column.str.match(r"[=+@\t\r]|-[^\d]")).any(axis=None)
         assert set(raw["name"]) != names
-    found = report.read_run(run)
+    found = run_data.read_run(run)
     assert set(found.files) == names == set(found.predictions["name"])
     assert {prompt[0] for prompt in found.predictions["prompt"]} == {"=", "+", "-", "@", "'", "p"}
-    assert set(compare.read_predictions(run).index) < names
-    seen = evaluation.prompts_seen_by(run)
-    assert seen and seen <= set(data.prompt_keys(found.predictions))
+    assert set(comparison.read_predictions(run).index) < names
+    seen = prompts_seen_by(run)
+    assert seen and seen <= set(prompt_keys(found.predictions))
     baseline.main([*module_dataset, *TINY, "--split_file", str(run / "splits.csv"), "--dry_run"])
     out = tmp_path / "scores.csv"
     csv, folder = module_dataset[1], module_dataset[3]

@@ -18,8 +18,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import baseline  # noqa: E402  (the repository root has to be on the path first)
-import metrics  # noqa: E402
+import baseline  # noqa: E402
+from evaluation import metrics  # noqa: E402
 
 MEASURES = ("srocc_q", "plcc_q", "srocc_c", "plcc_c", "main")
 

@@ -32,7 +32,7 @@ from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import demo  # noqa: E402  (the repository root has to be on the path first)
+from sources import demo  # noqa: E402
 
 FOLDER = ROOT / "assets" / "tiny-clip"
 SEED = 20_000  # the demo draws with seed 0

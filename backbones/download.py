@@ -1,0 +1,34 @@
+"""What may need a network: fetched, or refused in one line that names the ways without one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
+
+OFFLINE_WAYS = (
+    "Without a network: --clip_model local-dir:FOLDER (open_clip or transformers form), --clip_pretrained WEIGHTS_FILE "
+    "(OpenAI's need a -quickgelu model name), or --clip_model tiny --clip_pretrained assets"
+)
+
+
+def download(what: str, fetch: Callable[[], Any]) -> Any:
+    """Run what may need a network; any failure becomes one line that names the ways without one."""
+    noisy = logging.getLogger("huggingface_hub")
+    level = noisy.level
+    noisy.setLevel(logging.CRITICAL)  # its retries are told in our one line
+    try:
+        return fetch()
+    except Exception as error:  # hub, HTTP and socket errors share no base; the cause is kept
+        raise ValueError(f"cannot get {what}: {first_line(error)}. {OFFLINE_WAYS}") from error
+    finally:
+        noisy.setLevel(level)
+
+
+def first_line(error: Exception, *, skip: int = 0) -> str:
+    """The first telling line of an error's message, cut where it is long; `skip` leaves out lines of mere title."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[min(skip, len(lines) - 1)] if lines else type(error).__name__
+    return line.rstrip(".") if len(line) <= 160 else line[:157] + "..."

@@ -1,0 +1,200 @@
+"""The two towers of a CLIP in stages: entered, left and cached between any two blocks.
+
+Shapes: B images, P distinct prompts, N tokens, D tower width, E embedding, S pixels per side.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from open_clip import CustomTextCLIP
+from open_clip.transformer import (
+    PatchDropout,
+    QuickGELU,
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+    text_global_pool,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# What follows a tower's last block, in open_clip's, timm's and Hugging Face's towers.
+TOP = "ln_post|ln_final|proj|text_projection|head|norm|fc_norm|attn_pool|attnpool"
+
+
+def trims_exactly(text: nn.Module) -> bool:
+    """Whether padding after the end token cannot matter: causal attention and pooling at the end token."""
+    return (
+        isinstance(text, TextTransformer)
+        and text.attn_mask is not None
+        and text.cls_emb is None
+        and not text.use_pad_mask
+        and text.pool_type in ("argmax", "eos")
+    )
+
+
+def staged_blocks(tower: nn.Module) -> Sequence[nn.Module]:
+    """The blocks between which a tower can be entered; none if it is of a kind that can only be run as a whole."""
+    if isinstance(tower, VisionTransformer) or trims_exactly(tower):
+        transformer = cast(Any, tower).transformer
+        return transformer.resblocks if transformer.batch_first else ()
+    return ()
+
+
+def num_stages(tower: nn.Module) -> int:
+    """Stages of a tower: each block is one, the first with the embeddings; the last is pooling and projection."""
+    return len(staged_blocks(tower)) + 1
+
+
+def activation_bytes(tower: nn.Module, dtype: torch.dtype) -> float:
+    """About how many bytes the trained blocks of an image tower keep for the backward pass of one image; 0 if unknown.
+
+    A block keeps about 17 values for each of N tokens and D channels where attention is fused: what enters its two
+    norms, four projections and activation (two of them 4 D wide), and queries, keys and values. QuickGELU, being two
+    operations, keeps 4 more. Under autocast norms see float32, which is a tenth more than this.
+    """
+    blocks = [block for block in staged_blocks(tower) if any(p.requires_grad for p in block.parameters())]
+    if not blocks:
+        return 0
+    num_tokens, width = cast(Any, tower).positional_embedding.shape
+    num_values = 21 if any(isinstance(part, QuickGELU) for part in blocks[0].modules()) else 17
+    return num_values * len(blocks) * num_tokens * width * dtype.itemsize
+
+
+def stage_of(name: str, depth: int) -> int:
+    """The stage (from 0) of a parameter, by its name within a tower that can be entered between `depth` blocks."""
+    if depth == 0 or re.match(rf"({TOP})\b", name):
+        return depth
+    block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
+    return int(block[1]) if block else 0
+
+
+def frozen_stages(tower: nn.Module) -> int:
+    """How many stages in front have nothing to train and nothing random: what leaves them never changes."""
+    depth = len(staged_blocks(tower))
+    trained = [stage_of(name, depth) for name, parameter in tower.named_parameters() if parameter.requires_grad]
+    if trained and isinstance(getattr(tower, "patch_dropout", None), PatchDropout):
+        return 0
+    return min(trained, default=depth + 1)
+
+
+def stage_state(tower: nn.Module, num: int) -> dict[str, Tensor]:
+    """Weights and buffers of the first `num` stages."""
+    depth = len(staged_blocks(tower))
+    return {name: value for name, value in tower.state_dict().items() if stage_of(name, depth) < num}
+
+
+def run_image(visual: Any, x: Tensor, start: int, stop: int) -> Tensor:
+    """Take images from the entry of stage `start` to that of `stop`; behind the last stage lie unit vectors (B, E).
+
+    Between blocks there are tokens (B, N, D); behind the last block only the pooled one, (B, D), where there is one.
+    """
+    if start == stop:
+        return x
+    blocks = staged_blocks(visual)
+    if not blocks:
+        return F.normalize(visual(x).float(), dim=-1)
+    if start == 0:
+        x = visual._embeds(x)
+    pooled_at_B = torch.zeros(len(x), dtype=torch.long, device=x.device) if pools_one_token(visual) else None
+    x = run_blocks(visual.transformer, x, start, stop, pooled_at_B=pooled_at_B)
+    if stop <= len(blocks):
+        return x
+    pooled_BD, _ = visual._pool(x if x.ndim == 3 else x[:, None])
+    return F.normalize((pooled_BD if visual.proj is None else pooled_BD @ visual.proj).float(), dim=-1)
+
+
+def run_text(text: Any, x: Tensor, tokens_PN: Tensor | None, start: int, stop: int) -> Tensor:
+    """As `run_image`, for prompts cut to N tokens of which none follows the last end token."""
+    if start == stop:
+        return x
+    blocks = staged_blocks(text)
+    if not blocks:
+        return F.normalize(text(x).float(), dim=-1)
+    assert tokens_PN is not None
+    end_P = text_global_pool(places_like(tokens_PN), tokens_PN, text.pool_type, text.eos_id)
+    if start == 0:
+        x = text.token_embedding(x) + text.positional_embedding[: x.shape[1]]
+    mask = text.attn_mask[: tokens_PN.shape[1], : tokens_PN.shape[1]]
+    pooled_at_P = end_P if pools_one_token(text) else None
+    x = run_blocks(text.transformer, x, start, stop, mask=mask, pooled_at_B=pooled_at_P)
+    if stop <= len(blocks):
+        return x
+    x = text.ln_final(x)
+    pooled_PD = x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), end_P]
+    if isinstance(text.text_projection, nn.Linear):
+        pooled_PD = text.text_projection(pooled_PD)
+    elif text.text_projection is not None:
+        pooled_PD = pooled_PD @ text.text_projection
+    return F.normalize(pooled_PD.float(), dim=-1)
+
+
+def places_like(tokens_PN: Tensor) -> Tensor:
+    """(P, N) of the numbers 0..N-1."""
+    return torch.arange(tokens_PN.shape[1], device=tokens_PN.device).expand_as(tokens_PN)
+
+
+def pools_one_token(tower: Any) -> bool:
+    """Whether of the last block's output a single token is looked at, so that the block need not compute the others."""
+    if type(staged_blocks(tower)[-1]) is not ResidualAttentionBlock:
+        return False
+    return not isinstance(tower, VisionTransformer) or (tower.pool_type == "tok" and tower.attn_pool is None)
+
+
+def run_blocks(
+    transformer: Any,
+    x_BND: Tensor,
+    start: int,
+    stop: int,
+    *,
+    mask: Tensor | None = None,
+    pooled_at_B: Tensor | None = None,
+) -> Tensor:
+    """Blocks `start` to `stop` of a transformer, recomputed in the backward pass if it is set so.
+
+    Args:
+        mask: (N, N) added to the attention's logits.
+        pooled_at_B: where the one token stands that is used of the last block's output, if there is one.
+
+    Returns:
+        (B, N, D); behind the last block (B, D) with `pooled_at_B`.
+    """
+    depth = len(transformer.resblocks)
+    step: Any
+    arguments: list[Any]
+    for number in range(start, min(stop, depth)):
+        block = transformer.resblocks[number]
+        if number == depth - 1 and pooled_at_B is not None:
+            step, arguments = run_last_block, [block, x_BND, pooled_at_B, mask]
+        else:
+            step, arguments = block, [x_BND, None, None, mask]
+        if transformer.grad_checkpointing and torch.is_grad_enabled():
+            x_BND = checkpoint(step, *arguments, use_reentrant=False)
+        else:
+            x_BND = step(*arguments)
+    return x_BND
+
+
+def run_last_block(block: Any, x_BND: Tensor, pooled_at_B: Tensor, mask: Tensor | None) -> Tensor:
+    """One token of a block's output, (B, D): attention looks from it at all tokens, everything else is for it alone."""
+    rows = torch.arange(len(x_BND), device=x_BND.device)
+    normed_BND = block.ln_1(x_BND)
+    if mask is not None:  # (N, N) -> a row for each image and attention head
+        mask = mask[pooled_at_B][:, None].repeat_interleave(block.attn.num_heads, dim=0)
+    attended_B1D = block.attention(normed_BND[rows, pooled_at_B][:, None], normed_BND, normed_BND, attn_mask=mask)
+    x_B1D = x_BND[rows, pooled_at_B][:, None] + block.ls_1(attended_B1D)
+    return (x_B1D + block.ls_2(block.mlp(block.ln_2(x_B1D))))[:, 0]
+
+
+def compile_blocks(clip: CustomTextCLIP) -> None:
+    """Compile each transformer block by itself: blocks of equal shape share the work, weights keep their names."""
+    # Both towers share one count: training or not, with gradient or not, and shapes, each make a variant.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for tower, dynamic in ((clip.visual, None), (clip.text, True)):  # the number and length of prompts changes
+        for block in staged_blocks(tower):
+            block.compile(dynamic=dynamic)

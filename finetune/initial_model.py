@@ -1,0 +1,139 @@
+"""The model that a run starts from: CLIP with heads on it, frozen as asked."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import models
+from backbones import freezing, loading, names, weights
+from cli.memo import NO_MEMO, DecidedBy, Memo
+from configs import TrainingConfig
+from finetune import feed
+from sources.examples import Examples, LabelScale
+from sources.seen import seen_by
+from training import checkpoints
+
+# What decides the CLIP that is loaded.
+LOADED_BY = DecidedBy(others=("clip_model", "clip_pretrained", "image_size", "seed"))
+
+
+def start_model(
+    config: TrainingConfig, examples: Examples, memo: Memo
+) -> tuple[loading.Backbone, models.ScoreModel, dict[str, Any]]:
+    """CLIP with heads, frozen as asked, and the arguments that `models.build_model` builds it again from.
+
+    Raises:
+        ValueError: an unknown or unfitting backbone, checkpoint or number of layers.
+    """
+    if config.init_from:
+        backbone, model, arguments = load_first_stage(config, examples)
+    else:
+        backbone = load_clip(config, memo)
+        arguments = model_arguments(config, backbone.embed_dim)
+        model = models.build_model(backbone.clip, **arguments)
+    if config.lora_rank:
+        freezing.add_lora(model.clip, config.lora_rank, num_layers=config.stages[0][0])
+    freeze(config, model, examples, config.stages[0][0])
+    return backbone, model, arguments
+
+
+def load_clip(config: TrainingConfig, memo: Memo) -> loading.Backbone:
+    """The CLIP that the options name. Raises ValueError."""
+
+    def load() -> tuple[loading.Backbone, Tensor]:
+        backbone = loading.load_backbone(config.clip_model, config.clip_pretrained, image_size=config.image_size)
+        return backbone, torch.get_rng_state()
+
+    backbone, random_state = memo.value("CLIP", LOADED_BY.values(config), load)
+    if memo is NO_MEMO:
+        return backbone
+    torch.set_rng_state(random_state)  # loading draws from it, and the heads are drawn next
+    return replace(backbone, clip=copy.deepcopy(backbone.clip))
+
+
+def load_first_stage(
+    config: TrainingConfig, examples: Examples
+) -> tuple[loading.Backbone, models.ScoreModel, dict[str, Any]]:
+    """CLIP and heads of an earlier run, as `start_model` returns them.
+
+    Raises:
+        ValueError: its heads are not those asked for, or it was trained on images that are now to be tested on.
+    """
+    models.check_checkpoint(Path(str(config.init_from)))
+    folder, state, description = checkpoints.load_weights(Path(str(config.init_from)))
+    backbone = loading.rebuild_backbone(description["clip"], folder, image_size=config.image_size)
+    arguments = model_arguments(config, backbone.embed_dim)
+    free = {"dropout", "predict_rationale", "task_gradients", "global_view"}  # none changes what the other weights mean
+    for name, value in description["model"].items():
+        if name not in free and value != arguments[name]:
+            raise ValueError(f"--init_from {folder}: has {name} {value}, not {arguments[name]}; use the same flags")
+    scales = {task: LabelScale(**scale) for task, scale in description["scales"].items()}
+    if scales != examples.scales:
+        note = f"scores of --init_from lie on {scales}, those of this data on {examples.scales}"
+        backbone = replace(backbone, notes=(*backbone.notes, note))
+    seen = seen_by(folder)
+    if seen is None:
+        note = f"--init_from {folder} does not tell which images it has seen: they may be among those tested on"
+        backbone = replace(backbone, notes=(*backbone.notes, note))
+    leaked = [row for row in examples.rows("test") if seen and examples.files[row].digest in seen]
+    if leaked:
+        raise ValueError(
+            f"--init_from {folder}: {len(leaked)} images of the test fold were trained or selected on there; "
+            "use the same --seed, --test_size, --val_size and --split_by, or its splits.csv as --split_file"
+        )
+    model = models.build_model(backbone.clip, **arguments)
+    clip_state = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
+    weights.load_state(backbone.clip, clip_state, str(folder))
+    heads = {key: value for key, value in state.items() if key.startswith(("heads.", "extra."))}
+    model.load_state_dict(heads, strict=False)
+    return backbone, model, arguments
+
+
+def model_arguments(config: TrainingConfig, embed_dim: int) -> dict[str, Any]:
+    """The arguments of `models.build_model`, as JSON values."""
+    sizes = {"layers": config.refinement_layers, "heads": config.refinement_heads, "dim": config.refinement_dim}
+    return {
+        "embed_dim": embed_dim,
+        "residual": config.use_residual_learning,
+        "scale_q": config.residual_scale_q,
+        "scale_c": config.residual_scale_c,
+        "hidden_q": config.hidden_dim_q,
+        "hidden_c": config.hidden_dim_c,
+        "dropout": config.dropout,
+        "refinement": sizes if config.use_refinement else None,
+        "predict_rationale": config.use_explanations,
+        "extra": config.extra_score_names,
+        "prompt_levels": config.prompt_levels,
+        "global_view": config.global_view,
+        "task_gradients": config.task_gradients,
+    }
+
+
+def freeze(config: TrainingConfig, model: models.ScoreModel, examples: Examples, num_layers: int | None) -> None:
+    """Freeze what is not to be trained while `num_layers` are frozen; the text tower where no score uses it."""
+    if not config.lora_rank:
+        freezing.freeze_backbone(model.clip, everything=config.freeze_clip, num_layers=num_layers)
+    if not feed.uses_texts(config, examples):
+        model.clip.text.requires_grad_(False)
+
+
+def num_blocks(config: TrainingConfig) -> int | None:
+    """Depth of the image tower that the options name; None if it is not made of such blocks. Raises ValueError."""
+    if config.init_from:
+        clip = checkpoints.load_description(Path(config.init_from))["clip"]
+    else:
+        clip = names.resolve(config.clip_model, config.clip_pretrained).config
+    layers = clip["model_cfg"]["vision_cfg"].get("layers")
+    return layers if isinstance(layers, int) else None
+
+
+def origin(config: TrainingConfig) -> str:
+    """Where the weights come from, in words."""
+    own = config.clip_model.partition(":")[1] and config.clip_pretrained != "none"
+    return config.init_from or f"{config.clip_model} ({'its own weights' if own else config.clip_pretrained})"

@@ -1,0 +1,173 @@
+"""The command lines of predict.py and app.py, checked without torch: mistakes answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from cli.options import split_list
+from cli.parser import OneLineParser
+from configs import DATASET_NAMES, OPTIONS, check_dataset_name
+
+PILLOW_MAX_PIXELS = 178_956_970  # above which Pillow itself refuses an image
+
+
+def build_predict_parser() -> argparse.ArgumentParser:
+    """The command line of predict.py."""
+    parser = OneLineParser(
+        prog="predict.py",
+        usage="python predict.py --checkpoint RUN/best (IMAGE... | --csv FILE | --image_dir DIR) [flags]\n"
+        "       python predict.py --checkpoint RUN --evaluate (--csv FILE | --dataset NAME --data_root DIR) [flags]",
+        description="Score images with a trained run, in the MOS units of its training data.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="RUN/best, or RUN itself; several times with --evaluate",
+    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
+    parser.add_argument("--prompt", metavar="TEXT", help="what the images should show; without it: quality alone")
+    parser.add_argument("--csv", metavar="FILE", help="table of image names and prompts")
+    parser.add_argument("--image_dir", metavar="DIR", help="folder of the CSV's names; alone: score all images in it")
+    parser.add_argument(
+        "--follow_links", action="store_true", help="also take images through links that leave --image_dir"
+    )
+    parser.add_argument("--name_column", default="name", metavar="COLUMN", help="(default: name)")
+    parser.add_argument("--prompt_column", default="prompt", metavar="COLUMN", help="(default: prompt)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write name,pred_quality,pred_align (or the table of --evaluate) there"
+    )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="compare with the human scores of --csv or --dataset, on images that the run has not seen",
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME[,NAME]",
+        help=f"with --evaluate: data sets as downloaded ({', '.join(DATASET_NAMES)})",
+    )
+    parser.add_argument("--data_root", metavar="DIR[,DIR]", help="folder of each --dataset")
+    parser.add_argument("--group_column", metavar="COLUMN", help="with --evaluate: CSV column naming the generator")
+    for name in ("quality_column", "consistency_column"):
+        default = OPTIONS[name].default
+        parser.add_argument(
+            f"--{name}", default=default, metavar="COLUMN", help=f"with --evaluate (default: {default})"
+        )
+    parser.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
+    parser.add_argument(
+        "--chunk_size", type=int, default=4096, help="rows at a time that --out keeps if stopped (default: 4096)"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, help="threads that decode images (default: one per core, at most 16)"
+    )
+    parser.add_argument(
+        "--device", choices=OPTIONS["device"].metadata["choices"], default="auto", help="(default: auto)"
+    )
+    return parser
+
+
+def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of predict.py -> checked options.
+
+    Raises:
+        ValueError: an unknown flag, a value that breaks its rule, or not exactly one source of images.
+    """
+    args = build_predict_parser().parse_args(argv)
+    for name in ("batch_size", "num_workers"):
+        OPTIONS[name].check(getattr(args, name))
+    if args.chunk_size < 1:
+        raise ValueError(f"--chunk_size {args.chunk_size}: must be at least 1")
+    args.checkpoints, args.checkpoint = args.checkpoint, args.checkpoint[0]
+    check_evaluation(args)
+    if args.images and (args.csv or args.image_dir):
+        raise ValueError(f"{args.images[0]}: image files or {'--csv' if args.csv else '--image_dir'}, not both")
+    if not (args.images or args.csv or args.image_dir or args.evaluate):
+        raise ValueError("no images to score: give IMAGE..., --csv FILE or --image_dir DIR; see --help")
+    if args.csv and args.prompt is not None:
+        raise ValueError("--prompt: the prompts come from --csv, drop one of the two")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+        raise ValueError(f"--out {args.out}: must be a file in a folder that exists")
+    if not args.out and not args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several processes need --out FILE: each scores a part of it")
+    return args
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
+    """Rules around --evaluate. Raises ValueError."""
+    names, roots = split_list(args.dataset), split_list(args.data_root)
+    if not args.evaluate:
+        if len(args.checkpoints) > 1 or names or roots:
+            raise ValueError(f"{'--dataset' if names or roots else 'several --checkpoint'}: works with --evaluate only")
+        return
+    if args.images or not (args.csv or names):
+        raise ValueError("--evaluate: needs human scores: --csv FILE or --dataset NAME --data_root DIR, and no IMAGE")
+    for name in names:
+        check_dataset_name(name, *DATASET_NAMES)
+    if len(names) != len(roots):
+        raise ValueError(f"--data_root: has {len(roots)} folder(s) for {len(names)} --dataset; give one for each")
+    if args.prompt is not None:
+        raise ValueError("--prompt: the prompts come with the human scores, drop it")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--evaluate: runs in one process; leave torchrun out")
+
+
+def build_app_parser() -> argparse.ArgumentParser:
+    """The command line of app.py."""
+    parser = OneLineParser(
+        prog="app.py",
+        usage="python app.py --checkpoint RUN/best [flags]",
+        description="Serve a page on this machine that scores images with a trained run and shows where it looked. "
+        "What is uploaded stays here and is deleted when the page ends.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="RUN/best, or RUN itself")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; 0.0.0.0 lets other machines in, without a password (default: 127.0.0.1, this one only)",
+    )
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
+    parser.add_argument(
+        "--device", choices=OPTIONS["device"].metadata["choices"], default="auto", help="(default: auto)"
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=50_000_000,
+        metavar="N",
+        help="images with more are refused before they are decoded (default: 50000000)",
+    )
+    return parser
+
+
+def parse_app_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line of app.py -> checked options.
+
+    Raises:
+        ValueError: an unknown flag, a value that breaks its rule, no checkpoint, or an address that cannot be used.
+    """
+    args = build_app_parser().parse_args(argv)
+    if not 1 <= args.max_pixels <= PILLOW_MAX_PIXELS:
+        raise ValueError(f"--max_pixels {args.max_pixels}: must lie in 1..{PILLOW_MAX_PIXELS}, Pillow reads no more")
+    folder = Path(args.checkpoint)
+    if not any((folder / name).is_file() for name in ("scorer.json", "best/scorer.json")):
+        raise ValueError(f"--checkpoint {folder}: not a checkpoint, scorer.json is missing; name RUN/best or RUN")
+    if not 1 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port}: must lie in 1..65535")
+    try:
+        found = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind(found[0][4])
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"--host {args.host} --port {args.port}: cannot listen there ({reason})") from None
+    return args

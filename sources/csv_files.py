@@ -1,0 +1,213 @@
+"""A CSV of images: read, checked, and brought into the form that all data sets share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sources.image_names import check_image_names, generator_of
+from storage.messages import quoted
+from storage.plain_files import RefusedFile, check_csv_header
+
+# How pandas gives every cell as text, blank lines included, which count as rows.
+CSV_AS_TEXT: dict[str, Any] = {
+    "header": None,
+    "dtype": str,
+    "keep_default_na": False,
+    "encoding": "utf-8-sig",
+    "skipinitialspace": True,
+    "skip_blank_lines": False,
+}
+
+NO_DATA = """no data at {path}. Three ways on:
+  see it work now, without data:  python baseline.py --demo
+  AGIQA-3K (2,982 images, MIT), from github.com/lcysyzxdxc/AGIQA-3k-Database:
+                                  its data.csv as data/data.csv, its images into data/images
+  your own images:                --data_csv_path CSV (name,prompt,mos_quality,mos_align) --image_base_dir DIR"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """How the CSV names what we read."""
+
+    name: str = "name"
+    prompt: str = "prompt"
+    quality: str = "mos_quality"
+    consistency: str = "mos_align"
+    explanation: str = "explanation"
+    group: str | None = None
+    quality_std: str = "std_quality"
+    consistency_std: str = "std_align"
+
+    @classmethod
+    def from_options(cls, options: object) -> Columns:
+        """As options called `name_column`, `prompt_column`, ... say; what a program does not ask for is as usual."""
+        names = [item.name for item in fields(cls)]
+        given = {name: getattr(options, f"{name}_column") for name in names if hasattr(options, f"{name}_column")}
+        return cls(**given)
+
+
+def read_table(
+    csv_path: str | Path,
+    image_dir: str | Path,
+    columns: Columns,
+    *,
+    scored: bool = True,
+    extra: Sequence[str] = (),
+    **rules: Any,
+) -> pd.DataFrame:
+    """Read and check a CSV of images.
+
+    Args:
+        csv_path: UTF-8 CSV (with or without BOM) with a header.
+        image_dir: the folder that the names are relative to.
+        scored: whether the scores are read, and at least one of the two columns must hold some.
+        extra: columns of further scores.
+        rules: of `check_image_names`.
+
+    Returns:
+        One row per image: name, path, prompt ("" if none), explanation ("" if none), q, c and each extra score (MOS,
+        float64, NaN where missing), q_std and c_std (of the opinions behind a score, NaN where not given), group
+        (generator), reference and split ("" if the CSV has none), and row (as a spreadsheet counts).
+
+    Raises:
+        ValueError: one line naming the file, the row or the column, and the rule.
+    """
+    raw = read_csv(csv_path)  # indexed by row number
+    if not Path(image_dir).is_dir():
+        raise ValueError(f"--image_base_dir {image_dir}: no such folder")
+    check_columns(list(raw.columns), columns, extra, csv_path)
+
+    def texts(column: str | None) -> pd.Series:
+        return raw[column].str.strip() if column in raw.columns else pd.Series("", index=raw.index)
+
+    table = pd.DataFrame(
+        {
+            "name": texts(columns.name),
+            "prompt": texts(columns.prompt),
+            "explanation": texts(columns.explanation),
+            "q": parse_scores(raw, columns.quality, csv_path) if scored else np.nan,
+            "c": parse_scores(raw, columns.consistency, csv_path) if scored else np.nan,
+            **{column: parse_scores(raw, column, csv_path) for column in extra},
+            "q_std": parse_scores(raw, columns.quality_std, csv_path) if scored else np.nan,
+            "c_std": parse_scores(raw, columns.consistency_std, csv_path) if scored else np.nan,
+            "split": texts("split"),
+            "reference": texts("reference"),
+            "row": raw.index,
+        }
+    )
+    table["group"] = texts(columns.group) if columns.group else table["name"].map(generator_of)
+    if scored:
+        check_scored(table, columns, csv_path)
+    table["path"] = check_image_names(table, Path(image_dir), csv_path, **rules)
+    return table.reset_index(drop=True)
+
+
+def check_scored(table: pd.DataFrame, columns: Columns, csv_path: str | Path) -> None:
+    """Raise ValueError for a table without any score, or a consistency score without a prompt."""
+    if table[["q", "c"]].isna().all(axis=None):
+        raise ValueError(
+            f"{csv_path}: no scores in column {columns.quality!r} or {columns.consistency!r}; "
+            "name yours with --quality_column, --consistency_column"
+        )
+    no_prompt = table[table["c"].notna() & (table["prompt"] == "")]
+    if len(no_prompt):
+        raise ValueError(
+            f"{csv_path} row {no_prompt['row'].iloc[0]}: a consistency score without a prompt (column "
+            f"{columns.prompt!r}); {len(no_prompt)} such row(s)"
+        )
+
+
+def check_columns(present: Sequence[str], columns: Columns, extra: Sequence[str], csv_path: str | Path) -> None:
+    """Raise ValueError for a missing column. Usual names may be absent, those asked for by another name may not."""
+    for flag, column, usual in (
+        ("--name_column", columns.name, None),
+        ("--prompt_column", columns.prompt, Columns.prompt),
+        ("--quality_column", columns.quality, Columns.quality),
+        ("--consistency_column", columns.consistency, Columns.consistency),
+        ("--explanation_column", columns.explanation, Columns.explanation),
+        ("--quality_std_column", columns.quality_std, Columns.quality_std),
+        ("--consistency_std_column", columns.consistency_std, Columns.consistency_std),
+        ("--group_column", columns.group, Columns.group),
+        *(("--extra_scores", column, None) for column in extra),
+    ):
+        if column != usual and column not in present:
+            raise ValueError(f"{csv_path}: no column {column!r} among {columns_found(present)}; name yours with {flag}")
+
+
+def columns_found(present: Sequence[str]) -> str:
+    """The names of columns for a message: the first twenty."""
+    return ", ".join(map(quoted, present[:20])) + (f", ... ({len(present)} in all)" if len(present) > 20 else "")
+
+
+def read_csv(path: str | Path) -> pd.DataFrame:
+    """All cells of a UTF-8 CSV as text, indexed by row as a spreadsheet counts: the header is row 1.
+
+    Rows without any text are left out. Raises ValueError.
+    """
+    with csv_errors(path):
+        raw = pd.read_csv(path, **CSV_AS_TEXT)
+    raw = raw.fillna("")  # a row that ends early
+    raw.columns = raw.iloc[0].str.strip().tolist()
+    raw.index = raw.index + 1
+    repeated = sorted({column for column in raw.columns[raw.columns.duplicated()] if column})
+    if repeated:
+        raise ValueError(f"{path}: the header has {quoted(repeated[0])} more than once")
+    rows = raw.iloc[1:]
+    rows = rows[(rows.apply(lambda column: column.str.strip()) != "").any(axis=1)]
+    if rows.empty:
+        raise ValueError(f"{path}: has a header but no rows")
+    return rows
+
+
+def columns_present(path: str | Path, columns: Sequence[str]) -> list[str]:
+    """Those of the columns that a CSV has. Raises ValueError."""
+    header = read_csv(path).columns
+    return [column for column in columns if column in header]
+
+
+@contextmanager
+def csv_errors(path: str | Path) -> Iterator[None]:
+    """Turn what pandas raises for an unreadable CSV into a ValueError of one line."""
+    try:
+        check_csv_header(path)
+        yield
+    except FileNotFoundError:
+        raise ValueError(
+            NO_DATA.format(path=path) if str(path) == "data/data.csv" else f"{path}: no such file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as 'CSV UTF-8'") from None
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path}: is empty, must have a header and a row for each image") from None
+    except RefusedFile as error:
+        raise ValueError(f"{path}: {error}") from None
+    except pd.errors.ParserError as error:
+        reason = str(error).strip().rpartition("C error: ")[2]
+        raise ValueError(
+            f"{path}: not a readable CSV ({reason}); texts with commas or quotes need double quotes around them"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse_scores(raw: pd.DataFrame, column: str, path: str | Path) -> pd.Series:
+    """A score column as floats; an empty cell (or no such column) is NaN. Raises ValueError for anything else."""
+    if column not in raw.columns:
+        return pd.Series(np.nan, index=raw.index)
+    text = raw[column].str.strip()
+    numbers = pd.to_numeric(text, errors="coerce").astype(float)
+    wrong = (text != "") & ~np.isfinite(numbers)
+    if wrong.any():
+        first: Any = wrong.idxmax()
+        raise ValueError(
+            f"{path} row {first}: {column} is {quoted(text[first])}, must be a finite number or empty; "
+            f"{wrong.sum()} such row(s)"
+        )
+    return numbers

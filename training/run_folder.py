@@ -1,0 +1,157 @@
+"""The folder of a run: one process at a time, every file whole or not at all."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from storage.atomic import is_empty_folder, remove_temporaries
+from storage.json_files import read_json, write_json
+from storage.locks import exclusive_folder
+from storage.tables import write_csv
+from training.checkpoints import BEST_DIR, STATE_DIR, save_weights
+
+RESULTS_FILE = "results.json"
+METRICS_FILE = "metrics.csv"
+CONFIG_FILE = "config.json"
+SPLITS_FILE = "splits.csv"
+FAILURE_FILE = "failure.json"
+SKIPPED_FILE = "skipped.csv"
+RUN_FILES = (
+    *(CONFIG_FILE, SPLITS_FILE, SKIPPED_FILE, METRICS_FILE, FAILURE_FILE, RESULTS_FILE),
+    *("predictions.csv", "report.html"),
+)
+RUN_FOLDERS = (STATE_DIR, BEST_DIR, "figures", "tensorboard", "wandb")
+PACKAGES = (
+    *("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow"),
+    *("numpy", "scipy", "pandas", "scikit-learn"),
+)
+
+
+def refuse_foreign(folder: Path, what: str, is_ours: Callable[[Path], bool]) -> None:
+    """Raise ValueError unless a folder is absent, empty, or holds what `is_ours` knows: `what`."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
+    # Looked at in this order, since the same command may be writing its first file right now.
+    if folder.exists() and not is_empty_folder(folder) and not is_ours(folder):
+        raise ValueError(f"--output_dir {folder}: holds other things than {what}; choose a new or empty folder")
+
+
+def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
+    """Raise ValueError unless a new run may use the folder: absent, empty, or an older run that may be replaced."""
+    refuse_foreign(folder, "a run", is_run)
+    if is_run(folder) and not overwrite:
+        is_finished = (folder / RESULTS_FILE).exists()
+        kind = "a finished" if is_finished else "an unfinished"
+        ways = "choose another" if is_finished else f"go on with --resume {folder}, choose another"
+        raise ValueError(f"--output_dir {folder}: holds {kind} run; {ways} or pass --overwrite")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run, finished or not; other programs' folders may have a config.json too."""
+    try:
+        return "provenance" in read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError):
+        return False
+
+
+def prepare_run_folder(folder: Path) -> None:
+    """Make the folder of a new run, without what an older run left in it. See `refuse_occupied`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS_FILE).unlink(missing_ok=True)  # first what tells that it is finished
+    for name in RUN_FOLDERS:  # and the states before the weights that they belong to
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in reversed(RUN_FILES):  # what tells that this is a run goes last
+        (folder / name).unlink(missing_ok=True)
+
+
+class RunFolder:
+    """The run folder of one process; where another process writes, `active` is False and nothing happens here.
+
+    As long as the block lasts no other run can have the folder.
+
+    Args:
+        overwrite, resume: whether an older run may be replaced, or gone on with.
+    """
+
+    def __init__(self, path: Path, *, active: bool = True, overwrite: bool = False, resume: bool = False) -> None:
+        self.path = path
+        self.active = active
+        self.overwrite = overwrite
+        self.resume = resume
+        self.leaving = ExitStack()
+
+    def __enter__(self) -> RunFolder:
+        """Make the folder, without what an older run left in it. Raises ValueError if another run has it."""
+        if self.active:
+            with ExitStack() as leaving:
+                leaving.enter_context(exclusive_folder(self.path))
+                if not self.resume:
+                    refuse_occupied(self.path, overwrite=self.overwrite)  # another run may just have ended here
+                    prepare_run_folder(self.path)
+                remove_temporaries(self.path)
+                self.leaving = leaving.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.leaving.close()
+
+    def json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file, see `write_json`."""
+        if self.active:
+            write_json(self.path / name, value)
+
+    def csv(self, name: str, table: pd.DataFrame) -> None:
+        """Write a CSV file, see `write_csv`."""
+        if self.active:
+            write_csv(self.path / name, table)
+
+    def forget_states(self) -> None:
+        """Remove what only an interrupted run needs: this one is finished."""
+        if self.active:
+            (self.path / FAILURE_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.path / STATE_DIR, ignore_errors=True)
+
+    def weights(
+        self, name: str, state: Mapping[str, Tensor], description: Mapping[str, Any], extra: Callable[[Path], None]
+    ) -> None:
+        """Write a checkpoint, see `save_weights`."""
+        if self.active:
+            save_weights(self.path / name, state, description, extra)
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python and the packages that matter, and the git revision of the code ("" outside git)."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"versions": versions, "git_revision": git_revision()}
+
+
+def git_revision() -> str:
+    """The commit this code is at, with "+changes" if it was edited since; "" if that cannot be told."""
+    here = Path(__file__).parent
+    # The lock that status would take can fail a commit that somebody makes at the same moment.
+    commands = ("git rev-parse HEAD", "git --no-optional-locks status --porcelain --untracked-files=no")
+    try:
+        revision, changes = (
+            subprocess.run(
+                command.split(), cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return revision + ("+changes" if changes else "")

@@ -1,0 +1,187 @@
+"""The study of a search: its storage, and the promise that it is about one space, one set of options, one data set."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from cli.memo import Memo
+from evaluation import protocol
+from storage import json_files
+from storage.locks import locked
+from training import checkpoints, run_folder
+from tuning.space import Request, Space
+
+STARTUP_TRIALS = 10  # drawn at random before TPE begins to learn
+PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
+POLL_SECONDS = 1.0
+BUSY_SECONDS = 100.0  # how long SQLite waits for other workers
+OPENINGS = 5  # of a server's database, whose tables several may be making at once
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+STORAGE_ERRORS = (optuna.exceptions.OptunaError, SQLAlchemyError)
+TRIALS_DIR = "trials"
+BEST_RUNS = "best"
+SEARCH_FILE = "search.json"  # tells the folder of a search
+STUDY_FILE = "study.db"
+JOURNAL = "journal:"
+
+
+class SearchFailed(RuntimeError):
+    """The search cannot go on, or has nothing to show."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A study, and what is asked of it."""
+
+    study: optuna.Study
+    request: Request
+    space: Space
+    memo: Memo
+    began: datetime
+    draws_folds: bool = False  # whether other seeds have other test folds
+
+    @property
+    def score(self) -> str:
+        """What trials are compared by."""
+        return self.request.config.select_by
+
+    @property
+    def is_over(self) -> bool:
+        """Whether --timeout has passed."""
+        limit = self.request.timeout
+        return limit is not None and (datetime.now() - self.began).total_seconds() >= limit
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, in their order."""
+        return self.study.get_trials(deepcopy=False)
+
+    def finished(self) -> list[FrozenTrial]:
+        """Those that count."""
+        return [trial for trial in self.trials() if trial.state in FINISHED]
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise ValueError unless the folder is absent, empty, or that of a search, which may go on."""
+    runs = (run_folder.CONFIG_FILE, f"{checkpoints.BEST_DIR}/{checkpoints.DESCRIPTION_FILE}")
+    if any((folder / name).exists() for name in runs):
+        raise ValueError(f"--output_dir {folder}: holds a run; choose a new or empty folder")
+    own = (SEARCH_FILE, STUDY_FILE)
+    run_folder.refuse_foreign(folder, "a search", lambda folder: any((folder / name).exists() for name in own))
+
+
+def study_lock(request: Request) -> AbstractContextManager[bool]:
+    """A block that others with this folder, which is made, wait for: SQLite would give two of them the same trial."""
+    return locked(request.folder, wait=lambda: None)  # silently, for it is short
+
+
+def write_search_file(request: Request) -> None:
+    """Say in the folder, before anything else is there, that it is a search's, wherever its study is."""
+    if not (request.folder / SEARCH_FILE).exists():
+        kept_in = {"study_name": request.study_name, "storage": without_password(request.storage)}
+        json_files.write_json(request.folder / SEARCH_FILE, kept_in)
+
+
+def open_study(request: Request) -> optuna.Study:
+    """The study in its storage, made if it is not there. Raises ValueError for a storage that cannot be used."""
+    tries = 1 if request.storage.startswith((JOURNAL, "sqlite")) else OPENINGS
+    while True:
+        tries -= 1
+        try:
+            return optuna.create_study(
+                storage=storage_at(request.storage),
+                study_name=request.study_name,
+                direction="maximize",
+                load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(
+                    n_startup_trials=PRUNE_FROM_TRIALS, n_warmup_steps=max(2, round(request.config.epochs / 5))
+                ),
+            )
+        except (*STORAGE_ERRORS, ImportError, OSError) as error:
+            if not tries or not isinstance(error, DBAPIError):
+                shown = without_password(request.storage)
+                raise ValueError(f"--storage {shown}: cannot be used ({reason_of(error)})") from None
+        time.sleep(POLL_SECONDS)
+
+
+def storage_at(url: str) -> Any:
+    """The storage of a URL."""
+    if url.startswith(JOURNAL):
+        path = Path(url.removeprefix(JOURNAL))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+    wait = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(url, engine_kwargs=wait)
+
+
+def reason_of(error: Exception) -> str:
+    """What a database or its driver says, in one line."""
+    return str(error.__cause__ or error).splitlines()[0]
+
+
+def without_password(url: str) -> str:
+    """A storage, fit to be printed."""
+    try:
+        return url if url.startswith(JOURNAL) else make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return "(no database URL)"
+
+
+def check_same_search(study: optuna.Study, request: Request, space: Space) -> None:
+    """Write down what is searched, or raise ValueError if the study was begun with something else."""
+    asked = {
+        "options": protocol.result_options(request.config),
+        "space": {name: dimension.to_json() for name, dimension in space.items()},
+    }
+    has_trials = bool(study.trials)  # looked at first, for what is searched is written before them
+    saved = study.user_attrs.get("searched")
+    if saved is None and has_trials:
+        raise ValueError(f"--study_name {study.study_name}: the storage has another program's study of this name")
+    if saved is None:
+        study.set_user_attr("searched", asked)  # as one, lest others see a half of it
+        return
+    other = []
+    for name, now in asked["space"].items():
+        if name in saved["space"] and saved["space"][name] != now:
+            other.append(f"{name} in {now}, not {saved['space'][name]}")
+    other += [f"{name} is searched" for name in asked["space"] if name not in saved["space"]]
+    other += [f"{name} is not searched" for name in saved["space"] if name not in asked["space"]]
+    searched = {*asked["space"], *saved["space"]}
+    for name, now in asked["options"].items():
+        before = saved["options"].get(name)
+        if before != now and name not in searched:
+            other.append(f"{name} is {now}, not {before}")
+    if other:
+        raise ValueError(
+            f"--study_name {study.study_name}: was begun with other options ({'; '.join(other[:5])}); use the same "
+            "flags, or a new --output_dir"
+        )
+
+
+def check_same_data(search: Search, fingerprint: str) -> None:
+    """Raise ValueError if the study's trials have seen other data."""
+    with study_lock(search.request):
+        known = search.study.user_attrs.get("data")
+        if known is None:
+            search.study.set_user_attr("data", fingerprint)
+    if known not in (None, fingerprint):
+        raise ValueError(f"{search.request.folder}: the data has changed since the search began; choose a new folder")
+
+
+def sampler_of(seed: int, place: int) -> optuna.samplers.TPESampler:
+    """The sampler of one trial."""
+    entropy = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
+    return optuna.samplers.TPESampler(
+        multivariate=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS, seed=entropy
+    )
