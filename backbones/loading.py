@@ -31,7 +31,7 @@ class Backbone:
 
     clip: open_clip.CustomTextCLIP
     tokenizer: Tokenizer
-    config: dict[str, Any]  # open_clip's own form: {"model_cfg": {...}, "preprocess_cfg": {"mean", "std"}}
+    config: dict[str, Any]  # open_clip's own form: {"model_cfg": {...}, "preprocess_cfg": {"mean", "std", ...}}
     notes: tuple[str, ...] = ()  # what a user should know of how it was loaded
 
     @property

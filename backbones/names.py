@@ -77,7 +77,7 @@ def from_name(key: str, pretrained: str) -> ClipSource:
     if tag:
         # The activation and the normalisation belong to the weights, not to the architecture's name.
         model_cfg["quick_gelu"] = tag.get("quick_gelu", False)
-        preprocess = {"mean": list(tag["mean"]), "std": list(tag["std"])}
+        preprocess = preprocessing(tag)
     elif pretrained != "none" and not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(key)) or "none"
         raise ValueError(f"--clip_pretrained {pretrained}: neither a file nor a tag of {key} (tags: {tags})")
@@ -103,6 +103,13 @@ def from_name(key: str, pretrained: str) -> ClipSource:
         notes,
         is_found=False,
     )
+
+
+def preprocessing(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image goes through on its way into a CLIP, as far as it is not the same for all."""
+    usual = {"resize_mode": "shortest", "interpolation": "bicubic"}
+    own = {key: said[key] for key, value in usual.items() if said.get(key, value) not in (value, None)}
+    return {"mean": list(said["mean"]), "std": list(said["std"]), **own}
 
 
 def from_folder(folder: Path) -> ClipSource:
@@ -144,7 +151,7 @@ def from_open_clip_files(place: str, scheme: str, config_path: Path, weights_pat
         preprocess = {**DEFAULT_PREPROCESS, **saved.get("preprocess_cfg", {})}
         model_cfg = dict(saved["model_cfg"])
         model_cfg |= {tower: dict(model_cfg[tower]) for tower in ("vision_cfg", "text_cfg")}  # both must be there
-        config = {"model_cfg": model_cfg, "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std")}}
+        config = {"model_cfg": model_cfg, "preprocess_cfg": preprocessing(preprocess)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{config_path}: not an open_clip config with a model_cfg ({error!r})") from None
     if scheme == LOCAL_DIR:

@@ -1,6 +1,6 @@
 """Views of decoded images, taken where the model runs.
 
-Two kinds, S pixels per side: the evaluation view (short side to S, centre crop, as in CLIP), and numbered training
+Two kinds, S pixels per side: the evaluation view (by default short side to S, centre crop), and numbered training
 views (random crop and flip), which depend on the image's content, the number of the view and the seed, and on nothing
 else. Since resizing hides what quality is about, a view may also consist of several: crops of native size, with or
 without the resized one in front.
@@ -18,7 +18,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from storage.messages import quoted
+
 BICUBIC = v2.InterpolationMode.BICUBIC
+INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
+RESIZE_MODES = ("shortest", "longest", "squash")
 
 
 def crop_grid(height: int, width: int, size: int, count: int) -> list[tuple[int, int]]:
@@ -56,8 +60,23 @@ class Views:
         crops: int = 0,
         test_crops: int = 0,
         global_view: bool = False,
+        resize_mode: str = "shortest",
+        interpolation: str = "bicubic",
     ) -> None:
-        """`crops`, `test_crops`: views of native size in place of the resized one, or with `global_view` behind it."""
+        """How views are taken.
+
+        Args:
+            crops, test_crops: views of native size in place of the resized one, or with `global_view` behind it.
+            resize_mode: how a whole image becomes an evaluation view: the shorter side to S and the middle of the
+                longer one, the longer side to S between black bars, or both to S, as open_clip calls them.
+        """
+        if resize_mode not in RESIZE_MODES or interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"resize_mode {quoted(str(resize_mode))}, interpolation {quoted(str(interpolation))}: must be of "
+                f"{', '.join(RESIZE_MODES)}, and of {', '.join(INTERPOLATIONS)}"
+            )
+        self.resize_mode = resize_mode
+        self.interpolation = INTERPOLATIONS[interpolation]
         self.crops = crops
         self.test_crops = test_crops
         self.global_view = global_view or not test_crops
@@ -65,7 +84,7 @@ class Views:
         self.device = device
         self.flip = flip
         self.seed = seed
-        self.crop = v2.RandomResizedCrop(image_size, scale=(crop_scale_min, 1.0), interpolation=BICUBIC)
+        self.crop = v2.RandomResizedCrop(image_size, scale=(crop_scale_min, 1.0), interpolation=self.interpolation)
         self.scale = torch.tensor(std, device=device).mul(255).reciprocal().view(1, 3, 1, 1)
         self.shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(1, 3, 1, 1)
 
@@ -119,16 +138,28 @@ class Views:
         """Whole images, or most of them, resized: (B, 3, S, S) uint8."""
         size = [self.image_size, self.image_size]
         if view is None:
-            resized = (F.resize(image, size[:1], interpolation=BICUBIC) for image in images)
-            return torch.stack([F.center_crop(image, size) for image in resized])
+            return torch.stack([self.whole(image) for image in images])
         drawn = self.draw(images, digests, view)
         crops = [
-            F.resized_crop(image, **crop, size=size, interpolation=BICUBIC)
+            F.resized_crop(image, **crop, size=size, interpolation=self.interpolation)
             for image, (crop, _) in zip(images, drawn, strict=True)
         ]
         flipped = torch.tensor([flip for _, flip in drawn], device=self.device)
         pixels = torch.stack(crops)
         return torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+
+    def whole(self, image: Tensor) -> Tensor:
+        """The evaluation view of a whole image: (3, S, S) uint8."""
+        size = [self.image_size, self.image_size]
+        if self.resize_mode == "squash":
+            return F.resize(image, size, interpolation=self.interpolation)
+        if self.resize_mode == "shortest":
+            return F.center_crop(F.resize(image, size[:1], interpolation=self.interpolation), size)
+        longest = max(image.shape[1:])
+        sides = [max(1, round(side * self.image_size / longest)) for side in image.shape[1:]]
+        fitted = F.resize(image, sides, interpolation=self.interpolation)
+        top, left = ((self.image_size - side) // 2 for side in sides)
+        return F.pad(fitted, [left, top, self.image_size - sides[1] - left, self.image_size - sides[0] - top])
 
     def native(self, images: Sequence[Tensor], digests: Sequence[str], view: int | None) -> Tensor:
         """Crops of native size, at random places in training and on a grid otherwise: (B, V, 3, S, S) uint8."""

@@ -10,10 +10,12 @@ import pandas as pd
 
 from sources.examples import FOLDS, Examples, leakage_notes, prompt_keys, skipped_note
 from sources.scores import title_of
+from storage.image_files import ImageFile
 
 NUM_BINS = 10
 BAR_LENGTH = 40
 MAX_LISTED = 5
+WIDE = 0.25  # of an image outside of the square in its middle
 
 
 def describe(whole: Examples, sets: Sequence[Examples]) -> str:
@@ -45,6 +47,7 @@ def facts(examples: Examples) -> list[tuple[str, str]]:
     found = [
         ("images", f"{len(table)}; " + ", ".join(f"{fold} {len(examples.rows(fold))}" for fold in FOLDS)),
         ("pixels", f"shorter side {min(short)} to {max(short)}, {most} of {width} x {height}; {len(sizes)} size(s)"),
+        ("wide", wide_images(files)),
         ("prompts", counted(prompt_keys(table))),
         ("references", counted(table["reference"])),
         ("generators", counted(table["group"])),
@@ -54,6 +57,15 @@ def facts(examples: Examples) -> list[tuple[str, str]]:
     if len(examples.skipped):
         found.append(("left out", skipped_note(examples)))
     return [(name, text) for name, text in found if text not in ("none", "0 images") or name == "duplicates"]
+
+
+def wide_images(files: Sequence[ImageFile]) -> str:
+    """What the square in the middle, which most CLIPs look at, leaves out of images that are no squares."""
+    lost = np.array([1 - min(file.size) / max(file.size) for file in files])
+    if not lost.any():
+        return "none"
+    many = (lost >= WIDE).sum()
+    return f"the middle square leaves out up to {lost.max():.0%} of an image, {WIDE:.0%} or more of {many} image(s)"
 
 
 def counted(texts: pd.Series) -> str:
