@@ -6,7 +6,6 @@ Shapes: O and I a weight's rows and columns.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
@@ -15,7 +14,7 @@ from open_clip import CustomTextCLIP
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from backbones.towers import TOP
+from backbones import towers
 
 M = TypeVar("M", bound=nn.Module)
 # By depth of the image tower: ViT-B, and ViT-L/14 (at 336 pixels).
@@ -24,14 +23,14 @@ RECOMMENDED_FREEZE_LAYERS = {12: "8-10", 24: "18-20 (20-22 at 336 pixels)"}
 
 def tower_blocks(clip: CustomTextCLIP) -> dict[str, Sequence[Any]]:
     """The transformer blocks of both towers. Raises ValueError for towers without such blocks."""
-    towers = {"image": clip.visual, "text": clip.text}
-    for name, tower in towers.items():
+    both = {"image": clip.visual, "text": clip.text}
+    for name, tower in both.items():
         if not hasattr(getattr(tower, "transformer", None), "resblocks"):
             raise ValueError(
-                f"--partial_freeze: the {name} tower of this model ({type(tower).__name__}) has no plain transformer "
-                "blocks; use --freeze_clip or full fine-tuning"
+                f"--lora_rank: the {name} tower of this model ({type(tower).__name__}) has no plain transformer "
+                "blocks; train it without"
             )
-    return {name: tower.transformer.resblocks for name, tower in towers.items()}
+    return {name: tower.transformer.resblocks for name, tower in both.items()}
 
 
 def freeze_backbone(clip: CustomTextCLIP, *, everything: bool = False, num_layers: int | None = None) -> None:
@@ -51,19 +50,23 @@ def freeze_backbone(clip: CustomTextCLIP, *, everything: bool = False, num_layer
             scalar.requires_grad_(False)
     if everything or num_layers is None:
         return
-    blocks = tower_blocks(clip)
-    depth = len(blocks["image"])
+    depth = towers.depth_of(clip.visual)
+    for name, tower in {"image": clip.visual, "text": clip.text}.items():
+        if not towers.depth_of(tower):
+            raise ValueError(
+                f"--partial_freeze: the {name} tower of this model ({type(tower).__name__}) has no blocks that are "
+                "known here; use --freeze_clip or full fine-tuning"
+            )
     if num_layers > depth:
         advice = RECOMMENDED_FREEZE_LAYERS.get(depth, f"{depth * 3 // 4}-{depth * 5 // 6}")
         raise ValueError(
             f"--freeze_layers {num_layers}: this image tower has {depth} blocks; recommended for it: {advice}"
         )
-    visual, text = clip.visual, clip.text
-    embeddings = [visual.conv1, visual.ln_pre, text.token_embedding]
-    for module in [*embeddings, *blocks["image"][:num_layers], *blocks["text"][:num_layers]]:
-        module.requires_grad_(False)
-    for table in (visual.class_embedding, visual.positional_embedding, text.positional_embedding):
-        table.requires_grad_(False)
+    for tower in (clip.visual, clip.text):
+        for name, parameter in tower.named_parameters():
+            place = towers.block_of(name)
+            if place is not None and place < num_layers:
+                parameter.requires_grad_(False)
 
 
 class LowRank(nn.Module):
@@ -127,12 +130,10 @@ def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     Final norm and projection get 1, the last block `layer_decay`, the embeddings the least (as in BEiT).
     """
     scales = {}
-    for tower in ("visual", "text"):
-        names = [name for name, _ in model.named_parameters() if name.startswith(f"clip.{tower}.")]
-        places = {name: re.search(r"\.(?:resblocks|blocks)\.(\d+)\.", name) for name in names}
-        depth = 1 + max((int(place[1]) for place in places.values() if place), default=-1)
+    for tower in ("clip.visual.", "clip.text."):
+        names = [name for name, _ in model.named_parameters() if name.startswith(tower)]
+        places = {name: towers.block_of(name.removeprefix(tower)) for name in names}
+        depth = 1 + max((place for place in places.values() if place is not None), default=-1)
         for name, place in places.items():
-            top = re.match(rf"clip\.{tower}\.(trunk\.)?({TOP})\b", name)
-            steps = depth - int(place[1]) if place else 0 if top else depth + 1
-            scales[name] = layer_decay**steps
+            scales[name] = layer_decay ** (0 if place is None else depth - place)
     return scales

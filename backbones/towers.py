@@ -1,17 +1,22 @@
 """The two towers of a CLIP in stages: entered, left and cached between any two blocks.
 
-Shapes: B images, P distinct prompts, N tokens, D tower width, E embedding, S pixels per side.
+A block is a transformer's block or a stage of a convolutional network.
+
+Shapes: B images, P distinct prompts, N tokens, D tower width, E embedding, S pixels per side, C channels, H and W the
+height and width of a feature map.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from open_clip import CustomTextCLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
     PatchDropout,
     QuickGELU,
@@ -20,11 +25,19 @@ from open_clip.transformer import (
     VisionTransformer,
     text_global_pool,
 )
+from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # What follows a tower's last block, in open_clip's, timm's and Hugging Face's towers.
-TOP = "ln_post|ln_final|proj|text_projection|head|norm|fc_norm|attn_pool|attnpool"
+TOP = (
+    r"(trunk\.)?(ln_post|ln_final|proj|text_projection|head|norm|fc_norm|attn_pool|attnpool)\b|trunk\.(conv_head|bn2)\b"
+    r"|transformer\.pooler\b"
+)
+# Its blocks, by number; those of a ResNet count from 1.
+BLOCK = r"(?:transformer\.|trunk\.)?(?:resblocks|blocks|stages|encoder\.layer|layers)\.(\d+)\.|(?:trunk\.)?layer(\d+)\."
 
 
 def trims_exactly(text: nn.Module) -> bool:
@@ -38,8 +51,45 @@ def trims_exactly(text: nn.Module) -> bool:
     )
 
 
+class Convolutions(NamedTuple):
+    """A convolutional tower, taken apart."""
+
+    stem: Callable[[Tensor], Tensor]  # pixels (B, 3, S, S) -> what enters the first stage (B, C, H, W)
+    stages: Sequence[nn.Module]
+    top: Callable[[Tensor], Tensor]  # what leaves the last stage -> (B, E)
+
+
+def convolutions(tower: Any) -> Convolutions | None:
+    """The parts of a ResNet of open_clip's, or of a ResNet, ConvNeXt or EfficientNet of timm's; None for all others."""
+    if isinstance(tower, ModifiedResNet):
+        return Convolutions(tower.stem, layers_of(tower), tower.attnpool)
+    trunk = tower.trunk if isinstance(tower, TimmModel) else None
+    if isinstance(trunk, EfficientNet):
+        return Convolutions(
+            lambda x: trunk.bn1(trunk.conv_stem(x)),
+            list(trunk.blocks),
+            lambda x: tower.head(trunk.forward_head(trunk.bn2(trunk.conv_head(x)))),
+        )
+    if isinstance(trunk, ResNet):
+        return Convolutions(
+            lambda x: trunk.maxpool(trunk.act1(trunk.bn1(trunk.conv1(x)))),
+            layers_of(trunk),
+            lambda x: tower.head(trunk.forward_head(x)),
+        )
+    if isinstance(trunk, ConvNeXt):
+        return Convolutions(trunk.stem, list(trunk.stages), lambda x: tower.head(trunk.forward_head(trunk.norm_pre(x))))
+    return None
+
+
+def layers_of(network: Any) -> Sequence[nn.Module]:
+    """The four stages of a ResNet."""
+    return network.layer1, network.layer2, network.layer3, network.layer4
+
+
 def staged_blocks(tower: nn.Module) -> Sequence[nn.Module]:
     """The blocks between which a tower can be entered; none if it is of a kind that can only be run as a whole."""
+    if parts := convolutions(tower):
+        return parts.stages
     if isinstance(tower, VisionTransformer) or trims_exactly(tower):
         transformer = cast(Any, tower).transformer
         return transformer.resblocks if transformer.batch_first else ()
@@ -59,19 +109,30 @@ def activation_bytes(tower: nn.Module, dtype: torch.dtype) -> float:
     operations, keeps 4 more. Under autocast norms see float32, which is a tenth more than this.
     """
     blocks = [block for block in staged_blocks(tower) if any(p.requires_grad for p in block.parameters())]
-    if not blocks:
+    if not blocks or convolutions(tower):
         return 0
     num_tokens, width = cast(Any, tower).positional_embedding.shape
     num_values = 21 if any(isinstance(part, QuickGELU) for part in blocks[0].modules()) else 17
     return num_values * len(blocks) * num_tokens * width * dtype.itemsize
 
 
+def block_of(name: str) -> int | None:
+    """The block (from 0) of a parameter, by its name within a tower; -1 for embeddings and stem, None for the top."""
+    if re.match(TOP, name):
+        return None
+    block = re.match(BLOCK, name)
+    return -1 if block is None else int(block[1]) if block[1] else int(block[2]) - 1
+
+
+def depth_of(tower: nn.Module) -> int:
+    """How many blocks a tower has, whether it can be entered between them or not."""
+    return 1 + max((place for name, _ in tower.named_parameters() if (place := block_of(name)) is not None), default=-1)
+
+
 def stage_of(name: str, depth: int) -> int:
     """The stage (from 0) of a parameter, by its name within a tower that can be entered between `depth` blocks."""
-    if depth == 0 or re.match(rf"({TOP})\b", name):
-        return depth
-    block = re.match(r"transformer\.resblocks\.(\d+)\.", name)
-    return int(block[1]) if block else 0
+    place = block_of(name)
+    return depth if depth == 0 or place is None else max(0, place)
 
 
 def frozen_stages(tower: nn.Module) -> int:
@@ -93,9 +154,12 @@ def run_image(visual: Any, x: Tensor, start: int, stop: int) -> Tensor:
     """Take images from the entry of stage `start` to that of `stop`; behind the last stage lie unit vectors (B, E).
 
     Between blocks there are tokens (B, N, D); behind the last block only the pooled one, (B, D), where there is one.
+    Between convolutional stages there are feature maps (B, C, H, W).
     """
     if start == stop:
         return x
+    if parts := convolutions(visual):
+        return run_convolutions(visual, parts, x, start, stop)
     blocks = staged_blocks(visual)
     if not blocks:
         return F.normalize(visual(x).float(), dim=-1)
@@ -107,6 +171,16 @@ def run_image(visual: Any, x: Tensor, start: int, stop: int) -> Tensor:
         return x
     pooled_BD, _ = visual._pool(x if x.ndim == 3 else x[:, None])
     return F.normalize((pooled_BD if visual.proj is None else pooled_BD @ visual.proj).float(), dim=-1)
+
+
+def run_convolutions(visual: Any, parts: Convolutions, x: Tensor, start: int, stop: int) -> Tensor:
+    """As `run_image`, of a convolutional tower."""
+    recomputes = getattr(getattr(visual, "trunk", visual), "grad_checkpointing", False) and torch.is_grad_enabled()
+    if start == 0:
+        x = parts.stem(x)
+    for stage in parts.stages[start:stop]:
+        x = checkpoint(stage, x, use_reentrant=False) if recomputes else stage(x)
+    return x if stop <= len(parts.stages) else F.normalize(parts.top(x).float(), dim=-1)
 
 
 def run_text(text: Any, x: Tensor, tokens_PN: Tensor | None, start: int, stop: int) -> Tensor:

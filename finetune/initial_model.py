@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import models
-from backbones import freezing, loading, names, weights
+from backbones import build, freezing, loading, names, towers, weights
 from cli.memo import NO_MEMO, DecidedBy, Memo
 from configs import TrainingConfig
 from finetune import feed
@@ -124,13 +124,21 @@ def freeze(config: TrainingConfig, model: models.ScoreModel, examples: Examples,
 
 
 def num_blocks(config: TrainingConfig) -> int | None:
-    """Depth of the image tower that the options name; None if it is not made of such blocks. Raises ValueError."""
+    """Blocks of the image tower that the options name, which --freeze_layers counts; None if it has none.
+
+    Raises ValueError.
+    """
     if config.init_from:
-        clip = checkpoints.load_description(Path(config.init_from))["clip"]
+        clip = dict(checkpoints.load_description(Path(config.init_from))["clip"])
     else:
         clip = names.resolve(config.clip_model, config.clip_pretrained).config
-    layers = clip["model_cfg"]["vision_cfg"].get("layers")
-    return layers if isinstance(layers, int) else None
+    vision = clip["model_cfg"]["vision_cfg"]
+    if "timm_model_name" not in vision:  # a ResNet lists the layers of each of its stages
+        layers = vision.get("layers")
+        return len(layers) if isinstance(layers, list) else layers
+    with torch.device("meta"):
+        visual = build.build_clip(copy.deepcopy(clip), image_size=config.image_size).visual
+    return towers.depth_of(visual) or None
 
 
 def origin(config: TrainingConfig) -> str:

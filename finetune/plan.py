@@ -23,7 +23,7 @@ def gather_facts(experiment: Experiment) -> advice.Facts:
     return advice.Facts(
         num_train=len(examples.rows("train")),
         num_val=len(examples.rows("val")),
-        num_blocks=len(towers.staged_blocks(clip.visual)) or None,
+        num_blocks=towers.depth_of(clip.visual) or None,
         num_parameters=sum(parameter.numel() for parameter in clip.parameters()),
         tasks=tuple(examples.scales),
         num_steps=experiment.num_steps,

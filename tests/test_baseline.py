@@ -501,10 +501,6 @@ def test_the_depth_of_a_model_is_known_before_it_is_built(name, layers):
     assert initial_model.num_blocks(config) == layers
 
 
-def test_a_model_without_blocks_has_no_depth():
-    assert initial_model.num_blocks(parse_args(["--clip_model", "RN50", "--clip_pretrained", "none"])) is None
-
-
 def test_a_preset_follows_the_data_and_the_first_stage(finished, demo_set, tmp_path, capsys):
     paths = f"--data_csv_path {demo_set[0]} --image_base_dir {demo_set[1]} --output_dir {tmp_path / 'run'}"
     flags = f"{TINY} --epochs 1 --preset auto --advice off"
