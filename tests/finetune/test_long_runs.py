@@ -175,7 +175,7 @@ def test_a_report_leaves_nothing_open(trained, nothing_stays_open):
 
 def test_a_search_leaves_nothing_open(demo_set, tmp_path, nothing_stays_open):
     (tmp_path / "space.json").write_text(json.dumps({"lr": {"low": 1e-4, "high": 1e-2, "log": True}}))
-    own = ["--trials", "2", "--seeds", "1", "--space", str(tmp_path / "space.json")]
+    own = ["--trials", "1", "--seeds", "1", "--space", str(tmp_path / "space.json")]
     search.main([*flags(demo_set, tmp_path, "search", "--epochs 1 --no_report"), *own])
     gc.unfreeze()  # what the search has taken for libraries' own
     gc.collect()

@@ -170,7 +170,7 @@ def test_how_many_threads_decode_changes_no_bit(train, more, counts):
 
 @pytest.mark.parametrize(("loss", "sizes"), [("mse", (8, 4, 2)), ("plcc", (8, 2))])
 def test_how_a_step_is_split_changes_a_sum_by_rounding_alone_and_a_correlation_by_more(train, loss, sizes):
-    flags = f"{TINY} --freeze_layers 23 --epochs 2 --dropout 0 --loss {loss} --warmup_ratio 0 --no_test"
+    flags = f"{TINY} --freeze_layers 23 --epochs 1 --dropout 0 --loss {loss} --warmup_ratio 0 --no_test"
     losses, predictions = [], []
     for size in sizes:
         split = f"--batch_size {size} --gradient_accumulation_steps {8 // size}"

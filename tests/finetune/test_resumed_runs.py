@@ -31,6 +31,7 @@ from guidance.arguments import parse_args
 from storage import locks
 from training import checkpoints, devices, resuming, run_folder, signals
 
+SHOWN = ("--use_test", "--use_report")
 FROZEN = "--freeze_clip"  # of most runs here, and of `whole`
 CPU = devices.Runtime(torch.device("cpu"), "off", torch.amp.GradScaler("cpu", enabled=False))
 
@@ -71,7 +72,7 @@ def stop_and_go_on(argv: list[str], whole: Path, part: Path, place: int, num_loo
 
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(demo_set, tmp_path):
     """In the first epoch, after which layers thaw, and while the test fold is scored."""
-    argv = flags_of(demo_set, *KINDS["thawed step by step, averaged"], "--keep_states", "1")
+    argv = flags_of(demo_set, *KINDS["thawed step by step, averaged"], "--use_test", "--keep_states", "1")
     num_looks = run_until(argv, tmp_path / "whole", None)
     for place in (4, num_looks):
         stop_and_go_on(argv, tmp_path / "whole", tmp_path / "part", place, num_looks)
@@ -82,7 +83,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(demo_set, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_that_is_stopped_does(kind, demo_set, tmp_path, is_torture, figure):
     """Between two steps, in the middle of validation, between epochs and while the test fold is scored."""
-    argv = flags_of(demo_set, *KINDS[kind], "--keep_states", "1")
+    argv = flags_of(demo_set, *KINDS[kind], "--use_test", "--keep_states", "1")
     num_looks = run_until(argv, tmp_path / "whole", None)
     if kind.startswith("thawed"):  # or it would not matter to the test what the second stage has thawed
         assert json.loads((tmp_path / "whole" / "results.json").read_text())["best_epoch"] == 2
@@ -97,7 +98,7 @@ def test_every_kind_of_run_that_is_stopped_does(kind, demo_set, tmp_path, is_tor
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(demo_set, tmp_path, is_torture, figure):
     """SIGKILL at 50 moments of reading, caching, training, writing and reporting; every file whole every time."""
-    argv = flags_of(demo_set, "--unfreeze_schedule", "22@0,20@1", "--epochs", "2", "--use_report", "--ema_decay", "0.9")
+    argv = flags_of(demo_set, "--unfreeze_schedule", "22@0,20@1", "--epochs", "2", "--ema_decay", "0.9", *SHOWN)
     kills = 500 if is_torture else 50
     command = [sys.executable, str(ROOT / "tests" / "finetune" / "killing.py"), str(tmp_path), str(kills), "0", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -272,13 +273,14 @@ def test_an_epoch_is_not_over_before_its_row_is_written(demo_set, whole, tmp_pat
     assert differences(whole, tmp_path / "part") == []
 
 
+@pytest.mark.slow
 def test_images_that_were_lost_stay_out_and_their_batch_is_not_counted(demo_set, tmp_path):
     """The image is back when the run goes on, as it must be."""
     table = pd.read_csv(demo_set[0])
     table[table["prompt"].isin(table["prompt"].unique()[:4])].to_csv(tmp_path / "half.csv", index=False)
     images = shutil.copytree(demo_set[1], tmp_path / "images")
     few = ["--batch_size", "1", "--no_cache", "--image_memory_gb", "0", "--cache_max_gb", "0", "--bad_images", "skip"]
-    argv = flags_of((tmp_path / "half.csv", images), FROZEN, "--no_test", *few, "--cache_dir", str(tmp_path / "cache"))
+    argv = flags_of((tmp_path / "half.csv", images), FROZEN, *few, "--cache_dir", str(tmp_path / "cache"))
 
     def lose(row: Any) -> None:
         if row["epoch"] == 1:
@@ -359,9 +361,9 @@ def test_states_are_saved_by_the_clock_and_the_newest_are_kept(demo_set, tmp_pat
     monkeypatch.setattr(
         checkpoints.StateFolder, "save", lambda self, *given: (saved.append(given[0]), real(self, *given))
     )
-    run_until(flags_of(demo_set, FROZEN, "--no_test", "--epochs", "2"), tmp_path / "seldom", None)
+    run_until(flags_of(demo_set, FROZEN, "--epochs", "2"), tmp_path / "seldom", None)
     assert saved == []  # ten minutes are not over
-    run_until(flags_of(demo_set, FROZEN, "--no_test", "--save_every_minutes", "0"), tmp_path / "never", None)
+    run_until(flags_of(demo_set, FROZEN, "--save_every_minutes", "0"), tmp_path / "never", None)
     assert saved == []
     often = flags_of(demo_set, FROZEN, "--save_every_minutes", "1e-9", "--keep_states", "3")
     run_until(often, tmp_path / "often", 14)
@@ -465,13 +467,13 @@ def test_what_a_killed_process_left_half_written_is_swept_away(demo_set, tmp_pat
 
 
 def test_repeated_runs_go_on_in_the_middle_of_one(demo_set, tmp_path, monkeypatch, capsys):
-    argv = flags_of(demo_set, FROZEN, "--repeats", "2", "--epochs", "2")
+    argv = flags_of(demo_set, FROZEN, "--use_test", "--repeats", "2", "--epochs", "1")
     whole = baseline.main([*argv, "--output_dir", str(tmp_path / "whole")])
     looks, real = [0], resuming.Saver.check
 
     def check(self: resuming.Saver) -> None:
         looks[0] += 1
-        if looks[0] == 25:  # in the second run
+        if looks[0] == 14:  # in the second run
             self.stop_signals.asked = "SIGTERM"
         real(self)
 
@@ -490,7 +492,7 @@ def test_repeated_runs_go_on_in_the_middle_of_one(demo_set, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_repeated_runs_that_are_made_again_otherwise_go_on_too_and_have_their_folder_alone(demo_set, tmp_path, capsys):
-    argv = flags_of(demo_set, FROZEN, "--repeats", "2", "--epochs", "1")
+    argv = flags_of(demo_set, FROZEN, "--use_test", "--repeats", "2", "--epochs", "1")
     folder = tmp_path / "runs"
     (folder / ".protocol.json.123.tmp").mkdir(parents=True)  # left by one that was killed at once
     baseline.main([*argv, "--output_dir", str(folder)])
