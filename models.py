@@ -1,4 +1,9 @@
-"""What a checkpoint says of its model: checked against the weights before anything of it is built."""
+"""The scoring model: CLIP with two heads on its embeddings, and what a checkpoint says of it.
+
+Shapes: B images, V views of each, P distinct prompts, K levels, N tokens, E embedding, S pixels per side. Where each
+image has several views, they stand in a dimension behind B.
+Scores are label units: 0..1 spans the data set's MOS scale. Nothing is clamped inside the graph.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,16 @@ from storage import json_files
 from storage.json_files import NUMBER
 from training import checkpoints
 
+EXTRA_PREFIX = "score_"
+# Five texts of quality, and of agreement with the prompt; the worst first.
+LEVEL_TEXTS = {
+    "quality": [f"a photo of {level} quality" for level in ("bad", "poor", "fair", "good", "perfect")],
+    "consistency": [
+        f"a photo that {level} matches '{{prompt}}'" for level in ("badly", "poorly", "fairly", "well", "perfectly")
+    ],
+}
+NUM_CONSISTENCY_TOKENS = 3  # image, text and coarse score: what the refinement transformer reads
+
 DESCRIPTION = {  # of a checkpoint
     "clip": {
         "model_cfg": {"embed_dim": int, "vision_cfg": {}, "text_cfg": {}},
@@ -33,45 +48,6 @@ DESCRIPTION = {  # of a checkpoint
 }
 # What building from values of the wrong kind raises, beside ValueError.
 BUILD_ERRORS = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
-
-
-def check_checkpoint(path: Path) -> None:
-    """Refuse what does not describe a checkpoint, or a far larger one than there is, before memory is taken for it.
-
-    Raises:
-        ValueError: it is no checkpoint or is damaged; one line.
-    """
-    folder, shapes, description = checkpoints.load_shapes(path)
-
-    def build() -> ScoreModel:
-        clip = rebuild_clip(description["clip"], folder, image_size=description["image_size"])
-        return build_model(clip, **{**description["model"], "prompt_levels": False})  # which add one number
-
-    try:
-        if said := json_files.schema_mismatch(description, DESCRIPTION):
-            raise ValueError(said)
-        OPTIONS["image_size"].check(description["image_size"])
-        OPTIONS["test_crops"].check(description.get("test_crops") or None)
-        read = [description["model"], description["image_size"], *size_description(description["clip"], folder)]
-        refuse_larger(read, shapes, build)
-    except (ValueError, *BUILD_ERRORS) as error:
-        raise description_error(folder, error) from error
-
-
-def description_error(folder: Path, error: Exception) -> ValueError:
-    """What to raise for a description of something else than the weights, in one line."""
-    return ValueError(f"{folder}: the description does not fit the weights ({download.first_line(error, skip=1)})")
-
-
-EXTRA_PREFIX = "score_"
-# Five texts of quality, and of agreement with the prompt; the worst first.
-LEVEL_TEXTS = {
-    "quality": [f"a photo of {level} quality" for level in ("bad", "poor", "fair", "good", "perfect")],
-    "consistency": [
-        f"a photo that {level} matches '{{prompt}}'" for level in ("badly", "poorly", "fairly", "well", "perfectly")
-    ],
-}
-NUM_CONSISTENCY_TOKENS = 3  # image, text and coarse score: what the refinement transformer reads
 
 
 def mlp(dim_in: int, dim_hidden: int, dropout: float, *, zero_last: bool) -> nn.Sequential:
@@ -531,3 +507,31 @@ def count_parameters(model: ScoreModel) -> dict[str, tuple[int, int]]:
         trained = sum(size for size, grad in sizes if grad)
         counts[name] = (trained, sum(size for size, _ in sizes) - trained)
     return counts
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse what does not describe a checkpoint, or a far larger one than there is, before memory is taken for it.
+
+    Raises:
+        ValueError: it is no checkpoint or is damaged; one line.
+    """
+    folder, shapes, description = checkpoints.load_shapes(path)
+
+    def build() -> ScoreModel:
+        clip = rebuild_clip(description["clip"], folder, image_size=description["image_size"])
+        return build_model(clip, **{**description["model"], "prompt_levels": False})  # which add one number
+
+    try:
+        if said := json_files.schema_mismatch(description, DESCRIPTION):
+            raise ValueError(said)
+        OPTIONS["image_size"].check(description["image_size"])
+        OPTIONS["test_crops"].check(description.get("test_crops") or None)
+        read = [description["model"], description["image_size"], *size_description(description["clip"], folder)]
+        refuse_larger(read, shapes, build)
+    except (ValueError, *BUILD_ERRORS) as error:
+        raise description_error(folder, error) from error
+
+
+def description_error(folder: Path, error: Exception) -> ValueError:
+    """What to raise for a description of something else than the weights, in one line."""
+    return ValueError(f"{folder}: the description does not fit the weights ({download.first_line(error, skip=1)})")

@@ -102,7 +102,7 @@ def build_saver(
         every_seconds=60 * config.save_every_minutes,
         stop_signals=stop_signals,
         before=best_weights.flush,
-        dropped=experiment.feed.dropping.rows,
+        dropped=experiment.feed.dropped,
         tell=tell,
         started=started,
     )

@@ -17,6 +17,9 @@ from inputs.image_store import ImageStore, Unreadable
 from inputs.transfer import Rows, chunks
 from storage.feature_cache import FeatureCache
 
+STATISTICS_CODE = ("storage/image_files.py", "inputs/decoding.py", "inputs/statistics.py")
+ROOT = Path(__file__).resolve().parent.parent
+
 NAMES = (
     "brightness",  # mean luma
     "contrast",  # standard deviation of luma
@@ -82,10 +85,6 @@ def border_step(steps_HW: Tensor) -> Tensor:
     if not at_border.numel():
         return torch.tensor(1.0)
     return (at_border.mean() + 1e-3) / (steps_HW.mean() + 1e-3)
-
-
-STATISTICS_CODE = ("storage/image_files.py", "inputs/decoding.py", "inputs/statistics.py")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class ImageStatistics:

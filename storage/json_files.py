@@ -12,6 +12,7 @@ from storage.atomic import atomic_write
 from storage.messages import quoted
 from storage.plain_files import check_plain_file
 
+NUMBER = (int, float)  # kinds of JSON values
 MOST_JSON = 8 * 2**20  # bytes; what runs write has thousands
 LONGEST_INTEGER = 19  # characters: 64 bits
 
@@ -84,9 +85,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write strict JSON (no NaN)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-NUMBER = (int, float)
 
 
 def schema_mismatch(found: object, shape: Any, name: str = "") -> str:

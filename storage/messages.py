@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+LONGEST_ITEM = 300  # characters of a name in a message
 LONGEST_LINE = 2000  # characters of a message
 
 
@@ -17,9 +18,6 @@ def one_line(error: Exception | str) -> str:
 def quoted(text: str) -> str:
     """A text in quotes, cut where it is long."""
     return repr(text if len(text) <= 60 else text[:59] + "…")
-
-
-LONGEST_ITEM = 300  # characters of a name in a message
 
 
 def first_five(items: Sequence[object]) -> str:

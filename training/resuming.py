@@ -21,6 +21,10 @@ from torch import Tensor
 from storage import tensors
 from training import checkpoints, devices, loop, micro_batches, optim, signals
 
+FAILURES = (OSError, loop.NonFiniteLoss, micro_batches.OutOfMemory, torch.OutOfMemoryError)
+NOTHING, SAVE, STOP = range(3)  # what a process wishes for; the highest wish counts
+CHECK_EVERY = 10  # calls, where several processes have to agree on whether to save
+
 
 def best_epoch(scores: Sequence[float]) -> int:
     """Which epoch to keep, counted from 1: the first of those with the highest validation score."""
@@ -36,11 +40,6 @@ def should_stop(scores: Sequence[float], *, patience: int, min_delta: float) -> 
         return False
     rise = max(scores[-patience:]) - max(scores[:-patience])
     return rise <= 0 or rise < min_delta
-
-
-FAILURES = (OSError, loop.NonFiniteLoss, micro_batches.OutOfMemory, torch.OutOfMemoryError)
-NOTHING, SAVE, STOP = range(3)  # what a process wishes for; the highest wish counts
-CHECK_EVERY = 10  # calls, where several processes have to agree on whether to save
 
 
 @dataclass
