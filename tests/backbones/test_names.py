@@ -68,13 +68,16 @@ def test_every_pretrained_tag_gives_its_own_activation_and_normalisation():
     for name, tag in pairs:
         theirs, config = open_clip.get_pretrained_cfg(name, tag), resolve(name, tag).config
         assert config["model_cfg"]["quick_gelu"] is theirs.get("quick_gelu", False), (name, tag)
-        assert config["preprocess_cfg"] == {"mean": list(theirs["mean"]), "std": list(theirs["std"])}, (name, tag)
+        usual = {"resize_mode": "shortest", "interpolation": "bicubic"}
+        own = {key: theirs[key] for key, value in usual.items() if theirs.get(key, value) != value}
+        expected = {"mean": list(theirs["mean"]), "std": list(theirs["std"]), **own}
+        assert config["preprocess_cfg"] == expected, (name, tag)
 
 
 def test_mean_and_std_follow_the_tag():
     clip_mean = [0.48145466, 0.4578275, 0.40821073]
     assert resolve("ViT-B-32", "openai").config["preprocess_cfg"]["mean"] == clip_mean
-    half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash"}
     assert resolve("ViT-B-16-SigLIP", "webli").config["preprocess_cfg"] == half
 
 

@@ -29,6 +29,8 @@ from torch import Tensor
 import baseline
 from training import devices
 
+pytestmark = pytest.mark.slow  # tests/training/test_fit.py has two processes in the quick part
+
 TINY = "--clip_model tiny --clip_pretrained none --image_size 56 --dropout 0 --device cpu --loss mse --no_report"
 # Of the 40 images for training, batches of 13 leave a last one of a single image: one process has no share of it.
 CASES = {

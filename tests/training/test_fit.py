@@ -153,7 +153,6 @@ def test_trackers_get_every_epoch(tmp_path):
     assert shown == pytest.approx([row["val_fit"] for row in progress.history])
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     train(tmp_path / "one", dropout=0.0)  # which each process would draw for itself
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
