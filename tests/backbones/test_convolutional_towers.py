@@ -113,6 +113,7 @@ def flags(folder: Path, demo_set: tuple[Path, Path], out: Path, *more: str) -> l
     return [*data, *run, "--cache_dir", str(out / "cache"), "--output_dir", str(out / "run"), "--no_report", *more]
 
 
+@pytest.mark.slow
 def test_a_run_on_cached_stages_is_the_run_without_a_cache(folder, demo_set, tmp_path):
     """Whose frozen stages keep their moving statistics too; and thawing step by step works."""
     plan = ["--unfreeze_schedule", "3@0,2@1", "--cache_views", "2", "--cache_dtype", "float32"]

@@ -110,6 +110,7 @@ def test_the_demo_and_the_parts_of_repeated_runs_are_given_again_to_the_bit(tmp_
         assert_identical(tmp_path / "run" / part, again(tmp_path / "run" / part, "again"))
 
 
+@pytest.mark.slow
 def test_the_same_command_in_another_process_leaves_the_same_bytes(demo_set, tmp_path, monkeypatch):
     """As two users may call it: each in a folder and with a cache of its own; and in another order of sets."""
     paths = ["--data_csv_path", str(demo_set[0]), "--image_base_dir", str(demo_set[1])]
@@ -168,6 +169,7 @@ def test_how_many_threads_decode_changes_no_bit(train, more, counts):
         assert_identical(alone, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "sizes"), [("mse", (8, 4, 2)), ("plcc", (8, 2))])
 def test_how_a_step_is_split_changes_a_sum_by_rounding_alone_and_a_correlation_by_more(train, loss, sizes):
     flags = f"{TINY} --freeze_layers 23 --epochs 1 --dropout 0 --loss {loss} --warmup_ratio 0 --no_test"

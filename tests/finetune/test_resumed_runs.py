@@ -174,6 +174,7 @@ def test_a_signal_while_libraries_are_imported_ends_in_a_line_too(name, command,
     assert said == ("" if "--parent" in words else f"stopped by {name}\n")  # a worker leaves that to its parent
 
 
+@pytest.mark.slow
 def test_a_signal_does_not_wait_for_a_cache_to_be_filled_in_mid_run(demo_set, tmp_path, monkeypatch):
     argv = flags_of(demo_set, "--unfreeze_schedule", "22@0,20@1", "--save_every_minutes", "0")
     run_until([*argv, "--cache_dir", str(tmp_path / "another")], tmp_path / "whole", None)
@@ -466,6 +467,7 @@ def test_what_a_killed_process_left_half_written_is_swept_away(demo_set, tmp_pat
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_repeated_runs_go_on_in_the_middle_of_one(demo_set, tmp_path, monkeypatch, capsys):
     argv = flags_of(demo_set, FROZEN, "--use_test", "--repeats", "2", "--epochs", "1")
     whole = baseline.main([*argv, "--output_dir", str(tmp_path / "whole")])
