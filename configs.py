@@ -74,7 +74,13 @@ class TrainingConfig(Config):
     )
     data_csv_path: str = option("data/data.csv", "data", "table of image names, prompts and scores (UTF-8 CSV)")
     image_base_dir: str = option("data/images", "data", "folder that the image names are relative to")
-    image_size: int = option(224, "data", "pixels per side that CLIP sees", within="[16, 4096]", recommended="224-336")
+    image_size: int | None = option(
+        None,
+        "data",
+        "pixels per side that CLIP sees (default: what it was trained at)",
+        within="[16, 4096]",
+        recommended="224-336",
+    )
     crop_scale_min: float = option(
         0.8, "data", "RandomResizedCrop keeps at least this share of the area", within="(0, 1]", recommended="0.6-1.0"
     )
@@ -196,6 +202,20 @@ class TrainingConfig(Config):
     use_residual_learning: bool = option(True, "heads", "plain sigmoid heads instead of base + bounded delta")
     calibration: bool = option(
         True, "heads", "start from (cos+1)/2 and a random quality base instead of fitting both to frozen CLIP"
+    )
+    stage_features: str = option(
+        "auto",
+        "heads",
+        "whether base terms and heads also read mean and deviation of what leaves the image tower's stages, where "
+        "quality shows best; auto: of every tower that can be taken apart",
+        choices=("auto", "on", "off"),
+    )
+    base: str = option(
+        "probe",
+        "heads",
+        "what consistency starts from: ridge regression on image, prompt and their agreement, if that is better in "
+        "cross-validation, or the cosine alone",
+        choices=("probe", "cosine"),
     )
     residual_scale_q: float = option(
         0.2,

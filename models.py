@@ -1,7 +1,7 @@
 """The scoring model: CLIP with two heads on its embeddings, and what a checkpoint says of it.
 
-Shapes: B images, V views of each, P distinct prompts, K levels, N tokens, E embedding, S pixels per side. Where each
-image has several views, they stand in a dimension behind B.
+Shapes: B images, V views of each, P distinct prompts, K levels, N tokens, E embedding, F stage statistics, X = E + F,
+S pixels per side. Where each image has several views, they stand in a dimension behind B.
 Scores are label units: 0..1 spans the data set's MOS scale. Nothing is clamped inside the graph.
 """
 
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from backbones import download
 from backbones.loading import rebuild_clip, size_description
-from backbones.towers import frozen_stages, num_stages, run_image, run_text
+from backbones.towers import frozen_stages, num_stages, run_image, run_observed, run_text
 from backbones.verify import refuse_larger
 from configs import OPTIONS
 from storage import json_files
 from storage.json_files import NUMBER
 from training import checkpoints
+
+Weights = tuple[ArrayLike, float]  # of a linear base term: (D,) and its bias
 
 EXTRA_PREFIX = "score_"
 # Five texts of quality, and of agreement with the prompt; the worst first.
@@ -46,6 +48,7 @@ DESCRIPTION = {  # of a checkpoint
     "model": {"scale_q": NUMBER, "scale_c": NUMBER, "hidden_q": int, "hidden_c": int, "dropout": NUMBER},
     "scales": {str: {"low": NUMBER, "high": NUMBER}},
 }
+OLDER = {"stage_width": 0, "base": "cosine"}  # what `build_model` is to take for what an older checkpoint does not tell
 # What building from values of the wrong kind raises, beside ValueError.
 BUILD_ERRORS = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
 
@@ -59,10 +62,16 @@ def mlp(dim_in: int, dim_hidden: int, dropout: float, *, zero_last: bool) -> nn.
     return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.GELU(), nn.Dropout(dropout), last)
 
 
-def joint_features(image_BE: Tensor, text_BE: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit embeddings -> [image, text, cos] (B, 2E + 1) and cos (B, 1)."""
+def joint_features(image_BX: Tensor, text_BE: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings, the image's with its stage statistics -> [image, text, cos, stages] (B, X + E + 1) and cos (B, 1)."""
+    image_BE, stages_BF = parted(image_BX, text_BE.shape[-1])
     cos_B1 = (image_BE * text_BE).sum(dim=-1, keepdim=True)
-    return torch.cat([image_BE, text_BE, cos_B1], dim=-1), cos_B1
+    return torch.cat([image_BE, text_BE, cos_B1, stages_BF], dim=-1), cos_B1
+
+
+def parted(image_BX: Tensor, embed_dim: int) -> tuple[Tensor, Tensor]:
+    """An image's unit embedding (B, E) and its stage statistics (B, F)."""
+    return image_BX[..., :embed_dim], image_BX[..., embed_dim:]
 
 
 def expected_level(image_BE: Tensor, levels_KE: Tensor, temperature: Tensor) -> Tensor:
@@ -83,11 +92,13 @@ def expected_level(image_BE: Tensor, levels_KE: Tensor, temperature: Tensor) -> 
 class ResidualHeads(nn.Module):
     """score = what CLIP already knows + small bounded learned delta.
 
-        quality      q = sigmoid(w . image + b)              + scale_q * tanh(MLP(image))
-        consistency  c = a * (cos(image, text) + 1) / 2 + b  + scale_c * tanh(MLP([image, text, cos]))
+        quality      q = sigmoid(w . [image, stages] + b)    + scale_q * tanh(MLP([image, stages]))
+        consistency  c = w . [(cos + 1) / 2, image, text, image * text, stages] + b
+                                                             + scale_c * tanh(MLP([image, text, cos, stages]))
 
-    With a `temperature` both base terms are a * level + b, `level` being the `expected_level` of five texts.
-    The deltas start at exactly zero, so a fresh model is its base.
+    With `base` "cosine" consistency starts from a * (cos + 1) / 2 + b. With a `temperature` both base terms are
+    a * level + b, `level` being the `expected_level` of five texts. The deltas start at exactly zero, so a fresh model
+    is its base.
     """
 
     def __init__(
@@ -100,77 +111,91 @@ class ResidualHeads(nn.Module):
         hidden_c: int,
         dropout: float,
         temperature: float | None = None,
+        stage_width: int = 0,
+        base: str = "cosine",
     ) -> None:
         super().__init__()
+        self.embed_dim = embed_dim
         self.scale_q = scale_q
         self.scale_c = scale_c
-        self.base_q = nn.Linear(embed_dim if temperature is None else 1, 1)
-        self.base_c = nn.Linear(1, 1)
+        width = embed_dim + stage_width
+        self.base_q = nn.Linear(width if temperature is None else 1, 1)
+        self.is_probe = base == "probe" and temperature is None
+        self.base_c = nn.Linear(1 + 2 * embed_dim + width if self.is_probe else 1, 1)
         self.temperature = None if temperature is None else nn.Parameter(torch.tensor(temperature))
         if temperature is not None:
             nn.init.ones_(self.base_q.weight)
             nn.init.zeros_(self.base_q.bias)
-        nn.init.ones_(self.base_c.weight)
+        nn.init.zeros_(self.base_c.weight)
+        nn.init.ones_(self.base_c.weight[:, :1])
         nn.init.zeros_(self.base_c.bias)
-        self.delta_q = mlp(embed_dim, hidden_q, dropout, zero_last=True)
-        self.delta_c = mlp(2 * embed_dim + 1, hidden_c, dropout, zero_last=True)
+        self.delta_q = mlp(width, hidden_q, dropout, zero_last=True)
+        self.delta_c = mlp(embed_dim + 1 + width, hidden_c, dropout, zero_last=True)
 
     @torch.no_grad()
-    def set_base(self, quality: tuple[ArrayLike, float] | None, consistency: tuple[float, float] | None) -> None:
-        """Start from fitted base terms: quality (w (E,), b), consistency (a, b); None leaves one as it is."""
+    def set_base(self, quality: Weights | None, consistency: Weights | None) -> None:
+        """Start from fitted base terms, weights and bias, see `evaluation.probes.Base`; None leaves one as it is.
+
+        Consistency may be fitted to the first features alone: the others count for nothing then.
+        """
         for layer, fitted in ((self.base_q, quality), (self.base_c, consistency)):
             if fitted is not None:
-                layer.weight.copy_(torch.from_numpy(np.atleast_2d(np.asarray(fitted[0]))))
+                weights = torch.from_numpy(np.atleast_2d(np.asarray(fitted[0])))
+                layer.weight.zero_()
+                layer.weight[:, : weights.shape[1]] = weights
                 layer.bias.fill_(fitted[1])
 
-    def quality(self, image_BE: Tensor, levels_KE: Tensor | None = None) -> Tensor:
-        """(B, E), with a temperature also (K, E) -> (B,)."""
+    def quality(self, image_BX: Tensor, levels_KE: Tensor | None = None) -> Tensor:
+        """(B, X), with a temperature also (K, E) -> (B,)."""
         if self.temperature is None:
-            base_B1 = torch.sigmoid(self.base_q(image_BE))
+            base_B1 = torch.sigmoid(self.base_q(image_BX))
         else:
+            image_BE, _ = parted(image_BX, self.embed_dim)
             base_B1 = self.base_q(expected_level(image_BE, cast(Tensor, levels_KE), self.temperature))
-        return (base_B1 + self.scale_q * torch.tanh(self.delta_q(image_BE))).squeeze(-1)
+        return (base_B1 + self.scale_q * torch.tanh(self.delta_q(image_BX))).squeeze(-1)
 
-    def consistency(self, image_BE: Tensor, text_BE: Tensor, levels_BKE: Tensor | None = None) -> Tensor:
-        """(B, E), (B, E), with a temperature also (B, K, E) -> (B,)."""
-        features, cos_B1 = joint_features(image_BE, text_BE)
-        if self.temperature is None:
-            known_B1 = (cos_B1 + 1) / 2
-        else:
-            known_B1 = expected_level(image_BE, cast(Tensor, levels_BKE), self.temperature)
-        return (self.base_c(known_B1) + self.scale_c * torch.tanh(self.delta_c(features))).squeeze(-1)
+    def consistency(self, image_BX: Tensor, text_BE: Tensor, levels_BKE: Tensor | None = None) -> Tensor:
+        """(B, X), (B, E), with a temperature also (B, K, E) -> (B,)."""
+        features, cos_B1 = joint_features(image_BX, text_BE)
+        image_BE, stages_BF = parted(image_BX, self.embed_dim)
+        known = (cos_B1 + 1) / 2
+        if self.temperature is not None:
+            known = expected_level(image_BE, cast(Tensor, levels_BKE), self.temperature)
+        elif self.is_probe:
+            known = torch.cat([known, image_BE, text_BE, image_BE * text_BE, stages_BF], dim=-1)
+        return (self.base_c(known) + self.scale_c * torch.tanh(self.delta_c(features))).squeeze(-1)
 
 
 class ResidualHead(nn.Module):
     """A further score of the image: sigmoid(w . image + b) + scale * tanh(MLP(image)), as quality."""
 
-    def __init__(self, embed_dim: int, *, scale: float, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, *, scale: float, hidden: int, dropout: float) -> None:
         super().__init__()
         self.scale = scale
-        self.base = nn.Linear(embed_dim, 1)
-        self.delta = mlp(embed_dim, hidden, dropout, zero_last=True)
+        self.base = nn.Linear(width, 1)
+        self.delta = mlp(width, hidden, dropout, zero_last=True)
 
     @torch.no_grad()
-    def set_base(self, fitted: tuple[ArrayLike, float]) -> None:
-        """Start from fitted weights (E,) and bias."""
+    def set_base(self, fitted: Weights) -> None:
+        """Start from fitted weights (X,) and bias."""
         self.base.weight.copy_(torch.from_numpy(np.atleast_2d(np.asarray(fitted[0]))))
         self.base.bias.fill_(fitted[1])
 
-    def forward(self, image_BE: Tensor) -> Tensor:
-        """(B, E) -> (B,)."""
-        return (torch.sigmoid(self.base(image_BE)) + self.scale * torch.tanh(self.delta(image_BE))).squeeze(-1)
+    def forward(self, image_BX: Tensor) -> Tensor:
+        """(B, X) -> (B,)."""
+        return (torch.sigmoid(self.base(image_BX)) + self.scale * torch.tanh(self.delta(image_BX))).squeeze(-1)
 
 
 class PlainHead(nn.Module):
     """A further score of the image, learned from nothing."""
 
-    def __init__(self, embed_dim: int, *, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, *, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.head = mlp(embed_dim, hidden, dropout, zero_last=False)
+        self.head = mlp(width, hidden, dropout, zero_last=False)
 
-    def forward(self, image_BE: Tensor) -> Tensor:
-        """(B, E) -> (B,)."""
-        return torch.sigmoid(self.head(image_BE)).squeeze(-1)
+    def forward(self, image_BX: Tensor) -> Tensor:
+        """(B, X) -> (B,)."""
+        return torch.sigmoid(self.head(image_BX)).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,22 +211,30 @@ class PlainHeads(nn.Module):
     """Sigmoid heads that learn both scores from nothing; optionally a transformer refines the coarse consistency."""
 
     def __init__(
-        self, embed_dim: int, *, hidden_q: int, hidden_c: int, dropout: float, refinement: Refinement | None = None
+        self,
+        embed_dim: int,
+        *,
+        hidden_q: int,
+        hidden_c: int,
+        dropout: float,
+        refinement: Refinement | None = None,
+        stage_width: int = 0,
     ) -> None:
         super().__init__()
-        self.head_q = mlp(embed_dim, hidden_q, dropout, zero_last=False)
-        self.head_c = mlp(2 * embed_dim + 1, hidden_c, dropout, zero_last=False)
+        self.head_q = mlp(embed_dim + stage_width, hidden_q, dropout, zero_last=False)
+        self.head_c = mlp(2 * embed_dim + 1 + stage_width, hidden_c, dropout, zero_last=False)
         self.refine = ConsistencyRefiner(embed_dim, refinement, dropout) if refinement else None
 
-    def quality(self, image_BE: Tensor, levels_KE: Tensor | None = None) -> Tensor:
-        """(B, E) -> (B,)."""
-        return torch.sigmoid(self.head_q(image_BE)).squeeze(-1)
+    def quality(self, image_BX: Tensor, levels_KE: Tensor | None = None) -> Tensor:
+        """(B, X) -> (B,)."""
+        return torch.sigmoid(self.head_q(image_BX)).squeeze(-1)
 
-    def consistency(self, image_BE: Tensor, text_BE: Tensor, levels_BKE: Tensor | None = None) -> Tensor:
-        """(B, E), (B, E) -> (B,)."""
-        features, _ = joint_features(image_BE, text_BE)
+    def consistency(self, image_BX: Tensor, text_BE: Tensor, levels_BKE: Tensor | None = None) -> Tensor:
+        """(B, X), (B, E) -> (B,)."""
+        features, _ = joint_features(image_BX, text_BE)
         logit_B1 = self.head_c(features)
         if self.refine is not None:
+            image_BE, _ = parted(image_BX, text_BE.shape[-1])
             logit_B1 = logit_B1 + self.refine(image_BE, text_BE, torch.sigmoid(logit_B1))
         return torch.sigmoid(logit_B1).squeeze(-1)
 
@@ -231,9 +264,9 @@ class ConsistencyRefiner(nn.Module):
 
 
 class Embeddings(NamedTuple):
-    """What CLIP makes of images and their texts: unit vectors."""
+    """What CLIP makes of images and their texts: unit vectors; behind an image's stand its stage statistics."""
 
-    image: Tensor  # (B, E); (B, V, E) with several views
+    image: Tensor  # (B, X); (B, V, X) with several views
     text: Tensor | None = None  # (B, E) of the prompts
     levels_q: Tensor | None = None  # (K, E) of the levels of quality
     levels_c: Tensor | None = None  # (B, K, E) of the levels of consistency with each prompt
@@ -245,6 +278,8 @@ class ScoreModel(nn.Module):
     clip: CustomTextCLIP
     heads: ResidualHeads | PlainHeads
     rationale: nn.Linear | None
+    stage_mean: Tensor
+    stage_scale: Tensor
 
     def __init__(
         self,
@@ -256,26 +291,50 @@ class ScoreModel(nn.Module):
         extra: Mapping[str, nn.Module] | None = None,
         global_view: bool = False,
         task_gradients: str = "shared",
+        stage_width: int = 0,
     ) -> None:
         """See `build_model`."""
         super().__init__()
         self.clip = clip
+        self.stage_width = stage_width
+        # What the raw statistics are normalised by; a checkpoint without any has none of these.
+        self.register_buffer("stage_mean", torch.zeros(stage_width), persistent=stage_width > 0)
+        self.register_buffer("stage_scale", torch.ones(stage_width), persistent=stage_width > 0)
         self.heads = heads
         # Behind a prefix, because a module's own attributes, such as "type" or "values", are no keys of a ModuleDict.
         self.extra = nn.ModuleDict({EXTRA_PREFIX + task: head for task, head in (extra or {}).items()})
         self.global_view = global_view
         self.task_gradients = task_gradients
-        self.rationale = nn.Linear(2 * embed_dim + 1, embed_dim) if predict_rationale else None
+        self.rationale = nn.Linear(2 * embed_dim + 1 + stage_width, embed_dim) if predict_rationale else None
 
-    def encode_image(self, image: Tensor, stage: int = 0) -> Tensor:
-        """What enters the image tower at `stage` (normalised pixels (B, 3, S, S) at 0) -> (B, E) unit vectors, float32.
+    def encode_image(self, image: Tensor, stage: int = 0, statistics: Tensor | None = None) -> Tensor:
+        """What enters the image tower at `stage` (normalised pixels (B, 3, S, S) at 0) -> (B, X), float32.
 
         The frozen stages in front keep no activations.
+
+        Args:
+            statistics: (B, ...) those of the stages before, raw.
+
+        Returns:
+            Unit vectors (B, E), and behind them the statistics of all observed blocks (B, F), normalised.
         """
-        frozen = max(stage, frozen_stages(self.clip.visual))
+        visual = self.clip.visual
+        frozen = max(stage, frozen_stages(visual))
+        if not self.stage_width:
+            with torch.no_grad():
+                image = run_image(visual, image, stage, frozen)
+            return run_image(visual, image, frozen, num_stages(visual))
         with torch.no_grad():
-            image = run_image(self.clip.visual, image, stage, frozen)
-        return run_image(self.clip.visual, image, frozen, num_stages(self.clip.visual))
+            image, early = run_observed(visual, image, stage, frozen)
+        image, late = run_observed(visual, image, frozen, num_stages(visual))
+        parts = [early, late] if statistics is None else [statistics, early, late]
+        return torch.cat([image, (torch.cat(parts, dim=-1) - self.stage_mean) / self.stage_scale], dim=-1)
+
+    @torch.no_grad()
+    def set_stage_scaling(self, mean_F: ArrayLike, scale_F: ArrayLike) -> None:
+        """What the raw statistics are normalised by: (raw - mean) / scale."""
+        self.stage_mean.copy_(torch.as_tensor(np.asarray(mean_F)))
+        self.stage_scale.copy_(torch.as_tensor(np.asarray(scale_F)))
 
     def encode_text(self, text: Tensor, stage: int = 0, tokens_PN: Tensor | None = None) -> Tensor:
         """What enters the text tower at `stage` (token ids (P, N) at 0) -> (P, E) unit vectors, float32.
@@ -300,13 +359,17 @@ class ScoreModel(nn.Module):
         prompt_of_B: Tensor | None = None,
         *,
         image_stage: int = 0,
+        statistics: Tensor | None = None,
         text_stage: int = 0,
         tokens_PN: Tensor | None = None,
         num_views: int = 1,
         level_of_K: Tensor | None = None,
     ) -> Embeddings:
         """Images and their texts (as `forward` takes them) -> their embeddings."""
-        image = self.encode_image(image.flatten(0, 1) if num_views > 1 else image, image_stage)
+        if num_views > 1:
+            image = image.flatten(0, 1)
+            statistics = None if statistics is None else statistics.flatten(0, 1)
+        image = self.encode_image(image, image_stage, statistics)
         image = image.unflatten(0, (-1, num_views)) if num_views > 1 else image
         if text is None:
             return Embeddings(image)
@@ -334,13 +397,13 @@ class ScoreModel(nn.Module):
                 for_q, levels_KE = detached(for_q), detached(levels_KE)
             if self.task_gradients == "stop_c":
                 for_c, text_BE, levels_BKE = detached(for_c), detached(text_BE), detached(levels_BKE)
-            scores = {"q": averaged(lambda image_BE: self.heads.quality(image_BE, levels_KE), for_q)}
+            scores = {"q": averaged(lambda image_BX: self.heads.quality(image_BX, levels_KE), for_q)}
             scores |= {task: averaged(head, image) for task, head in self.extra_heads.items()}
             if text_BE is not None:
                 scores["c"] = averaged(self.heads.consistency, for_c, text_BE, levels_BKE)
                 if self.rationale is not None:
-                    content_BE = for_c if for_c.ndim == 2 else for_c.mean(dim=1)
-                    scores["rationale"] = self.rationale(joint_features(content_BE, text_BE)[0])
+                    content_BX = for_c if for_c.ndim == 2 else for_c.mean(dim=1)
+                    scores["rationale"] = self.rationale(joint_features(content_BX, text_BE)[0])
         return scores
 
     @property
@@ -363,8 +426,8 @@ class ScoreModel(nn.Module):
             text: (P, N) token ids of the distinct prompts, or what enters a later stage; None for quality alone.
             prompt_of_B: (B,) the row of `text` that belongs to each image; with levels (B, 1 + K), those of the
                 prompt and of its levels of consistency.
-            stages: `image_stage`, `text_stage`, `tokens_PN`, `num_views` and `level_of_K` (the rows of `text` that
-                are levels of quality) of `encode`.
+            stages: `image_stage` and the `statistics` of the stages before it (B, ...), `text_stage`, `tokens_PN`,
+                `num_views` and `level_of_K` (the rows of `text` that are levels of quality) of `encode`.
 
         Returns:
             As `score`.
@@ -405,6 +468,8 @@ def build_model(
     prompt_levels: bool = False,
     global_view: bool = False,
     task_gradients: str = "shared",
+    stage_width: int = 0,
+    base: str = "cosine",
 ) -> ScoreModel:
     """A ScoreModel from plain (JSON) arguments, so that a checkpoint can say how it was built.
 
@@ -413,6 +478,8 @@ def build_model(
         prompt_levels: the base terms are expectations over five texts.
         global_view: of several views the first is the whole image, and the only one that is compared with the prompt.
         task_gradients: "shared", or "stop_q" or "stop_c", which keeps that score's gradient out of CLIP.
+        stage_width: F, how many statistics of the image tower's stages the heads read; 0: none.
+        base: "probe" or "cosine": what consistency starts from, see `ResidualHeads`.
     """
     heads: ResidualHeads | PlainHeads
     of_extra: nn.Module
@@ -425,16 +492,25 @@ def build_model(
             hidden_c=hidden_c,
             dropout=dropout,
             temperature=float(clip.logit_scale.detach().exp()) if prompt_levels else None,
+            stage_width=stage_width,
+            base=base,
         )
     else:
         refine = Refinement(**refinement) if refinement else None
-        heads = PlainHeads(embed_dim, hidden_q=hidden_q, hidden_c=hidden_c, dropout=dropout, refinement=refine)
+        heads = PlainHeads(
+            embed_dim,
+            hidden_q=hidden_q,
+            hidden_c=hidden_c,
+            dropout=dropout,
+            refinement=refine,
+            stage_width=stage_width,
+        )
     further = {}
     for task in extra:
         if residual:
-            of_extra = ResidualHead(embed_dim, scale=scale_q, hidden=hidden_q, dropout=dropout)
+            of_extra = ResidualHead(embed_dim + stage_width, scale=scale_q, hidden=hidden_q, dropout=dropout)
         else:
-            of_extra = PlainHead(embed_dim, hidden=hidden_q, dropout=dropout)
+            of_extra = PlainHead(embed_dim + stage_width, hidden=hidden_q, dropout=dropout)
         further[task] = of_extra
     return ScoreModel(
         clip,
@@ -444,11 +520,12 @@ def build_model(
         extra=further,
         global_view=global_view,
         task_gradients=task_gradients,
+        stage_width=stage_width,
     )
 
 
 def averaged(score: Callable[..., Tensor], image: Tensor, *others: Tensor | None) -> Tensor:
-    """Scores (B,) of embeddings (B, E), with what belongs to each; of several views (B, V, E) their mean."""
+    """Scores (B,) of embeddings (B, X), with what belongs to each; of several views (B, V, X) their mean."""
     if image.ndim == 2:
         return score(image, *others)
     num_views = image.shape[1]
@@ -471,8 +548,8 @@ def embed_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
     """What CLIP itself knows of a batch.
 
     Returns:
-        "image" (B, E), the mean over views; with prompts "text" (B, E) and "cos" (B,), and with levels "level_q" and
-        "level_c" (B,), what they expect, on 0..1.
+        "image" (B, X), the mean over views; with prompts "text" (B, E), "cos" (B,) and, with a global view, "content"
+        (B, X), that view alone; with levels "level_q" and "level_c" (B,), what they expect, on 0..1.
     """
     known = model.encode(**batch.inputs)
     views = known.image if known.image.ndim == 3 else known.image[:, None]
@@ -480,14 +557,17 @@ def embed_batch(model: ScoreModel, batch: Any) -> dict[str, Tensor]:
     if known.text is not None:
         content = model.view_of_content(known.image)
         found["text"] = known.text
-        found["cos"] = averaged(lambda image_BE, text_BE: (image_BE * text_BE).sum(dim=-1), content, known.text)
+        found["cos"] = averaged(lambda *pair: joint_features(*pair)[1].squeeze(-1), content, known.text)
+        if model.global_view:
+            found["content"] = content
     temperature = getattr(model.heads, "temperature", None)
     if temperature is not None:
 
-        def level(image_BE: Tensor, levels: Tensor | None) -> Tensor:
+        def level(image_BX: Tensor, levels: Tensor | None) -> Tensor:
+            image_BE, _ = parted(image_BX, image_BX.shape[-1] - model.stage_width)
             return expected_level(image_BE, cast(Tensor, levels), temperature).squeeze(-1)
 
-        found["level_q"] = averaged(lambda image_BE: level(image_BE, known.levels_q), known.image)
+        found["level_q"] = averaged(lambda image_BX: level(image_BX, known.levels_q), known.image)
         found["level_c"] = averaged(level, content, known.levels_c)
     return found
 

@@ -40,12 +40,17 @@ class Backbone:
         return self.config["model_cfg"]["embed_dim"]
 
     @property
+    def image_size(self) -> int:
+        """Pixels per side that it sees."""
+        return self.config["model_cfg"]["vision_cfg"]["image_size"]
+
+    @property
     def activation(self) -> str:
         """The activation of the transformer blocks."""
         return "QuickGELU" if self.config["model_cfg"].get("quick_gelu") else "GELU"
 
 
-def load_backbone(name: str, pretrained: str, *, image_size: int) -> Backbone:
+def load_backbone(name: str, pretrained: str, *, image_size: int | None = None) -> Backbone:
     """Build the CLIP called `name` with the weights `pretrained`.
 
     Args:
@@ -53,7 +58,7 @@ def load_backbone(name: str, pretrained: str, *, image_size: int) -> Backbone:
             open_clip's or transformers' form, a hub id "ORG/NAME", or "tiny".
         pretrained: a tag, a weights file, "none" (random, from the global seed) or, for tiny, "assets". A folder or
             hub repository brings its own weights; only "none" matters there.
-        image_size: pixels per side; the position table is interpolated to it.
+        image_size: pixels per side, to which the position table is interpolated; None: as it was trained.
 
     Raises:
         ValueError: an unknown name or tag, weights that do not fit, no network, or an unusable image size.
@@ -61,7 +66,8 @@ def load_backbone(name: str, pretrained: str, *, image_size: int) -> Backbone:
     source = resolve(name, pretrained)
     state = source.read_state() if pretrained != "none" else None
     tokenizer = source.tokenizer()
-    native = source.config["model_cfg"]["vision_cfg"].get("image_size", 224)
+    native = native_size(source.config)
+    image_size = image_size or native
     notes = source.notes
     if state is not None and native != image_size:
         notes += (f"this CLIP was trained at {native} pixels; --image_size {native} would match it",)
@@ -72,6 +78,11 @@ def load_backbone(name: str, pretrained: str, *, image_size: int) -> Backbone:
     if state is not None:
         load_state(clip, state, f"{name} ({pretrained}) at {image_size} pixels")
     return Backbone(clip=clip, tokenizer=tokenizer, config=source.config, notes=notes)
+
+
+def native_size(config: Mapping[str, Any]) -> int:
+    """Pixels per side that a CLIP in open_clip's form was trained at."""
+    return config["model_cfg"]["vision_cfg"].get("image_size", 224)
 
 
 def save_text_files(backbone: Backbone, folder: Path) -> None:

@@ -29,7 +29,8 @@ from backbones.transformers_format import (
 from backbones.weights import find_weights, read_weights, stored_shapes
 from storage.json_files import read_json
 
-TINY_DIR = Path(__file__).resolve().parent.parent / "assets" / "tiny-clip"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+EMBEDDED = {"lite": ASSETS / "lite", "tiny": ASSETS / "tiny-clip"}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
@@ -46,10 +47,12 @@ class ClipSource:
 
 def resolve(name: str, pretrained: str) -> ClipSource:
     """Find out what a name means. Raises ValueError."""
-    if name == "tiny":
+    if name in EMBEDDED:
         if pretrained not in ("none", "assets"):
-            raise ValueError(f"--clip_model tiny --clip_pretrained {pretrained}: tiny has 'assets' or 'none' (random)")
-        return from_folder(TINY_DIR)
+            raise ValueError(
+                f"--clip_model {name} --clip_pretrained {pretrained}: must be 'assets', or 'none' (random)"
+            )
+        return from_folder(EMBEDDED[name])
     if pretrained not in ("openai", "none") and (name.startswith((LOCAL_DIR, HF_HUB)) or Path(name).is_dir()):
         raise ValueError(f"--clip_pretrained {pretrained}: {name} brings its own weights; drop it, or say none")
     if name.startswith(LOCAL_DIR):
@@ -64,7 +67,7 @@ def resolve(name: str, pretrained: str) -> ClipSource:
     near = difflib.get_close_matches(key, open_clip.list_models(), n=3)
     raise ValueError(
         f"--clip_model {name}: not an open_clip model{'; near: ' + ', '.join(near) if near else ''}. "
-        "Also possible: tiny, local-dir:PATH, hf-hub:ORG/NAME"
+        "Also possible: lite, tiny, local-dir:PATH, hf-hub:ORG/NAME"
     )
 
 

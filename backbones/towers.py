@@ -3,7 +3,7 @@
 A block is a transformer's block or a stage of a convolutional network.
 
 Shapes: B images, P distinct prompts, N tokens, D tower width, E embedding, S pixels per side, C channels, H and W the
-height and width of a feature map.
+height and width of a feature map, F statistics.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ TOP = (
 )
 # Its blocks, by number; those of a ResNet count from 1.
 BLOCK = r"(?:transformer\.|trunk\.)?(?:resblocks|blocks|stages|encoder\.layer|layers)\.(\d+)\.|(?:trunk\.)?layer(\d+)\."
+
+STATISTICS_EPS = 1e-8  # of the variance, whose root has no slope at 0
+
+Observer = Callable[[int, Tensor], object]  # is given the number of a block, and what leaves it
 
 
 def trims_exactly(text: nn.Module) -> bool:
@@ -150,36 +154,92 @@ def stage_state(tower: nn.Module, num: int) -> dict[str, Tensor]:
     return {name: value for name, value in tower.state_dict().items() if stage_of(name, depth) < num}
 
 
-def run_image(visual: Any, x: Tensor, start: int, stop: int) -> Tensor:
+def observed_blocks(visual: nn.Module) -> list[int]:
+    """The blocks of an image tower, from 0, whose output tells of quality: see `statistics_of`.
+
+    Each stage of a convolutional network; about every sixth of a transformer's depth, but for its end. None of a tower
+    that can only be run as a whole.
+    """
+    depth = len(staged_blocks(visual))
+    if convolutions(visual):
+        return list(range(depth))
+    step = max(1, round(depth / 6))
+    return list(range(step - 1, depth - 1, step))
+
+
+def num_statistics(visual: Any) -> int:
+    """How many numbers F the statistics of all observed blocks are."""
+    observed = observed_blocks(visual)
+    if not observed or not convolutions(visual):
+        return 2 * len(observed) * (visual.positional_embedding.shape[1] if observed else 0)
+    was_training = visual.training
+    with torch.no_grad():
+        black = torch.zeros(1, 3, 64, 64, device=next(visual.parameters()).device)
+        _, statistics_BF = run_observed(visual.eval(), black, 0, len(observed))
+    visual.train(was_training)
+    return statistics_BF.shape[1]
+
+
+def statistics_of(x: Tensor) -> Tensor:
+    """Mean and standard deviation over space, in float32: (B, C, H, W) or tokens (B, 1 + N, D) -> (B, 2C) or (B, 2D).
+
+    What a picture's distortions change, and what the last layers, trained to name what it shows, have let go: Su et
+    al., "Blindly assess image quality in the wild guided by a self-adaptive hyper network", CVPR 2020, read local
+    features of each stage for it.
+    """
+    space = x.float().flatten(2) if x.ndim == 4 else x[:, 1:].float().transpose(1, 2)
+    variance, mean = torch.var_mean(space, dim=2, correction=0)
+    return torch.cat([mean, (variance + STATISTICS_EPS).sqrt()], dim=1)
+
+
+def run_observed(visual: Any, x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """As `run_image`, with the statistics (B, F) of the observed blocks among these stages, in their order."""
+    observed = set(observed_blocks(visual))
+    found: list[Tensor] = []
+
+    def observe(number: int, x: Tensor) -> None:
+        if number in observed:
+            found.append(statistics_of(x))
+
+    num_images = len(x)
+    x = run_image(visual, x, start, stop, observe)
+    return x, torch.cat(found, dim=1) if found else torch.zeros(num_images, 0, device=x.device)
+
+
+def run_image(visual: Any, x: Tensor, start: int, stop: int, observe: Observer = lambda number, x: None) -> Tensor:
     """Take images from the entry of stage `start` to that of `stop`; behind the last stage lie unit vectors (B, E).
 
     Between blocks there are tokens (B, N, D); behind the last block only the pooled one, (B, D), where there is one.
     Between convolutional stages there are feature maps (B, C, H, W).
+
+    Args:
+        observe: is called with the number of each block and what leaves it.
     """
     if start == stop:
         return x
     if parts := convolutions(visual):
-        return run_convolutions(visual, parts, x, start, stop)
+        return run_convolutions(visual, parts, x, start, stop, observe)
     blocks = staged_blocks(visual)
     if not blocks:
         return F.normalize(visual(x).float(), dim=-1)
     if start == 0:
         x = visual._embeds(x)
     pooled_at_B = torch.zeros(len(x), dtype=torch.long, device=x.device) if pools_one_token(visual) else None
-    x = run_blocks(visual.transformer, x, start, stop, pooled_at_B=pooled_at_B)
+    x = run_blocks(visual.transformer, x, start, stop, pooled_at_B=pooled_at_B, observe=observe)
     if stop <= len(blocks):
         return x
     pooled_BD, _ = visual._pool(x if x.ndim == 3 else x[:, None])
     return F.normalize((pooled_BD if visual.proj is None else pooled_BD @ visual.proj).float(), dim=-1)
 
 
-def run_convolutions(visual: Any, parts: Convolutions, x: Tensor, start: int, stop: int) -> Tensor:
+def run_convolutions(visual: Any, parts: Convolutions, x: Tensor, start: int, stop: int, observe: Observer) -> Tensor:
     """As `run_image`, of a convolutional tower."""
     recomputes = getattr(getattr(visual, "trunk", visual), "grad_checkpointing", False) and torch.is_grad_enabled()
     if start == 0:
         x = parts.stem(x)
-    for stage in parts.stages[start:stop]:
+    for number, stage in list(enumerate(parts.stages))[start:stop]:
         x = checkpoint(stage, x, use_reentrant=False) if recomputes else stage(x)
+        observe(number, x)
     return x if stop <= len(parts.stages) else F.normalize(parts.top(x).float(), dim=-1)
 
 
@@ -228,12 +288,14 @@ def run_blocks(
     *,
     mask: Tensor | None = None,
     pooled_at_B: Tensor | None = None,
+    observe: Observer = lambda number, x: None,
 ) -> Tensor:
     """Blocks `start` to `stop` of a transformer, recomputed in the backward pass if it is set so.
 
     Args:
         mask: (N, N) added to the attention's logits.
         pooled_at_B: where the one token stands that is used of the last block's output, if there is one.
+        observe: as `run_image` takes it.
 
     Returns:
         (B, N, D); behind the last block (B, D) with `pooled_at_B`.
@@ -251,6 +313,7 @@ def run_blocks(
             x_BND = checkpoint(step, *arguments, use_reentrant=False)
         else:
             x_BND = step(*arguments)
+        observe(number, x_BND)
     return x_BND
 
 

@@ -11,6 +11,7 @@ with --cache_views V, epoch e takes the crops of epoch e mod V. Prints one line 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -41,7 +42,7 @@ from inputs import decoding, views
 from inputs.batches import BatchOrder
 from sources.examples import Examples
 from sources.scores import TASKS
-from training import devices, loop, optim, resuming
+from training import devices, loop, optim
 
 EVALUATION = -1  # the view of an image that is not augmented
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -50,16 +51,23 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 class ScoredImages(Dataset):
     """All rows of a data set, as (pixels (3, S, S), token ids (77,), targets (2,))."""
 
-    def __init__(self, config: TrainingConfig, examples: Examples, tokens: Tensor, preprocess: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        examples: Examples,
+        tokens: Tensor,
+        preprocess: dict[str, Any],
+        image_size: int,
+    ) -> None:
         self.files, self.tokens = examples.files, tokens
         self.targets = np.stack([examples.unit_targets[task] for task in TASKS], axis=1).astype(np.float32)
         self.view = torch.full((), EVALUATION).share_memory_()  # of training; reading processes see it change
-        self.size = config.image_size
+        self.size = image_size
         self.normalise = v2.Compose(
             [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocess["mean"], preprocess["std"])]
         )
         self.views = views.Views(
-            image_size=config.image_size,
+            image_size=image_size,
             device=torch.device("cpu"),
             crop_scale_min=config.crop_scale_min,
             flip=config.horizontal_flip,
@@ -121,7 +129,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     )
     # On a CPU, reading processes fight with the model for the cores: none is faster.
     num_workers = 0 if runtime.device.type == "cpu" else min(16, devices.num_cpus())
-    dataset = ScoredImages(config, examples, tokens, preprocess)
+    dataset = ScoredImages(config, examples, tokens, preprocess, backbone.image_size)
     loaders = {
         name: DataLoader(
             dataset,
@@ -176,7 +184,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
             total += loss.detach() * len(pixels)
         curve.append(float(total) / num_train)
         validation.append(evaluate(scores("val"), "val", examples, config)["main"])
-        if resuming.best_epoch(validation) == epoch + 1:
+        if validation[-1] > max(validation[:-1], default=-math.inf):
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
     model.load_state_dict(best)
     test = evaluate(scores("test"), "test", examples, config)

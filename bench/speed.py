@@ -71,6 +71,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     csv_path, image_dir = select_images(args, folder)
     common = ["--data_csv_path", str(csv_path), "--image_base_dir", str(image_dir), "--clip_model", args.model]
     common += ["--clip_pretrained", "none", "--epochs", str(args.epochs), "--dropout", "0", "--loss", "mse"]
+    common += ["--stage_features", "off", "--base", "cosine"]  # which the plain loop has not
     common += ["--cache_dir", str(folder / "cache"), "--output_dir", str(folder / "run"), "--overwrite"]
     yardstick: dict[str, dict[str, Any]] = {}
     rows, before = [], ""

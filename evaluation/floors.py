@@ -20,10 +20,10 @@ def floors(
 
     Without looking at a pixel: the mean, each generator's mean and, where prompts are shared between folds, each
     prompt's mean and both. With pixels: ridge regression on simple statistics of the image, the zero-shot cosine, and
-    ridge probes on the frozen CLIP's embeddings.
+    the ridge probes of the frozen CLIP.
 
     Args:
-        known: fold -> "image" (n, E) and, with prompts, "text" (n, E) and "cos" (n,), of the frozen CLIP.
+        known: fold -> what `models.embed_batch` gives of the frozen CLIP.
         statistics_NS: (n, S) of all images.
             Training rows that are NaN, here or there, were dropped and teach nothing.
     """
@@ -31,15 +31,9 @@ def floors(
     train, test = examples.rows("train"), examples.rows("test")
     from_statistics = ridge_scores(examples, statistics_NS[train], statistics_NS[test], list(examples.scales))
     found["image_statistics"] = agreements(from_statistics, "test", examples)
-    probes = base.scores(known["test"])
-    if "c" in probes:
-        found["zero_shot_cosine"] = agreements({"c": probes.pop("c")}, "test", examples)
-        fit, held = (
-            np.hstack([known[fold]["image"], known[fold]["image"] * known[fold]["text"]])
-            for fold in ("train_eval", "test")
-        )
-        probes |= ridge_scores(examples, fit, held, ["c"])
-    found["ridge_probe"] = agreements(probes, "test", examples)
+    if base.cosine:
+        found["zero_shot_cosine"] = agreements({"c": known["test"]["cos"]}, "test", examples)
+    found["ridge_probe"] = agreements(base.probes(known["test"]), "test", examples)
     levels = {task: known["test"][f"level_{task}"] for task in base.levels}
     return {**found, "zero_shot_levels": agreements(levels, "test", examples)} if levels else found
 
@@ -86,6 +80,5 @@ def ridge_scores(
     for task in tasks:
         mos = examples.mos(task, "train")
         keep = ~np.isnan(mos) & is_known
-        weights, bias = probes.fit_ridge(train[keep], mos[keep], groups[keep])
-        found[task] = test @ weights + bias
+        found[task] = probes.fit_ridge(train[keep], mos[keep], groups[keep])(test)
     return found

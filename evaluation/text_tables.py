@@ -32,8 +32,7 @@ def results_table(results: Mapping[str, Any], examples: Examples) -> str:
     by_set = {f"  on {title}": part["test"] for title, part in results["sets"].items()}
     rows = {"trained model": results[fold], **by_set, **results["floors"]}
     lines = [
-        f"{title} fold: {len(examples.rows(fold))} images, weights of epoch {results['best_epoch']} of "
-        f"{results['epochs']}, {results['seconds']:.0f} s in all",
+        f"{title} fold: {len(examples.rows(fold))} images, {kept(results)}, {results['seconds']:.0f} s in all",
         *score_table(rows, list(examples.scales)),
         *certainty_lines(results["certainty"]),
         *generator_lines(results["generators"]),
@@ -45,10 +44,18 @@ def results_table(results: Mapping[str, Any], examples: Examples) -> str:
         for task in examples.scales
         for key in [f"srocc_{task}"]
     )
-    lines.append(f"SROCC added by training to what CLIP knew before (ridge probe, cosine): {added}")
+    lines.append(f"SROCC added by training to what CLIP knew before: {added}")
     if "main" in results[fold]:
         lines.append(f"main score (mean of SROCC and PLCC): {results[fold]['main']:.3f}")
     return "\n".join(lines)
+
+
+def kept(results: Mapping[str, Any]) -> str:
+    """Which epoch's weights a run has kept."""
+    best, epochs = results["best_epoch"], results["epochs"]
+    return (
+        f"weights of epoch {best} of {epochs}" if best else f"none of {epochs} epochs better than the untrained model"
+    )
 
 
 def score_table(rows: Mapping[str, Mapping[str, float]], tasks: list[str]) -> list[str]:

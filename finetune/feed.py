@@ -51,7 +51,7 @@ def build_feed(
         prompts = text_table("prompt")
     rationales = text_table("explanation") if config.use_explanations else None
     settings: dict[str, Any] = {
-        "image_size": None if config.crops else config.image_size,
+        "image_size": None if config.crops else backbone.image_size,
         "num_threads": num_threads(config, runtime),
         "max_memory": config.image_memory_gb * 1e9 / runtime.local_world,
         "max_file": config.cache_max_gb * 1e9 / runtime.local_world,
@@ -60,7 +60,7 @@ def build_feed(
     key = (READ_BY.values(config), *settings.values())
     store = memo.value("images", key, lambda: image_store.ImageStore(examples.files, **settings))
     views = Views(
-        image_size=config.image_size,
+        image_size=backbone.image_size,
         **backbone.config["preprocess_cfg"],
         device=runtime.device,
         crop_scale_min=config.crop_scale_min,

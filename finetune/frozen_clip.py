@@ -29,7 +29,18 @@ from storage.feature_cache import FeatureCache
 # What decides what the untrained CLIP makes of the data.
 KNOWN_BY = DecidedBy(
     groups=("data", "backbone", "speed"),
-    others=("demo", "cache_dir", "test", "prompt_levels", "use_explanations", "amp", "device", "batch_size"),
+    others=(
+        "demo",
+        "cache_dir",
+        "test",
+        "prompt_levels",
+        "use_explanations",
+        "amp",
+        "device",
+        "batch_size",
+        "stage_features",
+        "base",
+    ),
 )
 BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
 
@@ -101,6 +112,7 @@ class FrozenLayers:
             evaluation=of_test if config.crops else "evaluation",
             augmentation={name: getattr(config, name) for name in of_view},
             observe=self.statistics.observe,
+            with_statistics=self.experiment.model.stage_width > 0,
         )
 
 
@@ -128,11 +140,14 @@ def learn_base(experiment: Experiment) -> tuple[dict[str, Scores], probes.Base]:
     def learn() -> tuple[dict[str, Scores], probes.Base]:
         folds = [fold for fold in experiment.orders if fold != "train"]
         known = {fold: experiment.predict(model, fold, models.embed_batch) for fold in folds}
-        return known, probes.fit_base(known, experiment.examples)
+        base = probes.fit_base(known, experiment.examples, stage_width=model.stage_width, base=config.base)
+        return known, base
 
     known, base = experiment.memo.value("known", KNOWN_BY.values(config), learn, most=16)
-    if config.calibration and not config.init_from:
-        set_base(model, base)
+    if not config.init_from:
+        model.set_stage_scaling(base.stage_mean, base.stage_scale)
+        if config.calibration:
+            set_base(model, base)
     return known, base
 
 
@@ -142,5 +157,5 @@ def set_base(model: models.ScoreModel, base: probes.Base) -> None:
         return
     model.heads.set_base(base.quality, base.consistency)
     for task, head in model.extra_heads.items():
-        if task in base.images:
-            cast(models.ResidualHead, head).set_base(base.images[task])
+        if fitted := base.of_image(task):
+            cast(models.ResidualHead, head).set_base(fitted)

@@ -35,7 +35,7 @@ def start_model(
         backbone, model, arguments = load_first_stage(config, examples)
     else:
         backbone = load_clip(config, memo)
-        arguments = model_arguments(config, backbone.embed_dim)
+        arguments = model_arguments(config, backbone)
         model = models.build_model(backbone.clip, **arguments)
     if config.lora_rank:
         freezing.add_lora(model.clip, config.lora_rank, num_layers=config.stages[0][0])
@@ -67,10 +67,11 @@ def load_first_stage(
     """
     models.check_checkpoint(Path(str(config.init_from)))
     folder, state, description = checkpoints.load_weights(Path(str(config.init_from)))
-    backbone = loading.rebuild_backbone(description["clip"], folder, image_size=config.image_size)
-    arguments = model_arguments(config, backbone.embed_dim)
+    image_size = config.image_size or description["image_size"]
+    backbone = loading.rebuild_backbone(description["clip"], folder, image_size=image_size)
+    arguments = model_arguments(config, backbone)
     free = {"dropout", "predict_rationale", "task_gradients", "global_view"}  # none changes what the other weights mean
-    for name, value in description["model"].items():
+    for name, value in {**models.OLDER, **description["model"]}.items():
         if name not in free and value != arguments[name]:
             raise ValueError(f"--init_from {folder}: has {name} {value}, not {arguments[name]}; use the same flags")
     scales = {task: LabelScale(**scale) for task, scale in description["scales"].items()}
@@ -90,16 +91,21 @@ def load_first_stage(
     model = models.build_model(backbone.clip, **arguments)
     clip_state = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
     weights.load_state(backbone.clip, clip_state, str(folder))
-    heads = {key: value for key, value in state.items() if key.startswith(("heads.", "extra."))}
+    heads = {key: value for key, value in state.items() if key.startswith(("heads.", "extra.", "stage_"))}
     model.load_state_dict(heads, strict=False)
     return backbone, model, arguments
 
 
-def model_arguments(config: TrainingConfig, embed_dim: int) -> dict[str, Any]:
-    """The arguments of `models.build_model`, as JSON values."""
+def model_arguments(config: TrainingConfig, backbone: loading.Backbone) -> dict[str, Any]:
+    """The arguments of `models.build_model`, as JSON values. Raises ValueError for statistics of no stages."""
+    stage_width = 0 if config.stage_features == "off" else towers.num_statistics(backbone.clip.visual)
+    if config.stage_features == "on" and not stage_width:
+        raise ValueError(
+            f"--stage_features on: the image tower of {config.clip_model} cannot be taken apart into stages; drop it"
+        )
     sizes = {"layers": config.refinement_layers, "heads": config.refinement_heads, "dim": config.refinement_dim}
     return {
-        "embed_dim": embed_dim,
+        "embed_dim": backbone.embed_dim,
         "residual": config.use_residual_learning,
         "scale_q": config.residual_scale_q,
         "scale_c": config.residual_scale_c,
@@ -112,6 +118,8 @@ def model_arguments(config: TrainingConfig, embed_dim: int) -> dict[str, Any]:
         "prompt_levels": config.prompt_levels,
         "global_view": config.global_view,
         "task_gradients": config.task_gradients,
+        "stage_width": stage_width,
+        "base": config.base,
     }
 
 
@@ -137,7 +145,7 @@ def num_blocks(config: TrainingConfig) -> int | None:
         layers = vision.get("layers")
         return len(layers) if isinstance(layers, list) else layers
     with torch.device("meta"):
-        visual = build.build_clip(copy.deepcopy(clip), image_size=config.image_size).visual
+        visual = build.build_clip(copy.deepcopy(clip), image_size=config.image_size or loading.native_size(clip)).visual
     return towers.depth_of(visual) or None
 
 

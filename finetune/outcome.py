@@ -86,8 +86,7 @@ def conclude(
     remarks: Sequence[advice.Remark],
 ) -> dict[str, Any]:
     """What `results.json` holds but for the times: what was measured, and what is to be said of it."""
-    known = measured["base"]["val"].get(experiment.config.select_by)
-    findings = diagnosis.diagnose(progress.history, experiment.config, facts, known=known)
+    findings = diagnosis.diagnose(progress.history, experiment.config, facts, known=progress.selection[0])
     return {
         "best_epoch": progress.best_epoch,
         "epochs": len(progress.history),

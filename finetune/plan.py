@@ -76,7 +76,10 @@ def plan(experiment: Experiment) -> str:
     lines = [
         ("data", f"{', '.join(examples.sets)}: {len(table)} images, {num_prompts} prompts; {scores}"),
         ("split", f"{sizes} ({how_split(config, examples)})"),
-        ("backbone", f"{origin}, {config.image_size} px, {experiment.backbone.activation}, {config.freezing}"),
+        (
+            "backbone",
+            f"{origin}, {experiment.backbone.image_size} px, {experiment.backbone.activation}, {config.freezing}",
+        ),
         ("trained", parts),
         (
             "schedule",
@@ -111,7 +114,7 @@ def notes(experiment: Experiment) -> list[str]:
         found.append("--cache_views does nothing here: no layers in front are frozen and cached")
     if config.crops and config.num_views == 0 and not caches_nothing(config, model):
         found.append("heads train on the --test_crops here: --crops counts with --cache_views 1 and more")
-    small = sum(min(file.size) < config.image_size for file in examples.files)
+    small = sum(min(file.size) < experiment.backbone.image_size for file in examples.files)
     if config.crops and small:
         found.append(f"--crops: {small} images are smaller than --image_size and will be enlarged")
     if config.stages[-1][1] >= config.epochs:

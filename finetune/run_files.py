@@ -216,7 +216,7 @@ def save_scorer(writer: run_folder.RunFolder, experiment: Experiment, state: Map
     config, backbone, scales = experiment.config, experiment.backbone, experiment.examples.scales
     description = {
         "clip": backbone.config,
-        "image_size": config.image_size,
+        "image_size": backbone.image_size,
         "model": dict(experiment.arguments),
         "scales": {task: {"low": scale.low, "high": scale.high} for task, scale in scales.items()},
         "test_crops": config.num_test_crops,

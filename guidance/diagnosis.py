@@ -67,7 +67,7 @@ def diagnose(
         history: a row for each epoch, as in `metrics.csv`; only the losses and scores of `facts.tasks` need be there.
         config: what it ran with.
         facts: what it ran on.
-        known: the validation score that the epoch is chosen by, before training; None if that has none.
+        known: the validation score that the epoch is chosen by, before training; None if it is not known.
 
     Returns:
         At most MAX_FINDINGS, the most important first; none for fewer than MIN_EPOCHS and for a run that looks fine.
@@ -106,7 +106,7 @@ class Curves:
         self.facts = facts
         self.tasks = [task for task in TASKS if task in facts.tasks]
         self.selection = self.curve(f"val_{config.select_by}")
-        self.best = self.selection.index(max(self.selection))  # from 0; the first, as in resuming.best_epoch
+        self.best = self.selection.index(max(self.selection))  # from 0; the first, as in resuming.Progress
         self.tail = max(1, len(history) // TAIL)
         self.main_noise = MAIN_NOISE / math.sqrt(facts.num_val)
         self.task_noise = TASK_NOISE / math.sqrt(facts.num_val)
@@ -206,20 +206,20 @@ def find_slow(run: Curves) -> Finding | None:
 
 
 def find_lost(run: Curves, known: float | None) -> Finding | None:
-    """A run that started from what CLIP knows and never came back to it: training has only undone."""
-    starts_there = run.config.use_residual_learning and run.config.calibration and not run.config.init_from
+    """A run of which no epoch has beaten what it started from."""
     best = run.selection[run.best]
-    if known is None or not starts_there or known - best < run.main_noise:
+    if known is None or known < best:
         return None
+    name = "no gain from training" if known - best < run.main_noise else "worse than before training"
     evidence = (
-        f"{run.config.select_by} on validation was {known:.3f} before training and is {best:.3f} at best, after epoch "
-        f"{run.best + 1}"
+        f"{run.config.select_by} on validation was {known:.3f} before training, which is kept, and is {best:.3f} at "
+        f"best, after epoch {run.best + 1}"
     )
     if run.rate > run.usual_rates[0]:
         why = "the steps undo what CLIP knew, so take smaller ones"
-        return run.finding("worse than before training", evidence, why, smaller_steps(run))
+        return run.finding(name, evidence, why, smaller_steps(run))
     why = "even small steps undo what CLIP knew, so hold on to it"
-    return run.finding("worse than before training", evidence, why, tighter(run, run.tasks))
+    return run.finding(name, evidence, why, tighter(run, run.tasks))
 
 
 def find_best_at_start(run: Curves) -> Finding | None:

@@ -161,8 +161,8 @@ class Feed(Generic[P]):
             images = self.source.finish(prepared, self.share(rows), view)
             yield self.assemble(rows, images, self.source.count(view))
 
-    def assemble(self, rows: Rows, image: Tensor, num_views: int) -> Batch:
-        """The Batch of these rows, whose share of images is given, each with so many views."""
+    def assemble(self, rows: Rows, images: Mapping[str, Tensor], num_views: int) -> Batch:
+        """The Batch of these rows, whose share of images is given as a source does, each with so many views."""
         texts = self.prompts.select(self.share(rows)) if self.prompts else {}
         known = {task: ~np.isnan(values[rows]) for task, values in self.targets.items()}
         rationales = places = None
@@ -173,7 +173,7 @@ class Feed(Generic[P]):
                 places = to_device(np.flatnonzero(present[rows]), self.device)
         return Batch(
             rows=rows,
-            inputs={"image": image, "image_stage": self.source.stage, "num_views": num_views, **texts},
+            inputs={**images, "image_stage": self.source.stage, "num_views": num_views, **texts},
             targets={task: to_device(values[rows], self.device) for task, values in self.targets.items()},
             labelled={
                 task: None if mask.all() else to_device(np.flatnonzero(mask), self.device)
@@ -188,5 +188,12 @@ class Feed(Generic[P]):
         if len(batch) <= size:
             return [batch]
         starts = range(0, len(batch), size)
-        image, num_views = batch.inputs["image"], batch.inputs["num_views"]
-        return [self.assemble(batch.rows[s : s + size], image[s : s + size], num_views) for s in starts]
+        images = {name: batch.inputs[name] for name in ("image", "statistics") if name in batch.inputs}
+        return [
+            self.assemble(
+                batch.rows[s : s + size],
+                {name: values[s : s + size] for name, values in images.items()},
+                batch.inputs["num_views"],
+            )
+            for s in starts
+        ]

@@ -1,7 +1,8 @@
 """What frozen layers compute is computed once: which activations are cached, under which recipe, and where.
 
 A tower's frozen stages in front (`towers.frozen_stages`) always give the same for the same input. With all of CLIP
-frozen that is the embedding; otherwise the activations that enter the first trained block.
+frozen that is the embedding; otherwise the activations that enter the first trained block. Statistics of those stages
+lie beside them, see `Layout`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from backbones import towers
 from inputs.batches import DroppedRows
-from inputs.image_sources import CachedSource, PixelSource, View
+from inputs.image_sources import CachedSource, Layout, PixelSource, View
 from inputs.texts import TextTable
 from inputs.transfer import Rows, chunks, run_ahead
 from storage.feature_cache import FeatureCache, FeatureSet, key_of
@@ -55,13 +56,15 @@ class Caching:
         free = self.runtime.free_memory() - self.reserve
         return self.runtime.device.type != "cpu" and num_bytes <= RESIDENT_SHARE * free
 
-    def open(self, tower: nn.Module, num_stages: int, example: Tensor, **details: Any) -> FeatureSet:
-        """The cached rows of a tower's first stages, which are shaped as `example` (1, ...)."""
-        recipe = {**self.identity, "stages": num_stages, **details}
+    def dtype_of(self, tower: nn.Module, num_stages: int, example: Tensor) -> torch.dtype:
+        """What the activations behind a tower's first stages, such as `example`, are kept as."""
         # Embeddings are small, and rounding them would tie scores that differ.
         is_embedding = num_stages == towers.num_stages(tower)
-        dtype = example.dtype if is_embedding else DTYPES.get(self.dtype, example.dtype)
-        return self.cache.open(recipe, example.shape[1:], dtype)
+        return example.dtype if is_embedding else DTYPES.get(self.dtype, example.dtype)
+
+    def open(self, num_stages: int, shape: Sequence[int], dtype: torch.dtype, **details: Any) -> FeatureSet:
+        """The cached rows of a tower's first stages."""
+        return self.cache.open({**self.identity, "stages": num_stages, **details}, shape, dtype)
 
     def fill(
         self,
@@ -125,15 +128,25 @@ def fingerprint(tower: nn.Module, num_stages: int) -> str:
     return digest.hexdigest()
 
 
-def image_encoder(visual: nn.Module, num_stages: int, runtime: Runtime) -> Callable[[Tensor], Tensor]:
-    """The first stages of an image tower, for pixels (B, 3, S, S) or several views (B, V, 3, S, S)."""
+def image_encoder(
+    visual: nn.Module, num_stages: int, runtime: Runtime, *, with_statistics: bool
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The first stages of an image tower, for pixels (B, 3, S, S) or several views (B, V, 3, S, S).
+
+    It gives activations and the statistics of the stages, of which there are none without `with_statistics`.
+    """
 
     @torch.inference_mode()
-    def encode(pixels: Tensor) -> Tensor:
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         several = pixels.ndim == 5
+        images = pixels.flatten(0, 1) if several else pixels
         with runtime.autocast():
-            out = towers.run_image(visual, pixels.flatten(0, 1) if several else pixels, 0, num_stages)
-        return out.unflatten(0, pixels.shape[:2]) if several else out
+            if with_statistics:
+                found = towers.run_observed(visual, images, 0, num_stages)
+            else:
+                found = towers.run_image(visual, images, 0, num_stages), images.new_zeros(len(images), 0)
+        image, statistics = (values.unflatten(0, pixels.shape[:2]) if several else values for values in found)
+        return image, statistics
 
     return encode
 
@@ -147,6 +160,7 @@ def cache_images(
     evaluation: Mapping[str, Any] | str,
     augmentation: Mapping[str, Any],
     observe: Callable[[Rows, list[Tensor]], None],
+    with_statistics: bool = False,
 ) -> CachedSource | str:
     """Compute what is missing of the frozen stages' activations of images.
 
@@ -154,6 +168,7 @@ def cache_images(
         rows_of: for each view (None: the evaluation view, 0..V-1: training views) the rows that will be asked for.
         evaluation, augmentation: what the evaluation view and training views depend on.
         observe: is shown all rows that are decoded, with their images.
+        with_statistics: whether the statistics of those stages are needed, see `towers.statistics_of`.
 
     Returns:
         The source of activations, or why there is none.
@@ -162,18 +177,24 @@ def cache_images(
     if num_stages == 0:
         return "no frozen layers in front"
 
-    encode = image_encoder(visual, num_stages, runtime)
+    encode = image_encoder(visual, num_stages, runtime, with_statistics=with_statistics)
     visual.eval()
     weights = caching.fingerprint(visual, num_stages)
     counts = (views.count(None), views.count(0))
     shape = (3, views.image_size, views.image_size)
     several = {count: (count,) if count > 1 else () for count in counts}
     example_of = {count: encode(torch.zeros(1, *several[count], *shape, device=runtime.device)) for count in several}
+    examples = [example_of[count] for count in counts]
+    layouts = [Layout(tuple(image.shape[1:]), tuple(statistics.shape[1:])) for image, statistics in examples]
+    dtype = caching.dtype_of(visual, num_stages, examples[0][0])
+    details = {"weights": weights, "input": "image", "image_size": views.image_size, "statistics": with_statistics}
+
+    def pack(layout: Layout, found: tuple[Tensor, Tensor]) -> Tensor:
+        return layout.pack(found[0].to(dtype), found[1])
+
     sets = [
-        caching.open(
-            visual, num_stages, example, weights=weights, input="image", image_size=views.image_size, view=view
-        )
-        for example, view in zip((example_of[count] for count in counts), (evaluation, augmentation), strict=True)
+        caching.open(num_stages, pack(layout, example).shape[1:], dtype, **details, view=view)
+        for layout, example, view in zip(layouts, examples, (evaluation, augmentation), strict=True)
     ]
     source = CachedSource(
         (sets[0], sets[1]),
@@ -181,8 +202,10 @@ def cache_images(
         rows_of=rows_of,
         stage=num_stages,
         device=runtime.device,
-        dtype=example_of[counts[0]].dtype,
+        dtype=examples[0][0].dtype,
+        layouts=(layouts[0], layouts[1]),
         counts=counts,
+        is_embedding=num_stages == towers.num_stages(visual),
     )
 
     def needed() -> int:
@@ -191,7 +214,10 @@ def cache_images(
     def wanted() -> Rows:
         return caching.dropping.left(np.unique(np.concatenate([source.missing(view) for view in rows_of])).astype(int))
 
-    compute = partial(add_views, source, pixels, encode, caching, observe)
+    def encode_rows(pixels: Tensor, view: View) -> Tensor:
+        return pack(layouts[view is not None], encode(pixels))
+
+    compute = partial(add_views, source, pixels, encode_rows, caching, observe)
     if not caching.fill(sets, needed, wanted, compute):
         return f"would take {needed() / 1e9:.1f} GB, more than --cache_max_gb or the disk has left"
     source.rows_of = {view: caching.dropping.left(rows) for view, rows in rows_of.items()}
@@ -203,7 +229,7 @@ def cache_images(
 def add_views(
     source: CachedSource,
     pixels: PixelSource,
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor, View], Tensor],
     caching: Caching,
     observe: Callable[[Rows, list[Tensor]], None],
     rows: Rows,
@@ -231,7 +257,7 @@ def add_views(
                 if places:
                     features, keys = source.keys(piece[places], view)
                     digests = [store.files[row].digest for row in piece[places]]
-                    features.add(keys, encode(pixels.views([images[place] for place in places], digests, view)))
+                    features.add(keys, encode(pixels.views([images[place] for place in places], digests, view), view))
             bar.update(len(loaded))
     source.evaluation.flush()
     source.training.flush()
@@ -257,7 +283,8 @@ def cache_texts(caching: Caching, text: nn.Module, table: TextTable) -> str:
     text.eval()
     example = encode(table.tokens_UN[:1, :longest])
     weights = caching.fingerprint(text, num_stages)
-    features = caching.open(text, num_stages, example, weights=weights, input="text")
+    dtype = caching.dtype_of(text, num_stages, example)
+    features = caching.open(num_stages, example.shape[1:], dtype, weights=weights, input="text")
     keys = [key_of(row.tobytes()) for row in table.host_tokens_UN.numpy()]
     total = len(keys) * features.row_bytes
     # They are used from memory, on a GPU its own.

@@ -1,9 +1,13 @@
-"""Where what enters the image tower comes from: pixels, or cached activations of its frozen stages."""
+"""Where what enters the image tower comes from: pixels, or cached activations of its frozen stages.
+
+F statistics of an image's stages.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,8 +34,8 @@ class ImageSource(Protocol):
     def prepare(self, rows: Rows, view: View) -> Any:
         """Do what the host has to do; may run in another thread."""
 
-    def finish(self, prepared: Any, rows: Rows, view: View) -> Tensor:
-        """Bring it to the device."""
+    def finish(self, prepared: Any, rows: Rows, view: View) -> dict[str, Tensor]:
+        """Bring it to the device: "image" (B, ...) and, with an entry stage, "statistics" of the stages before it."""
 
 
 class PixelSource:
@@ -51,9 +55,31 @@ class PixelSource:
         """Decoded images, pinned where a GPU waits for them."""
         return [pinned(image, self.views.device) for image in self.store.load(rows)]
 
-    def finish(self, prepared: list[Tensor], rows: Rows, view: View) -> Tensor:
-        """(B, 3, S, S) normalised pixels; (B, V, 3, S, S) of several views."""
-        return self.views(prepared, [self.store.files[row].digest for row in rows], view)
+    def finish(self, prepared: list[Tensor], rows: Rows, view: View) -> dict[str, Tensor]:
+        """ "image": (B, 3, S, S) normalised pixels; (B, V, 3, S, S) of several views."""
+        return {"image": self.views(prepared, [self.store.files[row].digest for row in rows], view)}
+
+
+class Layout(NamedTuple):
+    """How activations and the statistics of the stages before them lie in one cached row.
+
+    Statistics are float32 whatever the activations are, whose type their bits are stored as.
+    """
+
+    image: tuple[int, ...]  # the shape of an image's activations
+    statistics: tuple[int, ...]  # that of its statistics; the last number is 0 if there are none
+
+    def pack(self, image: Tensor, statistics: Tensor) -> Tensor:
+        """(B, ...) activations and (B, ..., F) statistics -> (B, D) of the activations' type."""
+        return torch.cat([image.flatten(1), statistics.float().flatten(1).contiguous().view(image.dtype)], dim=1)
+
+    def unpack(self, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """As `ImageSource.finish`, from rows (B, D); activations are given as `dtype`."""
+        size = math.prod(self.image)
+        found = {"image": rows[:, :size].unflatten(1, self.image).to(dtype)}
+        if self.statistics[-1]:
+            found["statistics"] = rows[:, size:].contiguous().view(torch.float32).unflatten(1, self.statistics)
+        return found
 
 
 class CachedSource:
@@ -71,13 +97,16 @@ class CachedSource:
         stage: int,
         device: torch.device,
         dtype: torch.dtype,
+        layouts: tuple[Layout, Layout],
         counts: tuple[int, int] = (1, 1),
+        is_embedding: bool = False,
     ) -> None:
         """How the activations are given.
 
         Args:
             rows_of: the rows of each view (None, 0..V-1) that will be asked for.
             dtype: what to give them as.
+            layouts: of the rows of the evaluation view, and of those of training views.
             counts: how many views of an image the evaluation view and a training view consist of.
         """
         self.evaluation, self.training = sets
@@ -87,7 +116,9 @@ class CachedSource:
         self.stage = stage
         self.device = device
         self.dtype = dtype
+        self.layouts = layouts
         self.counts = counts
+        self.is_embedding = is_embedding
         self.resident: dict[View, Tensor] = {}  # view -> all rows, in the device's memory
         self.place_of: dict[View, np.ndarray] = {}  # view -> where each row of the data set lies in `resident`
 
@@ -95,8 +126,8 @@ class CachedSource:
         """What is cached, in words."""
         where = "in GPU memory" if self.resident else "memory-mapped"
         size = self.size(self.rows_of) / 1e9
-        is_embedding = len(self.evaluation.shape) - (self.counts[0] > 1) == 1
-        what = "embeddings" if is_embedding else f"activations after {self.stage} blocks"
+        what = "embeddings" if self.is_embedding else f"activations after {self.stage} blocks"
+        what += " and statistics" * bool(self.layouts[0].statistics[-1])
         return f"{what}, {self.num_views} training view(s), {size:.2f} GB {where}"
 
     def size(self, rows_of: Mapping[View, Rows]) -> int:
@@ -143,8 +174,8 @@ class CachedSource:
         features, keys = self.keys(rows, view)
         return pinned(features.stack(keys), self.device)
 
-    def finish(self, prepared: Tensor, rows: Rows, view: View) -> Tensor:
-        """(B, ...) activations."""
+    def finish(self, prepared: Tensor, rows: Rows, view: View) -> dict[str, Tensor]:
+        """ "image" (B, ...) and, if there are any, "statistics" (B, ..., F)."""
         prepared = prepared.to(self.device, non_blocking=True)
         found = self.resident[self.which(view)][prepared] if self.which(view) in self.resident else prepared
-        return found.to(self.dtype)
+        return self.layouts[self.which(view) is not None].unpack(found, self.dtype)

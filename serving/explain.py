@@ -29,11 +29,12 @@ COPY_PIXELS = 100_000_000  # that covered copies of an image have together, at m
 def seen_box(scorer: Scorer, size: tuple[int, int]) -> Box:
     """The part of an upright image of this width and height that the model is shown.
 
-    Without crops that is the square in the middle, see `views.Views`. With crops of native size it is the whole
-    image, although between the crops of a very large one gaps may be left.
+    Without crops that is the square in the middle, or all of it for a CLIP that squashes or pads, see `views.Views`.
+    With crops of native size it is the whole image, although between the crops of a very large one gaps may be left.
     """
     width, height = size
-    if scorer.pixels([], None).views.test_crops:
+    views = scorer.pixels([], None).views
+    if views.test_crops or views.resize_mode != "shortest":
         return (0, 0, width, height)
     side = min(size)
     left, top = (width - side) / 2, (height - side) / 2

@@ -62,9 +62,9 @@ class LoosePixels:
             return f"{name} ({error})"
         return ""
 
-    def finish(self, prepared: list[Tensor], rows: transfer.Rows, view: image_sources.View) -> Tensor:
-        """(B, 3, S, S) normalised pixels; (B, V, 3, S, S) of several views."""
-        return self.views(prepared, [], None)
+    def finish(self, prepared: list[Tensor], rows: transfer.Rows, view: image_sources.View) -> dict[str, Tensor]:
+        """ "image": (B, 3, S, S) normalised pixels; (B, V, 3, S, S) of several views."""
+        return {"image": self.views(prepared, [], None)}
 
 
 class Scorer:

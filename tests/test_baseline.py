@@ -129,13 +129,13 @@ def test_results_hold_scores_base_and_floors(finished):
 
 
 def test_another_seed_gives_other_weights(finished, train):
-    folder, _ = train(f"{TINY} --freeze_clip --seed 7 --epochs 1")
+    folder, _ = train(f"{TINY} --freeze_clip --seed 7 --epochs 1 --no_test")
     first, second = weights(finished[0]), weights(folder)
     assert not torch.equal(first["heads.delta_q.0.weight"], second["heads.delta_q.0.weight"])
 
 
 def test_frozen_layers_stay_bit_identical_and_trained_ones_move(train):
-    folder, _ = train(f"{SHORT} --epochs 1")
+    folder, _ = train(f"{SHORT} --epochs 1 --no_test")
     fresh = untrained(folder)
     before, after = fresh.state_dict(), weights(folder)
     for name, value in before.items():
@@ -154,7 +154,9 @@ def test_a_frozen_clip_still_trains_its_heads(train):
 
 
 def test_thawing_step_by_step_trains_each_layer_from_its_epoch_on(train):
-    folder, _ = train(f"{TINY} --unfreeze_schedule 24@0,23@1 --epochs 2 --lr 1e-3 --batch_size 16 --select_by srocc_q")
+    folder, _ = train(
+        f"{TINY} --unfreeze_schedule 24@0,23@1 --epochs 2 --lr 1e-3 --batch_size 16 --select_by srocc_q --no_test"
+    )
     fresh = untrained(folder)
     before, after = fresh.state_dict(), weights(folder)
     best = json.loads((folder / "results.json").read_text())["best_epoch"]
@@ -167,7 +169,7 @@ def test_thawing_step_by_step_trains_each_layer_from_its_epoch_on(train):
 
 
 def test_a_second_stage_starts_from_the_first(finished, train):
-    folder, _ = train(f"{SHORT} --epochs 1 --lr 1e-9 --init_from {finished[0]}", "second")
+    folder, _ = train(f"{SHORT} --epochs 1 --lr 1e-9 --no_test --init_from {finished[0]}", "second")
     first, second = weights(finished[0]), weights(folder)
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
@@ -223,7 +225,7 @@ def test_early_stopping_stops(train, monkeypatch):
     values = iter([0.5, 0.4, 0.3, 0.9])
     real = score_task.evaluate
     monkeypatch.setattr(score_task, "evaluate", lambda *args: {**real(*args), "main": next(values, 0.0)})
-    folder, results = train(f"{SHORT} --epochs 4 --early_stopping_patience 2")
+    folder, results = train(f"{SHORT} --epochs 4 --early_stopping_patience 2 --no_test")
     assert len(pd.read_csv(folder / "metrics.csv")) == 3
     assert results["best_epoch"] == 1
 
@@ -503,7 +505,7 @@ def test_the_depth_of_a_model_is_known_before_it_is_built(name, layers):
 
 def test_a_preset_follows_the_data_and_the_first_stage(finished, demo_set, tmp_path, capsys):
     paths = f"--data_csv_path {demo_set[0]} --image_base_dir {demo_set[1]} --output_dir {tmp_path / 'run'}"
-    flags = f"{TINY} --epochs 1 --preset auto --advice off"
+    flags = f"{TINY} --epochs 1 --preset auto --advice off --no_test"
     baseline.main(shlex.split(f"{paths} {flags}"))
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["preset"], saved["freeze_clip"], saved["batch_size"], saved["epochs"]) == ("small", True, 16, 1)

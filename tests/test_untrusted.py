@@ -187,7 +187,7 @@ IN_FOLDERS = {
 
 @pytest.mark.parametrize(("form", "name"), [(form, name) for form, names in IN_FOLDERS.items() for name in names])
 def test_a_pickle_in_the_folder_of_a_clip_is_refused(tmp_path, hf_folder, evil, asked, form, name):
-    source = hf_folder if form == "transformers" else names.TINY_DIR
+    source = hf_folder if form == "transformers" else names.EMBEDDED["tiny"]
     folder = Path(shutil.copytree(source, tmp_path / "clip"))
     if name.endswith(("bin", "pt", "pth")):
         for path in folder.glob("*.safetensors"):
@@ -270,7 +270,7 @@ def test_an_image_tower_from_elsewhere_is_refused(best, asked, name):
 
 @pytest.mark.parametrize("part", [{"hf_model_name": "org/tower"}, {"hf_tokenizer_name": "org/tokens"}])
 def test_the_config_of_a_folder_fetches_nothing(tmp_path, asked, part):
-    folder = Path(shutil.copytree(names.TINY_DIR, tmp_path / "clip"))
+    folder = Path(shutil.copytree(names.EMBEDDED["tiny"], tmp_path / "clip"))
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"].update(part)
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -503,7 +503,7 @@ def test_a_description_of_far_more_than_the_weights_is_refused_before_memory_is_
 )
 @pytest.mark.parametrize("pretrained", ["openai", "none"])
 def test_the_config_of_a_folder_is_held_against_its_weights_too(tmp_path, key, value, pretrained):
-    folder = Path(shutil.copytree(names.TINY_DIR, tmp_path / "clip"))
+    folder = Path(shutil.copytree(names.EMBEDDED["tiny"], tmp_path / "clip"))
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"][key] = value
     (folder / "open_clip_config.json").write_text(json.dumps(config))

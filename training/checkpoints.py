@@ -108,6 +108,9 @@ def save_weights(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+NO_BEST = "nobest"  # in a state's name, in place of the epoch that the best weights are of
+
+
 class StateFolder:
     """What an interrupted run needs to go on: the newest few states, and the best weights that each of them knows.
 
@@ -124,26 +127,27 @@ class StateFolder:
 
     def states(self) -> list[Path]:
         """The files of the states, the oldest first."""
-        return sorted(self.folder.glob("step*-best*.safetensors"))
+        return sorted(self.folder.glob("step*.safetensors"))
 
     def best_of(self, state: Path) -> Path:
         """Where the best weights that a state knows are kept beside it."""
         return self.folder / f"{state.stem.partition('-')[2]}.safetensors"
 
-    def save(self, step: int, best_epoch: int, state: Mapping[str, Any]) -> None:
+    def save(self, step: int, best_epoch: int | None, state: Mapping[str, Any]) -> None:
         """Write a state: nested dicts and lists of numbers, texts, tensors and arrays. Raises NotWritten.
 
         Args:
             step: optimiser steps so far.
-            best_epoch: the epoch that the best weights are of; 0 for none yet.
+            best_epoch: the epoch that the best weights are of; None while there are none.
         """
-        path = self.folder / f"step{step:010d}-best{best_epoch:06d}.safetensors"
+        best = NO_BEST if best_epoch is None else f"best{best_epoch:06d}"
+        path = self.folder / f"step{step:010d}-{best}.safetensors"
         tensors: dict[str, Tensor] = {}
         note = pack(state, "state", tensors)
         with write_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             sync(self.run)
-            if best_epoch:
+            if best_epoch is not None:
                 put_copy(self.best, self.best_of(path))
             write_tensors(path, tensors, note)
             kept = [old for old in self.states() if old <= path][-self.keep :]  # later ones were damaged, or given up
@@ -165,7 +169,7 @@ class StateFolder:
                 with damage_errors(path):
                     tensors, note = read_tensors(path)
                     state = unpack(note, tensors)
-                    has_best = not path.stem.endswith("-best000000")
+                    has_best = not path.stem.endswith(NO_BEST)
                     if has_best:
                         read_tensors(self.best_of(path))
             except ValueError as error:

@@ -82,6 +82,8 @@ def fit(
 ) -> None:
     """Train from where `saver.progress` stands to the last epoch, or until validation no longer rises.
 
+    The untrained model counts as epoch 0: where no epoch beats it on validation, it is what is kept.
+
     Args:
         saver: holds what is trained and how far that is, and saves both.
         writer: takes metrics.csv.
@@ -93,6 +95,12 @@ def fit(
         signals.Stopped: a signal has stopped the run; its state is saved.
     """
     progress, state, runtime, trainee = saver.progress, saver.train_state, saver.runtime, None
+    if progress.best_epoch is None:
+        with saver.interruptible():
+            scores, measured = task.validate(state.average.weights, lambda: None)
+        if runtime.is_main:
+            best_weights.keep(task.weights(state.average.weights))
+        progress.begin(runtime.agree(measured)[options.select_by], scores)
     while progress.epoch <= options.epochs and not stops_early(options, progress, runtime):
         if task.enter_epoch(progress.epoch, saver) or trainee is None:
             trainee = runtime.distribute(state.model, may_be_unused=task.may_leave_unused)

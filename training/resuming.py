@@ -2,7 +2,7 @@
 
 A state is taken between two optimiser steps: weights, their average, optimiser, schedule, loss scaler, the generators
 of random numbers of every process, the record of the epoch so far, the history of the epochs before it and what is best
-of them. Which batches are left in the epoch follows from the number of its steps.
+of them and of the untrained model. Which batches are left in the epoch follows from the number of its steps.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ NOTHING, SAVE, STOP = range(3)  # what a process wishes for; the highest wish co
 CHECK_EVERY = 10  # calls, where several processes have to agree on whether to save
 
 
-def best_epoch(scores: Sequence[float]) -> int:
-    """Which epoch to keep, counted from 1: the first of those with the highest validation score."""
-    return int(np.argmax(scores)) + 1
-
-
 def should_stop(scores: Sequence[float], *, patience: int, min_delta: float) -> bool:
     """Whether the last `patience` epochs brought no gain on the best before them; 0 never stops.
+
+    The scores are those of `Progress.selection`.
 
     A gain is a rise, and of no less than `min_delta`.
     """
@@ -49,16 +46,24 @@ class Progress:
     epoch: int = 1  # that is being trained, or comes next
     lr: float = 0.0  # at its first step
     history: list[dict[str, float]] = field(default_factory=list)  # a row for each finished epoch
-    selection: list[float] = field(default_factory=list)  # the score by which the best of them is chosen
+    selection: list[float] = field(default_factory=list)  # the score to choose by: untrained, then after each epoch
     best_scores: dict[str, np.ndarray] = field(default_factory=dict)  # of the best epoch on the validation fold
     seconds: float = 0.0  # that the run took before this process
     resumed: list[dict[str, int]] = field(default_factory=list)  # where it was gone on with
     record: loop.EpochRecord = field(default_factory=loop.EpochRecord)
 
     @property
-    def best_epoch(self) -> int:
-        """The epoch to keep; 0 while none is finished."""
-        return best_epoch(self.selection) if self.selection else 0
+    def best_epoch(self) -> int | None:
+        """The epoch to keep, the first of those with the highest score; 0: none has beaten the untrained model.
+
+        None before `begin`.
+        """
+        return int(np.argmax(self.selection)) if self.selection else None
+
+    def begin(self, score: float, scores: dict[str, np.ndarray]) -> None:
+        """Take in the untrained model, which is what to keep until an epoch is better, as `close_epoch` does those."""
+        self.selection.append(score)
+        self.best_scores = scores
 
     def close_epoch(self, row: dict[str, float], score: float, scores: dict[str, np.ndarray]) -> None:
         """Take in the finished epoch: its row, the score to select by, and the scores of the validation fold."""
@@ -71,7 +76,7 @@ class Progress:
 
     def would_be_best(self, score: float) -> bool:
         """Whether the present epoch would be the one to keep with this score to select by."""
-        return best_epoch([*self.selection, score]) == self.epoch
+        return score > max(self.selection)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it. Raises NonFiniteLoss for a step that has not been looked at yet."""

@@ -58,7 +58,7 @@ def hf_folder(tmp_path) -> Path:
 
 def test_the_assets_are_the_weights_of_tiny():
     clip = load_backbone("tiny", "assets", image_size=224).clip
-    saved = load_file(names.TINY_DIR / "open_clip_model.safetensors")
+    saved = load_file(names.EMBEDDED["tiny"] / "open_clip_model.safetensors")
     assert torch.equal(clip.visual.conv1.weight, saved["visual.conv1.weight"].float())
 
 

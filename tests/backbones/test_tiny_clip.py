@@ -35,7 +35,7 @@ def demo_run(tmp_path_factory) -> Callable[..., tuple[dict, Path]]:
 
 
 def test_the_asset_is_small_and_complete():
-    files = {path.name: path.stat().st_size for path in names.TINY_DIR.iterdir()}
+    files = {path.name: path.stat().st_size for path in names.EMBEDDED["tiny"].iterdir()}
     assert {"open_clip_config.json", "open_clip_model.safetensors", "README.md"} == set(files)
     assert sum(files.values()) <= 12 * 2**20
 
