@@ -12,7 +12,7 @@ SOURCES := $(wildcard *.py) $(wildcard tools/*.py) $(wildcard bench/*.py) $(dir 
 .DEFAULT_GOAL := help
 
 help:  ## one line
-	@echo "make demo (train and report on generated images) | test (5 minutes) | test-all | torture (long versions) | bench | lint | audit | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
+	@echo "make demo (train and report on real images) | test (5 minutes) | test-all | torture (long versions) | bench | lint | audit | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
 
 $(VENV): $(STAMP)
 

@@ -164,10 +164,10 @@ class TrainingConfig(Config):
 
     # backbone
     clip_model: str = option(
-        "ViT-L-14", "backbone", "an open_clip name, local-dir:PATH, hf-hub:ORG/NAME, or 'tiny' (embedded, for trials)"
+        "ViT-L-14", "backbone", "an open_clip name, local-dir:PATH, hf-hub:ORG/NAME, or one that is here: lite, tiny"
     )
     clip_pretrained: str = option(
-        "openai", "backbone", "pretrained tag, a weights file, 'none' (random), or 'assets' (for tiny)"
+        "openai", "backbone", "pretrained tag, a weights file, 'none' (random), or 'assets' (for lite and tiny)"
     )
     freeze_clip: bool = option(False, "backbone", "train the heads only (best below 500-1,000 images)")
     partial_freeze: bool = option(
@@ -422,7 +422,14 @@ class TrainingConfig(Config):
         ".cache", "meta", "folder for what is computed once: features, decoded images, the demo set", metavar="DIR"
     )
     config: str | None = option(None, "meta", "start from a saved config.json; flags override it", metavar="FILE")
-    demo: bool = option(False, "meta", "draw a demo set and train on it: works without data or network")
+    demo: str | None = option(
+        None,
+        "meta",
+        "train on a small set that is there: real (alone: this) images with people's scores, or drawn ones; works without "
+        "data or network",
+        choices=("real", "drawn"),
+        alone="real",
+    )
     dry_run: bool = option(False, "meta", "build everything, print the plan, train nothing")
     test: bool = option(True, "meta", "leave the test fold unread: while settings are still being compared")
     advice: str = option(

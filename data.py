@@ -26,8 +26,13 @@ from storage.messages import first_five, quoted
 USAGE = "python data.py describe [--data_csv_path CSV --image_base_dir DIR | --dataset NAME --data_root DIR] [flags]"
 
 
-def draw_demo(config: TrainingConfig) -> TrainingConfig:
-    """Draw the demo set, unless that was done before; the config with the paths to it."""
+REAL_DEMO = Path(__file__).resolve().parent / "assets" / "agiqa-demo"
+
+
+def find_demo(config: TrainingConfig) -> TrainingConfig:
+    """The config with the paths to the demo set, which is drawn first if it is to be and was not before."""
+    if config.demo == "real":
+        return replace(config, data_csv_path=str(REAL_DEMO / "data.csv"), image_base_dir=str(REAL_DEMO / "images"))
     # Named after the code that draws it, so that an older program's set is never taken for this one's.
     version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:8]
     csv_path, image_dir = demo.write_demo_set(Path(config.cache_dir) / f"demo-{version}")
@@ -42,10 +47,10 @@ def read_examples(config: TrainingConfig) -> Examples:
 def count_training_images(config: TrainingConfig) -> int:
     """About how many images the training fold will have, without looking at them. Raises ValueError."""
     share = 1 - (1 / config.kfold if config.kfold else config.test_size) - config.val_size
-    if config.demo:
+    if config.demo == "drawn":
         return round(len(demo.plan_demo_set()) * share)
     count = 0.0
-    for source in read_sources(config):
+    for source in read_sources(find_demo(config) if config.demo else config):
         splits = set(source.table["split"])
         if splits == {""}:
             count += len(source.table) * share
@@ -164,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command != "describe":
             raise ValueError(f"usage: {USAGE}")
         config = parse_args(flags)
-        print(describe_data(draw_demo(config) if config.demo else config))
+        print(describe_data(find_demo(config) if config.demo else config))
 
 
 if __name__ == "__main__":

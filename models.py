@@ -435,7 +435,11 @@ class ScoreModel(nn.Module):
         return self.score(*self.encode(image, text, prompt_of_B, **stages))
 
     def train(self, mode: bool = True) -> ScoreModel:
-        """As usual, but wholly frozen parts stay in eval mode: no dropout, no moving statistics."""
+        """As usual, but wholly frozen parts stay in eval mode (no dropout), and so do all of CLIP's batch norms.
+
+        Their statistics are part of what the tower has learnt from far more images than a batch holds, and the base
+        terms are fitted to what they give; scale and shift are trained.
+        """
         super().train(mode)
         if not mode:
             return self
@@ -448,7 +452,7 @@ class ScoreModel(nn.Module):
                 is_trained[owner] = is_trained.get(owner, False) or parameter.requires_grad
         for name, module in self.clip.named_modules():  # parents first
             is_trained.setdefault(name, is_trained.get(name.rpartition(".")[0], True))
-            module.training = is_trained[name]
+            module.training = is_trained[name] and not isinstance(module, nn.modules.batchnorm._BatchNorm)
         return self
 
 

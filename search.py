@@ -207,7 +207,7 @@ def prepare(request: Request, memo: Memo) -> Search:
         raise ValueError("search.py: every trial is one process; leave torchrun out, --workers starts several")
     refuse_occupied(request.folder)
     began = datetime.now()
-    config = data.draw_demo(request.config) if request.config.demo else request.config
+    config = data.find_demo(request.config) if request.config.demo else request.config
     depth = initial_model.num_blocks(config)
     space = request.space or default_space(config, depth, request.given)
     with study_lock(request):

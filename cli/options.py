@@ -23,11 +23,14 @@ def option(
     recommended: str | None = None,
     choices: Sequence[str] | None = None,
     metavar: str | Sequence[str] | None = None,
+    alone: str | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
-    `within` is an interval such as "(0, 1]" that the value (each value, for pairs) must lie in;
-    `recommended` is advice shown in `--help`, never enforced.
+    Args:
+        within: an interval such as "(0, 1]" that the value (each value, for pairs) must lie in.
+        recommended: advice shown in `--help`, never enforced.
+        alone: what the flag stands for without a value, of an option that may be None; --no_NAME brings that back.
     """
     metadata = {
         "group": group,
@@ -36,6 +39,7 @@ def option(
         "recommended": recommended,
         "choices": tuple(choices) if choices else None,
         "metavar": metavar,
+        "alone": alone,
     }
     return field(default=default, metadata=metadata)
 
@@ -82,6 +86,8 @@ class Option:
             return []
         if self.kind is bool:
             return [self.undo if value == self.default else self.flag]
+        if value == self.metadata["alone"]:
+            return [self.flag]
         if self.pair:  # argparse takes "-0.00001" for a number, "-1e-05" for a flag
             return [f"--{self.name}", *(f"{Decimal(str(item)):f}" if item < 0 else str(item) for item in value)]
         return [f"--{self.name}={value}"] if str(value).startswith("-") else [f"--{self.name}", str(value)]
@@ -114,6 +120,15 @@ class Option:
                 help=argparse.SUPPRESS,
             )
             return
+        if self.metadata["alone"]:
+            parser.add_argument(
+                self.undo,
+                dest=self.name,
+                action="store_const",
+                const=None,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
         if self.default is not None:
             text += f" (default: {self.default})"
         parser.add_argument(
@@ -121,7 +136,8 @@ class Option:
             dest=self.name,
             type=self.kind,
             default=argparse.SUPPRESS,
-            nargs=2 if self.pair else None,
+            nargs=2 if self.pair else "?" if self.metadata["alone"] else None,
+            const=self.metadata["alone"],
             choices=self.metadata["choices"],
             metavar=self.metadata["metavar"] if not self.metadata["choices"] else None,
             help=text.replace("%", "%%"),

@@ -37,7 +37,9 @@ def fit_line(feature: Array, target: Array) -> tuple[float, float]:
 
 
 def line_error(feature: Array, target: Array, fold_of: NDArray[np.int_]) -> float:
-    """Mean squared error of `fit_line` on each fold, fitted on the others."""
+    """Mean squared error of `fit_line` on each fold, fitted on the others; NaN if there are none."""
+    if fold_of.max() == 0:
+        return np.nan
     left = np.empty(len(target))
     for fold in range(fold_of.max() + 1):
         held = fold_of == fold
@@ -122,7 +124,7 @@ def left_out_errors(centred_ND: Array, target: Array, fold_of: NDArray[np.int_])
     # In float32: an error that is off by a millionth chooses no other penalty.
     if num_rows <= num_features:
         squares_R, bases_NR = scipy.linalg.eigh((centred_ND @ centred_ND.T).astype(np.float32), driver="evd")
-        kept = squares_R > 0
+        kept = squares_R > squares_R[-1] * 1e-6  # centring leaves a direction of rounding alone
         squares_R, bases_NR = squares_R[kept].astype(float), bases_NR[:, kept].astype(float)
     else:
         squares_R, axes_DR = scipy.linalg.eigh((centred_ND.T @ centred_ND).astype(np.float32), driver="evd")

@@ -28,7 +28,7 @@ Scores = dict[str, np.ndarray]  # task, or what else was computed -> (n,) or (n,
 class Experiment:
     """The parts of one run."""
 
-    config: TrainingConfig  # for the demo, with the paths of what was drawn
+    config: TrainingConfig  # for the demo, with the paths to its data
     runtime: devices.Runtime
     examples: Examples
     backbone: Backbone
@@ -64,7 +64,7 @@ def build_experiment(config: TrainingConfig, runtime: devices.Runtime, memo: Mem
     """Read the data, load the model, and prepare the batches. Raises ValueError for what cannot work."""
     devices.seed_everything(config.seed)
     with runtime.main_first():
-        config = data.draw_demo(config) if config.demo else config
+        config = data.find_demo(config) if config.demo else config
     examples = read_examples(config, memo)
     backbone, model, arguments = initial_model.start_model(config, examples, memo)
     model.to(runtime.device)

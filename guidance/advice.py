@@ -67,7 +67,8 @@ def advise(config: TrainingConfig, facts: Facts) -> list[Remark]:
         *on_validation(config, facts),
         *on_ranges(config),
     ]
-    settled = {f"--{name}" for name, value in DEMO_SETTINGS.items() if config.demo and getattr(config, name) == value}
+    chosen = DEMO_SETTINGS.get(config.demo or "", {})
+    settled = {f"--{name}" for name, value in chosen.items() if getattr(config, name) == value}
     return [remark for remark in remarks if remark.flag not in settled]
 
 

@@ -60,12 +60,12 @@ def parse_args(
     if flags.get("resume", "auto") != "auto":
         return resumed_config(flags)
     saved = load_options(flags["config"]) if "config" in flags else {}
-    is_demo = flags.get("demo", saved.get("demo", False))
+    demo = flags.get("demo", saved.get("demo"))
     for name in ("data_csv_path", "image_base_dir", "dataset"):
-        if is_demo and name in flags:
+        if demo and name in flags:
             ways = "drop it" if "demo" in flags else "add --no_demo (--config has it on)"
-            raise ValueError(f"--demo draws its own data: {ways} or drop --{name}")
-    below = DEMO_SETTINGS if is_demo else {}
+            raise ValueError(f"--demo has its own data: {ways} or drop --{name}")
+    below = DEMO_SETTINGS.get(demo, {})
     preset, own = flags.pop("preset", None), saved.pop("preset", None)
     if preset is None:  # a file may name one, which comes below what else the file says
         below = with_preset(below, overlay(saved, flags), own, num_images, num_blocks)

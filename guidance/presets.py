@@ -11,15 +11,25 @@ from cli.parser import flag_words
 from configs import NOT_SAVED, OPTIONS, TrainingConfig
 
 # What --demo stands for: a small, fast run that shows the whole program. Explicit flags win.
-DEMO_SETTINGS: dict[str, Any] = {
-    "clip_model": "tiny",
-    "clip_pretrained": "assets",
-    "partial_freeze": True,
-    "freeze_layers": 18,
-    "epochs": 8,
-    "lr": 3e-4,
-    "mos_range_q": (1.0, 5.0),
-    "mos_range_c": (1.0, 5.0),
+DEMO_SETTINGS: dict[str, dict[str, Any]] = {
+    "real": {
+        "clip_model": "lite",
+        "clip_pretrained": "assets",
+        "partial_freeze": True,
+        "freeze_layers": 5,
+        "epochs": 8,
+        "lr": 3e-4,
+    },
+    "drawn": {
+        "clip_model": "tiny",
+        "clip_pretrained": "assets",
+        "partial_freeze": True,
+        "freeze_layers": 18,
+        "epochs": 8,
+        "lr": 3e-4,
+        "mos_range_q": (1.0, 5.0),
+        "mos_range_c": (1.0, 5.0),
+    },
 }
 
 # What --preset stands for. Each says how CLIP is frozen; `freeze_layers` is of 24 blocks and follows the model's depth.
@@ -161,13 +171,12 @@ def command_line(config: TrainingConfig, program: str = "baseline.py", **changes
     No flag says None where the demo has a value, and `parse_args` never yields that.
     """
     values = asdict(replace(config, preset=None, **changes))
-    base: dict[str, Any] = {"demo": False}
-    if config.demo:  # which draws its own data
-        said = {
-            name: values[name] for name in FREEZING if values[name] != DEMO_SETTINGS.get(name, OPTIONS[name].default)
-        }
+    base: dict[str, Any] = {"demo": None}
+    if config.demo:  # which has its own data
+        settings = DEMO_SETTINGS[config.demo]
+        said = {name: values[name] for name in FREEZING if values[name] != settings.get(name, OPTIONS[name].default)}
         base |= {name: values[name] for name in ("data_csv_path", "image_base_dir")} | without_overridden(
-            DEMO_SETTINGS, said
+            settings, said
         )
     values = {name: value for name, value in values.items() if name not in NOT_SAVED}
     return shlex.join(["python", program, *flag_words(values, OPTIONS, base)])

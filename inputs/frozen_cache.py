@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ("backbones/*.py", "inputs/*.py", "storage/feature_cache.py", "storage/image_files.py")
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_IMAGES = 8  # through a convolutional tower at once: three times as fast as 64
 RESIDENT_SHARE = 0.5  # of the free GPU memory beside the reserve; the activations of training need the rest
 
 
@@ -136,15 +137,20 @@ def image_encoder(
     It gives activations and the statistics of the stages, of which there are none without `with_statistics`.
     """
 
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        if with_statistics:
+            return towers.run_observed(visual, images, 0, num_stages)
+        return towers.run_image(visual, images, 0, num_stages), images.new_zeros(len(images), 0)
+
     @torch.inference_mode()
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         several = pixels.ndim == 5
         images = pixels.flatten(0, 1) if several else pixels
+        # On a CPU feature maps should stay in its caches.
+        at_once = CPU_IMAGES if images.device.type == "cpu" and towers.convolutions(visual) else len(images)
         with runtime.autocast():
-            if with_statistics:
-                found = towers.run_observed(visual, images, 0, num_stages)
-            else:
-                found = towers.run_image(visual, images, 0, num_stages), images.new_zeros(len(images), 0)
+            pieces = [run(piece) for piece in images.split(at_once)]
+        found = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
         image, statistics = (values.unflatten(0, pixels.shape[:2]) if several else values for values in found)
         return image, statistics
 

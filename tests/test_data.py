@@ -428,7 +428,7 @@ def test_official_folds_are_counted_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--test_size", "0.3"], ["--kfold", "8", "--fold", "1"]])
 def test_the_demo_is_counted_without_being_drawn(tmp_path, flags):
-    config = parse_args(["--demo", "--cache_dir", str(tmp_path / "cache"), *flags])
+    config = parse_args(["--demo", "drawn", "--cache_dir", str(tmp_path / "cache"), *flags])
     table = pd.DataFrame([{"prompt": draft.prompt, "split": ""} for draft in demo.plan_demo_set()])
     folds = splits.draw_folds(
         prompt_groups(table),

@@ -749,7 +749,7 @@ def test_training_states(cases, tmp_path):
     checkpoints.save_weights(run / checkpoints.BEST_DIR, STATE, SCORER, lambda folder: None)
     states = checkpoints.StateFolder(run, keep=2)
     saved = {1: {"step": 1, "weights": STATE}, 2: {"step": 2, "list": [1, None, {"a": np.zeros(2)}]}}
-    states.save(1, 0, saved[1])
+    states.save(1, None, saved[1])
     states.save(2, 1, saved[2])
     best, old, new = sorted(states.folder.iterdir())
     contents = {path: path.read_bytes() for path in sorted(states.folder.iterdir())}

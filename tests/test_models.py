@@ -32,10 +32,7 @@ from torch import nn
 
 import models
 from backbones.freezing import freeze_backbone
-from backbones.towers import (
-    run_image,
-    run_text,
-)
+from backbones.towers import num_statistics, run_image, run_observed, run_text
 
 SCALE_Q, SCALE_C = 0.2, 0.3
 HEADS = {"scale_q": SCALE_Q, "scale_c": SCALE_C, "hidden_q": 8, "hidden_c": 8, "dropout": 0.0}
@@ -43,7 +40,16 @@ PLAIN = {**ARGUMENTS, "residual": False}
 REFINED = {**PLAIN, "refinement": {"layers": 1, "heads": 2, "dim": 8}}
 FURTHER = {**ARGUMENTS, "extra": ["authenticity", "beauty"]}
 LEVELS = {**ARGUMENTS, "prompt_levels": True}
-ALL_NEW = {**FURTHER, "prompt_levels": True, "global_view": True, "task_gradients": "stop_q"}
+NUM_STATISTICS = 2 * 32 * 2  # of the image tower of `build_clip`: width 32, two blocks observed
+PROBE = {**ARGUMENTS, "base": "probe"}
+STAGED = {**PROBE, "stage_width": NUM_STATISTICS}
+ALL_NEW = {
+    **FURTHER,
+    "prompt_levels": True,
+    "global_view": True,
+    "task_gradients": "stop_q",
+    "stage_width": NUM_STATISTICS,
+}
 
 
 def batch_of(arguments: dict[str, Any], number: int = 3, num_views: int = 1) -> dict[str, Any]:
@@ -135,6 +141,154 @@ def test_set_base_changes_only_what_it_is_given(residual):
     assert residual.base_q.bias.item() == -1.0
     assert residual.base_c.weight.item() == 2.0
     assert residual.base_q.weight.requires_grad
+
+
+# -- stage statistics, and a base that knows what a probe knows
+
+
+STAGES = 5
+KINDS_OF_BASES = {"probe": (0, "probe"), "cosine": (STAGES, "cosine"), "both": (STAGES, "probe")}
+
+
+def heads_of(stage_width: int, base: str) -> models.ResidualHeads:
+    torch.manual_seed(0)
+    return models.ResidualHeads(EMBED_DIM, **HEADS, stage_width=stage_width, base=base)
+
+
+def features_of(image: torch.Tensor, text: torch.Tensor, base: str) -> np.ndarray:
+    """What the base term of consistency reads, image by image."""
+    rows = []
+    for values, words in zip(image.double().numpy(), text.double().numpy(), strict=True):
+        embedding, stages = values[:EMBED_DIM], values[EMBED_DIM:]
+        rows.append([(embedding @ words + 1) / 2])
+        if base == "probe":
+            rows[-1] += [*embedding, *words, *(embedding * words), *stages]
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(("stage_width", "base"), KINDS_OF_BASES.values(), ids=KINDS_OF_BASES)
+def test_a_fitted_base_scores_as_the_probe_that_it_is_fitted_as(stage_width, base):
+    heads, rng = heads_of(stage_width, base), np.random.default_rng(0)
+    stages = torch.from_numpy(rng.normal(size=(9, stage_width))).float()
+    image, text = torch.cat([unit(9, 0), stages], dim=1), unit(9, 1)
+    features = features_of(image, text, base)
+    of_q, of_c = rng.normal(size=EMBED_DIM + stage_width), rng.normal(size=features.shape[1])
+    heads.set_base((of_q, 0.3), (of_c, -0.4))
+    q = 1 / (1 + np.exp(-(image.double().numpy() @ of_q + 0.3)))
+    np.testing.assert_allclose(heads.quality(image).detach(), q, atol=1e-5)
+    np.testing.assert_allclose(heads.consistency(image, text).detach(), features @ of_c - 0.4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stage_width", "base"), KINDS_OF_BASES.values(), ids=KINDS_OF_BASES)
+def test_the_cosine_alone_may_be_what_any_base_starts_from(stage_width, base):
+    heads = heads_of(stage_width, base)
+    image, text = torch.cat([unit(9, 0), torch.randn(9, stage_width)], dim=1), unit(9, 1)
+    half = (F.cosine_similarity(image[:, :EMBED_DIM], text) + 1) / 2
+    torch.testing.assert_close(heads.consistency(image, text), half)  # what it is before anything is fitted
+    nn.init.ones_(heads.base_c.weight)
+    heads.set_base(None, (1.7, -0.4))
+    torch.testing.assert_close(heads.consistency(image, text), 1.7 * half - 0.4)
+    assert heads.base_c.weight.requires_grad
+
+
+@pytest.mark.parametrize("base", ["probe", "cosine"])
+def test_learned_deltas_read_the_stages_too(base):
+    heads = heads_of(STAGES, base)
+    stir(heads)
+    stages = torch.randn(7, STAGES, generator=torch.Generator().manual_seed(2))
+    image, text = torch.cat([unit(7, 0), stages], dim=1), unit(7, 1)
+    embedding, cos = image[:, :EMBED_DIM], (image[:, :EMBED_DIM] * text).sum(dim=1, keepdim=True)
+    joint = torch.cat([embedding, text, cos, stages], dim=1)
+    q = torch.sigmoid(heads.base_q(image)) + SCALE_Q * torch.tanh(heads.delta_q(image))
+    known = torch.from_numpy(features_of(image, text, base)).float()
+    c = heads.base_c(known) + SCALE_C * torch.tanh(heads.delta_c(joint))
+    torch.testing.assert_close(heads.quality(image), q[:, 0])
+    torch.testing.assert_close(heads.consistency(image, text), c[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_plain_heads_read_the_stages_too():
+    heads = build_model(**{**STAGED, "residual": False}).heads
+    stir(heads)
+    stages = torch.randn(7, NUM_STATISTICS, generator=torch.Generator().manual_seed(2))
+    image, text = torch.cat([unit(7, 0), stages], dim=1), unit(7, 1)
+    cos = (image[:, :EMBED_DIM] * text).sum(dim=1, keepdim=True)
+    joint = torch.cat([image[:, :EMBED_DIM], text, cos, stages], dim=1)
+    torch.testing.assert_close(heads.quality(image), torch.sigmoid(heads.head_q(image))[:, 0])
+    torch.testing.assert_close(heads.consistency(image, text), torch.sigmoid(heads.head_c(joint))[:, 0])
+
+
+def staged_model(arguments: dict[str, Any] = STAGED, clip: Any = None) -> models.ScoreModel:
+    """A model that reads stages, with a scaling that normalises something."""
+    model = build_model(clip, **arguments).eval()
+    stir(model.heads)
+    stir(model.extra)
+    rng = np.random.default_rng(0)
+    model.set_stage_scaling(rng.normal(size=model.stage_width), rng.uniform(5, 20, model.stage_width))
+    return model
+
+
+@torch.no_grad()
+def test_an_image_is_its_unit_embedding_and_its_normalised_statistics():
+    model = staged_model()
+    found = model.encode_image(images(3))
+    assert found.shape == (3, EMBED_DIM + NUM_STATISTICS) and num_statistics(model.clip.visual) == NUM_STATISTICS
+    embedding, raw = run_observed(model.clip.visual, images(3), 0, IMAGE_LAYERS + 1)
+    torch.testing.assert_close(found[:, :EMBED_DIM], embedding)
+    torch.testing.assert_close(found[:, EMBED_DIM:], (raw - model.stage_mean) / model.stage_scale)
+    torch.testing.assert_close(build_model().encode_image(images(3)), embedding)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [STAGED, ALL_NEW, {**STAGED, "residual": False}], ids=["probe", "all", "plain"])
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("stage", range(IMAGE_LAYERS + 2))
+def test_a_batch_that_enters_at_a_stage_with_its_statistics_scores_as_its_pixels(stage, num_views, arguments):
+    model = staged_model(arguments)
+    batch = batch_of(arguments, num_views=num_views)
+    pixels = batch["image"].flatten(0, 1) if num_views > 1 else batch["image"]
+    entering, raw = run_observed(model.clip.visual, pixels, 0, stage)
+    if num_views > 1:
+        entering, raw = entering.unflatten(0, (3, num_views)), raw.unflatten(0, (3, num_views))
+    given = {"image": entering, "image_stage": stage}
+    if stage:
+        given["statistics"] = raw
+    found, expected = model(**{**batch, **given}), model(**batch)
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, atol=1e-5, rtol=0)
+    if stage > 1:
+        others = model(**{**batch, **given, "statistics": raw + 1})
+        assert not torch.allclose(others["q"], expected["q"], atol=1e-3)
+
+
+def test_the_scaling_of_stages_is_saved_and_not_trained():
+    model = staged_model()
+    state = model.state_dict()
+    again = build_model(**STAGED).eval()
+    again.load_state_dict(state)
+    for name in ("stage_mean", "stage_scale"):
+        assert torch.equal(getattr(again, name), getattr(model, name)) and name in state
+        assert name not in dict(model.named_parameters())
+    batch = batch_of(STAGED)
+    assert torch.equal(again(**batch)["q"], model(**batch)["q"])
+
+
+def test_stages_that_are_trained_get_gradients_through_their_statistics():
+    model = staged_model()
+    freeze_backbone(model.clip, num_layers=1)
+    blocks = model.clip.visual.transformer.resblocks
+    model.encode_image(images(3))[:, EMBED_DIM:].sum().backward()
+    grads = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in blocks]
+    assert grads == [False, True, False]  # frozen; observed; behind the last that is observed
+
+
+def test_an_older_description_builds_the_model_that_it_described():
+    model = build_model(**ARGUMENTS)
+    assert not {"stage_width", "base"} & ARGUMENTS.keys()
+    assert model.stage_width == 0 and models.OLDER == {"stage_width": 0, "base": "cosine"}
+    assert model.heads.base_c.weight.shape == (1, 1) and model.heads.base_q.weight.shape == (1, EMBED_DIM)
+    assert not any(name.startswith("stage_") for name in model.state_dict())
+    explicit = build_model(**ARGUMENTS, **models.OLDER)
+    explicit.load_state_dict(model.state_dict())
 
 
 # -- levels
@@ -277,7 +431,8 @@ def test_refinement_reads_image_text_and_coarse_score():
 
 
 @pytest.mark.parametrize(
-    "arguments", [ARGUMENTS, PLAIN, REFINED, {**ARGUMENTS, "predict_rationale": True}, FURTHER, LEVELS, ALL_NEW]
+    "arguments",
+    [ARGUMENTS, PLAIN, REFINED, {**ARGUMENTS, "predict_rationale": True}, FURTHER, LEVELS, PROBE, STAGED, ALL_NEW],
 )
 def test_a_model_is_built_again_from_its_json_arguments(arguments):
     first = build_model(**arguments).eval()
@@ -371,20 +526,22 @@ def test_score_batch_gives_the_scores_and_embed_batch_what_clip_knows():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("stage_width", [0, NUM_STATISTICS])
 @pytest.mark.parametrize("global_view", [False, True])
-def test_embed_batch_averages_over_views_and_tells_levels(global_view):
-    model = build_model(**LEVELS, global_view=global_view).eval()
+def test_embed_batch_averages_over_views_and_tells_levels(global_view, stage_width):
+    model = build_model(**LEVELS, global_view=global_view, stage_width=stage_width).eval()
     batch = batch_of(LEVELS, num_views=3)
     known = models.embed_batch(model, SimpleNamespace(inputs=batch))
-    assert set(known) == {"image", "text", "cos", "level_q", "level_c"}
-    views_BVE = model.encode_image(batch["image"].flatten(0, 1)).unflatten(0, (3, 3))
+    assert set(known) == {"image", "text", "cos", "level_q", "level_c"} | ({"content"} if global_view else set())
+    views_BVX = model.encode_image(batch["image"].flatten(0, 1)).unflatten(0, (3, 3))
     text_PE = model.encode_text(batch["text"])
     temperature = model.heads.temperature.item()
     for row, (prompt, *levels) in enumerate(batch["prompt_of_B"].tolist()):
-        views_VE = views_BVE[row]
+        views_VE = views_BVX[row, :, :EMBED_DIM]
         content_VE = views_VE[:1] if global_view else views_VE
         expected = {
-            "image": views_VE.mean(dim=0),
+            "image": views_BVX[row].mean(dim=0),
+            **({"content": views_BVX[row, 0]} if global_view else {}),
             "text": text_PE[prompt],
             "cos": (content_VE @ text_PE[prompt]).mean(),
             "level_q": naive_level(views_VE, text_PE[[6, 5]], temperature).mean(),
@@ -402,6 +559,7 @@ KINDS_OF_HEADS = {
     "refined": REFINED,
     "further": {**FURTHER, "predict_rationale": True},
     "levels": LEVELS,
+    "stages": STAGED,
 }
 
 
@@ -482,7 +640,11 @@ def task_gradients_of(model: models.ScoreModel, batch: dict[str, Any], *tasks: s
 
 
 @pytest.mark.parametrize("num_views", [1, 2])
-@pytest.mark.parametrize("arguments", [ARGUMENTS, PLAIN, LEVELS, FURTHER], ids=["residual", "plain", "levels", "extra"])
+@pytest.mark.parametrize(
+    "arguments",
+    [ARGUMENTS, PLAIN, LEVELS, FURTHER, STAGED],
+    ids=["residual", "plain", "levels", "extra", "stages"],
+)
 @pytest.mark.parametrize(("stopped", "other"), [("q", "c"), ("c", "q")])
 def test_a_stopped_task_trains_its_head_but_not_clip(stopped, other, arguments, num_views):
     shared, model = (build_model(**arguments, task_gradients=how) for how in ("shared", f"stop_{stopped}"))
@@ -549,7 +711,7 @@ def test_frozen_parameters_get_no_gradient_no_state_and_stay_bit_identical(freez
             assert torch.equal(parameter, before[name]), name
 
 
-def test_training_mode_leaves_frozen_batch_statistics_alone():
+def test_training_mode_leaves_batch_statistics_alone_and_trains_scale_and_shift():
     model = build_model(resnet_clip())
     freeze_backbone(model.clip, everything=True)
     before = snapshot(model.clip)
@@ -557,8 +719,8 @@ def test_training_mode_leaves_frozen_batch_statistics_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.clip.state_dict().items())
     freeze_backbone(model.clip)
     train_steps(model, num_steps=1, size=64)
-    moved = [name for name, value in model.clip.state_dict().items() if not torch.equal(value, before[name])]
-    assert any(name.endswith("running_mean") for name in moved)
+    moved = {name for name, value in model.clip.state_dict().items() if not torch.equal(value, before[name])}
+    assert "visual.bn1.weight" in moved and not any("running" in name or "num_batches" in name for name in moved)
 
 
 def test_frozen_towers_drop_no_patches_and_trained_ones_do():
@@ -589,7 +751,7 @@ def test_training_mode_reaches_all_that_is_trained_and_nothing_wholly_frozen():
 # -- learning rates and parameter counts
 
 
-@pytest.mark.parametrize("arguments", [ARGUMENTS, REFINED, {**ARGUMENTS, "predict_rationale": True}, ALL_NEW])
+@pytest.mark.parametrize("arguments", [ARGUMENTS, REFINED, {**STAGED, "predict_rationale": True}, ALL_NEW])
 @pytest.mark.parametrize("freezing", [{}, {"everything": True}, {"num_layers": 2}])
 def test_parameter_counts_add_up_to_the_whole_model_but_the_temperature(arguments, freezing):
     model = build_model(**arguments)

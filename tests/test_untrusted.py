@@ -493,7 +493,7 @@ def test_a_description_of_far_more_than_the_weights_is_refused_before_memory_is_
     describe(best, BOMBS[bomb])
     before = used()
     assert str(best) in refusal(scorer.Scorer.load, best)
-    config = configs.TrainingConfig(demo=True, init_from=str(best))
+    config = configs.TrainingConfig(demo="drawn", init_from=str(best))
     assert str(best) in refusal(initial_model.load_first_stage, config, Namespace())
     assert used() - before < 300e6
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pandas as pd
 import pytest
@@ -54,6 +55,50 @@ def test_left_and_entered_between_any_two_stages_it_is_the_plain_tower(name):
         for place in range(num_stages + 1):
             middle = towers.run_image(visual, pixels, 0, place)
             torch.testing.assert_close(towers.run_image(visual, middle, place, num_stages), plain, rtol=0, atol=1e-6)
+
+
+def hooked(visual: Any, pixels: torch.Tensor) -> np.ndarray:
+    """Mean and deviation over space of what leaves each stage in a plain pass."""
+    parts = visual if hasattr(visual, "attnpool") else visual.trunk
+    stages = getattr(parts, "stages", None) or getattr(parts, "blocks", None)
+    seen: list[np.ndarray] = []
+    hooks = [
+        stage.register_forward_hook(lambda _, x, y: seen.append(y.double().numpy()))
+        for stage in stages or (parts.layer1, parts.layer2, parts.layer3, parts.layer4)
+    ]
+    visual(pixels)
+    for hook in hooks:
+        hook.remove()
+    return np.concatenate([part for x in seen for part in (x.mean(axis=(2, 3)), x.std(axis=(2, 3)))], axis=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STAGES)
+def test_statistics_are_those_of_every_stage_wherever_it_is_left_and_entered_again(name):
+    visual = clip_of(name).visual.eval()
+    pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    num_stages = towers.num_stages(visual)
+    whole, expected = towers.run_observed(visual, pixels, 0, num_stages)
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(whole, towers.run_image(visual, pixels, 0, num_stages))
+    by_hand = hooked(visual, pixels)
+    np.testing.assert_allclose(expected.numpy(), by_hand, rtol=1e-3, atol=1e-4 + 1e-6 * np.abs(by_hand).max())
+    assert towers.observed_blocks(visual) == list(range(STAGES[name]))
+    assert towers.num_statistics(visual) == expected.shape[1]
+    for place in range(num_stages + 1):
+        middle, early = towers.run_observed(visual, pixels, 0, place)
+        image, late = towers.run_observed(visual, middle, place, num_stages)
+        torch.testing.assert_close(image, whole, rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.cat([early, late], dim=1), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_counting_statistics_changes_nothing(is_training):
+    visual = clip_of("resnet10t").visual.train(is_training)
+    before = {name: value.clone() for name, value in visual.state_dict().items()}
+    towers.num_statistics(visual)
+    assert all(module.training == is_training for module in visual.modules())
+    assert all(torch.equal(value, before[name]) for name, value in visual.state_dict().items())
 
 
 @pytest.mark.parametrize("name", STAGES)

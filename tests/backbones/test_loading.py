@@ -93,6 +93,21 @@ def test_a_folder_in_open_clips_form_embeds_as_open_clip_does(open_clip_folder, 
 # -- image size
 
 
+@pytest.mark.parametrize("image_size", [None, IMAGE_SIZE, 48])
+def test_a_backbone_sees_the_size_that_it_was_trained_at_unless_told_another(open_clip_folder, image_size):
+    backbone = load_backbone(f"local-dir:{open_clip_folder}", "openai", image_size=image_size)
+    assert backbone.image_size == (image_size or IMAGE_SIZE)
+    assert backbone.clip.visual.image_size == (backbone.image_size,) * 2
+    assert bool(backbone.notes) == (backbone.image_size != IMAGE_SIZE)
+
+
+def test_a_config_without_a_size_means_224(monkeypatch):
+    vision = {name: value for name, value in SMALL["vision_cfg"].items() if name != "image_size"}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Small-CLIP", {**SMALL, "vision_cfg": vision})
+    backbone = load_backbone("Small-CLIP", "none")
+    assert backbone.image_size == 224 and backbone.clip.visual.image_size == (224, 224)
+
+
 @pytest.mark.parametrize("image_size", [16, 24, 48, 64])
 def test_another_image_size_interpolates_the_position_table_as_open_clip_does(open_clip_folder, image_size):
     name = f"local-dir:{open_clip_folder}"

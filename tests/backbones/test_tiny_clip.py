@@ -29,7 +29,7 @@ def demo_run(tmp_path_factory) -> Callable[..., tuple[dict, Path]]:
     def run(*flags: str) -> tuple[dict, Path]:
         folder = place / "-".join(["run", *(flag.strip("-") for flag in flags)])
         paths = ["--cache_dir", str(place / "cache"), "--output_dir", str(folder)]
-        return baseline.main(["--demo", "--no_report", *paths, *flags]), folder
+        return baseline.main(["--demo", "drawn", "--no_report", *paths, *flags]), folder
 
     return run
 

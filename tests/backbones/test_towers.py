@@ -42,10 +42,14 @@ from backbones.towers import (
     compile_blocks,
     frozen_stages,
     num_stages,
+    num_statistics,
+    observed_blocks,
     pools_one_token,
     run_image,
+    run_observed,
     run_text,
     stage_state,
+    statistics_of,
     trims_exactly,
 )
 from inputs.texts import TextTable
@@ -392,6 +396,103 @@ def test_compiled_blocks_score_the_same(dynamo):
     for name in ("q", "c"):
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
     assert dynamo["unique_graphs"] == before + 2  # one for each tower, whose blocks share it
+
+
+# -- statistics
+
+
+@pytest.mark.parametrize(
+    ("depth", "observed"),
+    [
+        (1, []),
+        (2, [0]),
+        (3, [0, 1]),
+        (6, [0, 1, 2, 3, 4]),
+        (12, [1, 3, 5, 7, 9]),
+        (24, [3, 7, 11, 15, 19]),
+        (32, [4, 9, 14, 19, 24, 29]),
+    ],
+)
+def test_about_every_sixth_of_a_transformer_is_observed_but_not_its_end(depth, observed):
+    visual = build_clip({"layers": depth, "width": 16}).visual
+    assert observed_blocks(visual) == observed
+    assert num_statistics(visual) == 2 * 16 * len(observed)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (3, 1 + 24, 5)], ids=["map", "tokens"])
+def test_statistics_are_mean_and_deviation_over_space(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    array = x.double().numpy()
+    space = (2, 3) if x.ndim == 4 else 1
+    array = array if x.ndim == 4 else array[:, 1:]  # without the class token
+    expected = np.concatenate([array.mean(axis=space), array.std(axis=space)], axis=1)
+    np.testing.assert_allclose(statistics_of(x).numpy(), expected, atol=1e-5)
+    for dtype in (torch.bfloat16, torch.float16):
+        found = statistics_of(x.to(dtype))
+        assert found.dtype == torch.float32 and torch.equal(found, statistics_of(x.to(dtype).float()))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 5, 3)], ids=["map", "tokens"])
+def test_a_map_that_is_constant_has_a_gradient(shape):
+    x = torch.full(shape, 0.7, requires_grad=True)
+    found = statistics_of(x)
+    torch.testing.assert_close(found, torch.tensor([0.7] * 3 + [0.0] * 3).expand(2, -1), atol=2e-4, rtol=0)
+    found.sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
+
+
+OBSERVED = ["image", "image, mean pooling", "image, attention pooling"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OBSERVED)
+def test_statistics_are_those_of_what_hooks_see(kind):
+    clip, visual, _, whole = tower_and_runs(kind)
+    seen: dict[int, np.ndarray] = {}
+    for number, block in enumerate(visual.transformer.resblocks):
+        block.register_forward_hook(lambda _, x, y, number=number: seen.update({number: y.double().numpy()}))
+    clip.encode_image(BATCH[0])
+    patches = [seen[number][:, 1:] for number in (0, 1)]
+    expected = np.concatenate([part for x in patches for part in (x.mean(axis=1), x.std(axis=1))], axis=1)
+    image, found = run_observed(visual, BATCH[0], 0, num_stages(visual))
+    torch.testing.assert_close(image, whole, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    assert found.shape == (len(image), num_statistics(visual))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OBSERVED)
+def test_statistics_of_a_tower_left_and_entered_again_are_those_of_the_whole(kind):
+    _, visual, run, _ = tower_and_runs(kind)
+    num = num_stages(visual)
+    whole, expected = run_observed(visual, BATCH[0], 0, num)
+    for stage in range(num + 1):
+        middle, early = run_observed(visual, BATCH[0], 0, stage)
+        assert torch.equal(middle, run(BATCH[0], 0, stage))
+        image, late = run_observed(visual, middle, stage, num)
+        torch.testing.assert_close(image, whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.cat([early, late], dim=1), expected, atol=1e-6, rtol=0)
+        assert early.shape[1] == 2 * 32 * min(stage, 2)
+
+
+@torch.no_grad()
+def test_a_tower_that_runs_as_a_whole_has_no_statistics():
+    visual = timm_clip().visual.eval()
+    assert observed_blocks(visual) == [] and num_statistics(visual) == 0
+    image, found = run_observed(visual, images(2, 64), 0, 1)
+    assert torch.equal(image, run_image(visual, images(2, 64), 0, 1)) and found.shape == (2, 0)
+
+
+def test_statistics_of_recomputed_blocks_have_the_same_gradients():
+    grads = []
+    for recomputes in (False, True):
+        clip = build_clip()
+        clip.set_grad_checkpointing(recomputes)
+        image, statistics = run_observed(clip.visual.train(), BATCH[0], 0, IMAGE_LAYERS + 1)
+        (image[:, 0].sum() + statistics.square().sum()).backward()
+        grads.append({name: parameter.grad for name, parameter in clip.visual.named_parameters()})
+    for name, value in grads[0].items():
+        torch.testing.assert_close(grads[1][name], value, atol=1e-5, rtol=1e-4)
 
 
 # -- learning rates and parameter counts

@@ -83,8 +83,10 @@ def naive_means(examples: Examples, task: str, keys: Sequence[str]) -> np.ndarra
     return np.array(found)
 
 
-def knowledge(examples: Examples, width: int = 6, *, levels: bool = False) -> dict[str, dict[str, np.ndarray]]:
-    """Random embeddings of each fold, as a frozen CLIP would give them."""
+def knowledge(
+    examples: Examples, width: int = 6, *, stage_width: int = 0, levels: bool = False
+) -> dict[str, dict[str, np.ndarray]]:
+    """Random embeddings of each fold, as a frozen CLIP would give them, with raw stage statistics behind them."""
     rng = np.random.default_rng(2)
     known = {}
     for name, fold in (("train_eval", "train"), ("val", "val"), ("test", "test")):
@@ -93,4 +95,7 @@ def knowledge(examples: Examples, width: int = 6, *, levels: bool = False) -> di
         known[name] = {"image": image, "text": text, "cos": rng.uniform(0.1, 0.4, size)}
         if levels:
             known[name] |= {f"level_{task}": rng.uniform(size=size) for task in ("q", "c")}
+        if stage_width:
+            stages = 5 + rng.normal(size=(size, stage_width)) * np.logspace(-2, 2, stage_width)
+            known[name]["image"] = np.hstack([image, stages])
     return known

@@ -15,8 +15,8 @@ from made_examples import (
     knowledge,
     naive_means,
 )
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import GroupKFold
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from evaluation import floors, metrics, probes
 from sources.examples import Examples
@@ -105,7 +105,8 @@ def test_units_of_features_and_a_constant_one_do_not_matter():
     np.testing.assert_allclose(ridge_q(examples, other[:, :5]), ridge_q(examples, features), atol=1e-9)
 
 
-def test_ridge_scores_are_those_of_sklearns_search_over_whole_prompts_of_labelled_images():
+def test_ridge_scores_are_those_of_a_search_with_sklearn_over_whole_prompts_of_labelled_images(monkeypatch):
+    monkeypatch.setattr(probes, "NUM_FOLDS", 6)
     rng = np.random.default_rng(1)
     examples, features = planted(120)
     train, test = examples.rows("train"), examples.rows("test")
@@ -115,10 +116,16 @@ def test_ridge_scores_are_those_of_sklearns_search_over_whole_prompts_of_labelle
     centre, spread = features[train].mean(axis=0), features[train].std(axis=0) * np.sqrt(5)
     fit, held = (features[train] - centre) / spread, (features[test] - centre) / spread
     prompts = examples.table["prompt"].to_numpy()[train][keep]
-    folds = list(GroupKFold(probes.NUM_FOLDS).split(fit[keep], groups=pd.factorize(prompts)[0]))
-    search = RidgeCV(probes.PENALTIES, cv=folds, scoring="neg_mean_squared_error")
-    search.fit(fit[keep], examples.mos("q", "train")[keep])
-    np.testing.assert_allclose(ridge_q(examples, features), search.predict(held), rtol=1e-6)
+    folds = PredefinedSplit(probes.folds_of(pd.factorize(prompts)[0]))
+    target = examples.mos("q", "train")[keep]
+    errors = [
+        np.mean((cross_val_predict(Ridge(alpha=penalty), fit[keep], target, cv=folds) - target) ** 2)
+        for penalty in probes.PENALTIES
+    ]
+    best = int(np.argmin(errors))
+    assert 0 < best < len(errors) - 1
+    expected = Ridge(alpha=probes.PENALTIES[best]).fit(fit[keep], target).predict(held)
+    np.testing.assert_allclose(ridge_q(examples, features), expected, rtol=1e-6)
 
 
 def floors_of(examples: Examples, known=None, statistics=None) -> dict[str, dict[str, float]]:
@@ -165,8 +172,9 @@ def test_floors_by_prompt_and_by_levels_are_there_where_they_can_be():
 
 
 def test_what_is_planted_in_features_shows_in_its_floor_only():
-    examples = examples_of(FOLDS)
-    known, statistics = knowledge(examples), np.random.default_rng(5).normal(size=(len(FOLDS), 3))
+    folds = ["train"] * 150 + ["val"] * 8 + ["test"] * 40
+    examples = examples_of(folds)
+    known, statistics = knowledge(examples), np.random.default_rng(5).normal(size=(len(folds), 3))
     rows = {"train_eval": examples.rows("train"), "val": examples.rows("val"), "test": examples.rows("test")}
     table = examples.table
     table["q"] = statistics @ [0.2, 0.3, -0.1] + 3
@@ -175,10 +183,18 @@ def test_what_is_planted_in_features_shows_in_its_floor_only():
     found = floors_of(examples, known, statistics)
     assert found["image_statistics"]["srocc_q"] > 0.99 > 0.6 > abs(found["ridge_probe"]["srocc_q"])
     assert found["ridge_probe"]["srocc_c"] > 0.9 > 0.6 > abs(found["image_statistics"]["srocc_c"])
-    for part in known.values():
-        part["cos"] = -part["cos"]
-    flipped = floors_of(examples, known, statistics)
     expected = metrics.srocc(known["test"]["cos"], examples.mos("c", "test"))
-    assert flipped["zero_shot_cosine"]["srocc_c"] == pytest.approx(expected)
-    assert flipped["zero_shot_cosine"]["srocc_c"] == pytest.approx(-found["zero_shot_cosine"]["srocc_c"])
-    assert flipped["ridge_probe"] == found["ridge_probe"]
+    assert found["zero_shot_cosine"]["srocc_c"] == pytest.approx(expected)
+    assert abs(expected) < 0.6
+
+
+@pytest.mark.parametrize("base", ["probe", "cosine"])
+def test_the_probe_is_there_whatever_consistency_starts_from(base):
+    examples = examples_of(FOLDS)
+    known = knowledge(examples, stage_width=3)
+    fitted = probes.fit_base(known, examples, stage_width=3, base=base)
+    found = floors.floors(examples, fitted, known, np.random.default_rng(5).normal(size=(len(FOLDS), 3)))
+    for task, scores in fitted.probes(known["test"]).items():
+        assert found["ridge_probe"][f"plcc_{task}"] == pytest.approx(metrics.plcc(scores, examples.mos(task, "test")))
+    expected = metrics.plcc(known["test"]["cos"], examples.mos("c", "test"))
+    assert found["zero_shot_cosine"]["plcc_c"] == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""`probes.py` against NumPy's least squares, the closed form of ridge regression and planted relations."""
+"""`probes.py` against NumPy's least squares, scikit-learn's ridge regression and planted relations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_examples import AUTHENTICITY, FOLDS, examples_of, knowledge
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import GroupKFold
+from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from evaluation import probes
 from evaluation.probes import LOGIT_CLIP, NUM_FOLDS, PENALTIES, fit_line, fit_quality, fit_ridge
@@ -30,11 +30,6 @@ def clipped_logit(target: np.ndarray) -> np.ndarray:
     return np.log(inside / (1 - inside))
 
 
-def closed_form(images: np.ndarray, target: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
-    """What `fit_quality` finds with a penalty."""
-    return plain_ridge(images, clipped_logit(target), penalty)
-
-
 def plain_ridge(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
     """Ridge with a free intercept: solve the centred normal equations."""
     centred = features - features.mean(axis=0)
@@ -43,13 +38,9 @@ def plain_ridge(features: np.ndarray, target: np.ndarray, penalty: float) -> tup
     return weight, float(target.mean() - features.mean(axis=0) @ weight)
 
 
-def chosen_penalty(images: np.ndarray, target: np.ndarray, fitted: tuple[np.ndarray, float]) -> float:
-    """The penalty whose closed form is the fit; there must be exactly one."""
-    matches = [
-        penalty for penalty in PENALTIES if np.allclose(closed_form(images, target, penalty)[0], fitted[0], atol=1e-7)
-    ]
-    assert len(matches) == 1, matches
-    return matches[0]
+def left_out(model: LinearRegression | Ridge, features: np.ndarray, target: np.ndarray, fold_of: np.ndarray) -> float:
+    """Mean squared error in cross-validation, each fold predicted by a model that is fitted to the others."""
+    return float(np.mean((cross_val_predict(model, features, target, cv=PredefinedSplit(fold_of)) - target) ** 2))
 
 
 # ---------------------------------------------------------------------------------------- a single feature
@@ -86,7 +77,21 @@ def test_float32_rounding_of_one_cosine_is_not_taken_for_signal():
     assert fit_line((jitter + 1) / 2, rng.uniform(0, 1, 50))[0] == 0
 
 
-# ----------------------------------------------------------------------------------------------- quality
+@given(st.integers(0, 10_000), st.integers(2, 6), st.integers(0, 30))
+@settings(max_examples=30)
+def test_the_error_of_a_line_is_that_of_cross_validation(seed, num_folds, more):
+    rng = np.random.default_rng(seed)
+    fold_of = np.concatenate([np.arange(num_folds), np.arange(num_folds), rng.integers(0, num_folds, more)])
+    feature, target = rng.uniform(0, 1, (2, len(fold_of)))
+    expected = left_out(LinearRegression(), feature[:, None], target, fold_of)
+    assert probes.line_error(feature, target, fold_of) == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_a_second_fold_nothing_is_known_of_a_lines_error():
+    assert np.isnan(probes.line_error(np.linspace(0, 1, 5), np.linspace(0, 1, 5), np.zeros(5, dtype=int)))
+
+
+# ------------------------------------------------------------------------------------------------- ridge
 
 
 @pytest.fixture(scope="module")
@@ -98,51 +103,102 @@ def noisy() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return images, sigmoid(logit), np.arange(120) // 3
 
 
+@pytest.mark.parametrize(("num_rows", "width"), [(90, 7), (40, 60), (30, 29), (30, 30)])
+def test_errors_of_left_out_folds_are_those_of_fitting_to_the_others(num_rows, width):
+    rng = np.random.default_rng(width)
+    features = unit_rows(rng, num_rows, width) + rng.normal(size=width)
+    target = 3 + features @ rng.normal(size=width) + rng.normal(size=num_rows) * 0.3
+    fold_of = rng.permutation(np.arange(num_rows) % 9 % 7)  # of two sizes
+    found = list(probes.left_out_errors(features - features.mean(axis=0), target, fold_of))
+    expected = [left_out(Ridge(alpha=penalty), features, target, fold_of) for penalty in PENALTIES]
+    np.testing.assert_allclose(found, expected, rtol=5e-3)
+    np.testing.assert_allclose(found[8:], expected[8:], rtol=1e-4)  # float32 tells for the smallest penalties only
+    assert max(expected) > 1.2 * min(expected)
+
+
+def test_columns_that_say_the_same_change_no_error_of_left_out_folds():
+    rng = np.random.default_rng(0)
+    features, target, fold_of = unit_rows(rng, 50, 4), rng.normal(size=50), np.arange(50) % 10
+    once = list(probes.left_out_errors(features - features.mean(axis=0), target, fold_of))
+    twice = np.hstack([features, features, np.zeros((50, 3))])
+    again = list(probes.left_out_errors((twice - twice.mean(axis=0)) / np.sqrt(2), target, fold_of))
+    np.testing.assert_allclose(again, once, rtol=1e-3)
+
+
+@given(st.lists(st.integers(0, 120), min_size=1, max_size=200))
+def test_no_fold_shares_a_group_with_another(groups):
+    fold_of = probes.folds_of(np.array(groups))
+    pairs = set(zip(groups, fold_of.tolist(), strict=True))
+    assert len(pairs) == len(set(groups))
+    assert set(fold_of) == set(range(min(NUM_FOLDS, len(set(groups)))))
+    per_fold = np.bincount([fold for _, fold in pairs])
+    assert per_fold.max() - per_fold.min() <= 1
+
+
+@pytest.mark.parametrize("width", [6, 200], ids=["more rows", "more features"])
+def test_the_chosen_solution_is_plain_ridge_with_the_penalty_of_the_least_error(noisy, width, monkeypatch):
+    monkeypatch.setattr(probes, "NUM_FOLDS", 6)
+    images, target, groups = noisy
+    features = np.hstack([images, np.random.default_rng(0).normal(size=(120, width - 6)) / 20])
+    fitted = fit_ridge(features, target, groups)
+    errors = [left_out(Ridge(alpha=penalty), features, target, probes.folds_of(groups)) for penalty in PENALTIES]
+    assert fitted.penalty == PENALTIES[np.argmin(errors)]
+    assert PENALTIES[0] < fitted.penalty < PENALTIES[-1]  # the case is one in which the choice matters
+    assert fitted.error == pytest.approx(min(errors), rel=1e-4)
+    weights, bias = plain_ridge(features, target, fitted.penalty)
+    np.testing.assert_allclose(fitted.weights, weights, rtol=1e-6, atol=1e-9)
+    assert fitted.bias == pytest.approx(bias)
+    np.testing.assert_allclose(fitted(features[:9]), features[:9] @ weights + bias)
+
+
+def test_blocks_are_weighed_alike_whatever_their_units(noisy):
+    images, target, groups = noisy
+    others = np.random.default_rng(1).normal(size=(120, 9)) + 2
+    sizes = [np.sqrt(np.square(block - block.mean(axis=0)).sum(axis=1).mean()) for block in (images, others)]
+    fitted = fit_ridge(np.hstack([images, others]), target, groups, [6, 9])
+    scaled = np.hstack([images / sizes[0], others / sizes[1]])
+    plain = fit_ridge(scaled, target, groups)
+    assert (fitted.penalty, fitted.error) == (plain.penalty, pytest.approx(plain.error))
+    found = fitted(np.hstack([images, others]))
+    np.testing.assert_allclose(found, plain(scaled), rtol=1e-6)
+    again = fit_ridge(np.hstack([1000 * images - 3, others]), target, groups, [6, 9])
+    np.testing.assert_allclose(again(np.hstack([1000 * images - 3, others])), found, rtol=1e-6)
+
+
+def test_a_constant_block_says_nothing(noisy):
+    images, target, groups = noisy
+    alone = fit_ridge(images, target, groups, [6])
+    beside = fit_ridge(np.hstack([images, np.full((120, 2), 0.25)]), target, groups, [6, 2])
+    np.testing.assert_allclose(beside.weights, [*alone.weights, 0, 0], atol=1e-9)
+    assert beside.bias == pytest.approx(alone.bias)
+
+
+def test_quality_is_ridge_of_the_logit(noisy):
+    images, target, groups = noisy
+    of_quality, of_logit = fit_quality(images, target, groups), fit_ridge(images, clipped_logit(target), groups)
+    np.testing.assert_array_equal(of_quality.weights, of_logit.weights)
+    assert (of_quality.bias, of_quality.penalty) == (of_logit.bias, of_logit.penalty)
+
+
 def test_quality_recovers_a_planted_logistic_relation():
     rng = np.random.default_rng(0)
-    images, weight = unit_rows(rng, 300, 8), rng.normal(size=8)
-    target = sigmoid(images @ weight + 0.2)
+    images, weights = unit_rows(rng, 300, 8), rng.normal(size=8)
+    target = sigmoid(images @ weights + 0.2)
     assert target.min() > LOGIT_CLIP and target.max() < 1 - LOGIT_CLIP
-    fitted, offset = fit_quality(images, target, np.arange(300))
-    np.testing.assert_allclose(fitted, weight, atol=1e-4)
-    assert offset == pytest.approx(0.2, abs=1e-4)
+    fitted = fit_quality(images, target, np.arange(300))
+    np.testing.assert_allclose(fitted.weights, weights, atol=1e-3)
+    assert fitted.bias == pytest.approx(0.2, abs=1e-3)
 
 
-def test_quality_is_closed_form_ridge_for_one_of_the_penalties(noisy):
-    images, target, groups = noisy
-    fitted = fit_quality(images, target, groups)
-    weight, offset = closed_form(images, target, chosen_penalty(images, target, fitted))
-    np.testing.assert_allclose(fitted[0], weight, atol=1e-7)
-    assert fitted[1] == pytest.approx(offset, abs=1e-7)
-
-
-def test_quality_chooses_the_penalty_that_predicts_unseen_groups_best(noisy):
-    images, target, groups = noisy
-    logit = clipped_logit(target)
-    fold_of_group = np.full(groups.max() + 1, -1)
-    for held_out in range(NUM_FOLDS):  # equal groups: any assignment that balances them has folds of 8 groups
-        fold_of_group[held_out::NUM_FOLDS] = held_out
-    errors = []
-    for penalty in PENALTIES:
-        squares = []
-        for held_out in range(NUM_FOLDS):
-            test = fold_of_group[groups] == held_out
-            weight, offset = closed_form(images[~test], target[~test], penalty)
-            squares.append(np.mean((images[test] @ weight + offset - logit[test]) ** 2))
-        errors.append(np.mean(squares))
-    chosen = list(PENALTIES).index(chosen_penalty(images, target, fit_quality(images, target, groups)))
-    assert abs(chosen - int(np.argmin(errors))) <= 1  # which groups share a fold is not fixed
-    assert 0 < chosen < len(PENALTIES) - 1  # the case is one in which the choice matters
-
-
-def test_quality_of_pure_noise_is_all_but_the_mean():
-    rng = np.random.default_rng(1)
-    images, target = unit_rows(rng, 60, 64), rng.uniform(0.1, 0.9, 60)
-    weight, offset = fit_quality(images, target, np.arange(60))
-    assert chosen_penalty(images, target, (weight, offset)) >= 10
-    predicted = sigmoid(images @ weight + offset)
-    assert np.ptp(predicted) < 0.1 * np.ptp(target)
-    assert predicted.mean() == pytest.approx(target.mean(), abs=0.05)
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_quality_of_pure_noise_is_the_mean(seed):
+    rng = np.random.default_rng(seed)
+    images, target = unit_rows(rng, 400, 16), rng.uniform(0.1, 0.9, 400)
+    fitted = fit_quality(images, target, np.arange(400))
+    assert fitted.penalty == PENALTIES[-1]
+    predicted = sigmoid(fitted(images))
+    assert np.ptp(predicted) < 0.01 * np.ptp(target)
+    assert predicted.mean() == pytest.approx(target.mean(), abs=0.02)
 
 
 def test_pictures_of_one_prompt_cannot_vouch_for_each_other():
@@ -150,75 +206,71 @@ def test_pictures_of_one_prompt_cannot_vouch_for_each_other():
 
     Across folds that share prompts the offsets look predictable; across folds that do not, they are noise.
     """
-    rng = np.random.default_rng(0)
-    prompt = np.arange(200) // 10
-    images = unit_rows(rng, 20, 64)[prompt]
-    target = sigmoid(rng.normal(size=20)[prompt])
+    rng = np.random.default_rng(3)
+    prompt = np.arange(500) // 5
+    images = unit_rows(rng, 100, 128)[prompt]
+    target = sigmoid(rng.normal(size=100)[prompt])
     grouped = fit_quality(images, target, prompt)
-    ungrouped = fit_quality(images, target, np.arange(200))
-    assert chosen_penalty(images, target, grouped) >= 100 * chosen_penalty(images, target, ungrouped)
+    ungrouped = fit_quality(images, target, np.arange(500))
+    assert grouped.penalty >= 1e6 * ungrouped.penalty
 
 
-def test_no_fold_shares_a_group_with_another(monkeypatch, noisy):
-    images, target, groups = noisy
-    seen = []
-
-    class Spy(probes.GroupKFold):
-        def split(self, *arrays, **options):
-            for fold in super().split(*arrays, **options):
-                seen.append(fold)
-                yield fold
-
-    monkeypatch.setattr(probes, "GroupKFold", Spy)
-    fit_quality(images, target, groups)
-    assert len(seen) == NUM_FOLDS
-    assert all(not set(groups[train]) & set(groups[test]) for train, test in seen)
-    assert sorted(row for _, test in seen for row in test) == list(range(len(groups)))
-
-
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("num_rows", "num_groups"), [(1, 1), (2, 1), (2, 2), (3, 2), (4, 3), (30, 1)])
 def test_quality_works_with_few_rows_and_groups(num_rows, num_groups):
     rng = np.random.default_rng(0)
     target = rng.uniform(0, 1, num_rows)
-    weight, offset = fit_quality(unit_rows(rng, num_rows, 16), target, np.arange(num_rows) % num_groups)
-    assert weight.shape == (16,)
-    assert type(offset) is float
-    assert np.isfinite(weight).all() and np.isfinite(offset)
+    fitted = fit_quality(unit_rows(rng, num_rows, 16), target, np.arange(num_rows) % num_groups, [10, 6])
+    assert fitted.weights.shape == (16,)
+    assert type(fitted.bias) is type(fitted.error) is float
+    assert np.isfinite(fitted.weights).all() and np.isfinite(fitted.bias)
+    assert np.isnan(fitted.error) == (num_groups == 1)  # no cross-validation
 
 
 def test_labels_at_both_ends_of_the_scale_stay_finite():
     rng = np.random.default_rng(0)
     images, target = unit_rows(rng, 40, 4), np.arange(40) % 2 * 1.0
-    weight, offset = fit_quality(images, target, np.arange(40))
-    assert np.isfinite(weight).all()
+    fitted = fit_quality(images, target, np.arange(40))
+    assert np.isfinite(fitted.weights).all()
     bound = np.log((1 - LOGIT_CLIP) / LOGIT_CLIP)
-    assert abs(offset) < bound
+    assert abs(fitted.bias) < bound
 
 
-def test_the_penalty_is_the_one_that_sklearns_own_search_chooses(noisy):
-    images, target, groups = noisy
-    clipped = np.clip(target, probes.LOGIT_CLIP, 1 - probes.LOGIT_CLIP)
-    folds = list(GroupKFold(NUM_FOLDS).split(images, groups=groups))
-    search = RidgeCV(probes.PENALTIES, cv=folds, scoring="neg_mean_squared_error")
-    search.fit(images, np.log(clipped / (1 - clipped)))
-    weight, offset = fit_quality(images, target, groups)
-    np.testing.assert_allclose(weight, search.coef_, rtol=1e-6, atol=1e-9)
-    assert offset == pytest.approx(search.intercept_)
-
-
-def test_ridge_is_fitted_to_any_target_and_quality_is_ridge_of_the_logit(noisy):
-    images, target, groups = noisy
-    weight, offset = fit_ridge(images, clipped_logit(target), groups)
-    of_quality = fit_quality(images, target, groups)
-    np.testing.assert_array_equal(weight, of_quality[0])
-    assert offset == of_quality[1]
-    mos = 1 + 99 * target  # far outside of where a logit exists
-    fitted = fit_ridge(images, mos, groups)
-    plain = [plain_ridge(images, mos, penalty) for penalty in PENALTIES]
-    assert sum(np.allclose(fitted[0], weight) and np.isclose(fitted[1], offset) for weight, offset in plain) == 1
+@pytest.mark.parametrize("most", [1, 10, 47, 60, 61])
+def test_of_many_images_whole_groups_are_fitted_to(monkeypatch, most):
+    monkeypatch.setattr(probes, "MAX_IMAGES", most)
+    groups = np.repeat(np.arange(20), np.arange(20) % 4 + 1)[np.random.default_rng(0).permutation(50)] + 7
+    rows = probes.sample_of(groups)
+    taken = set(groups[rows])
+    assert rows.tolist() == [row for row, group in enumerate(groups) if group in taken]
+    if most >= 50:
+        assert len(rows) == 50
+    else:
+        assert 0 < len(rows) <= max(most, 4) and len(rows) > most - 4
+    rng = np.random.default_rng(1)
+    features, target = unit_rows(rng, 50, 3), rng.uniform(size=50)
+    fitted = fit_ridge(features, target, groups)
+    target[np.setdiff1d(np.arange(50), rows)] = np.nan  # never looked at
+    again = fit_ridge(features, target, groups)
+    np.testing.assert_array_equal(again.weights, fitted.weights)
+    assert (again.bias, again.penalty) == (fitted.bias, fitted.penalty)
 
 
 # ------------------------------------------------------------------------------------------------ the base
+
+
+WIDTH, STAGES = 6, 4
+MANY = ["train"] * 200 + ["val"] * 5 + ["test"] * 5
+
+
+def blocks_of(known: dict[str, np.ndarray], base: probes.Base) -> np.ndarray:
+    """What consistency is told from, feature by feature."""
+    rows = []
+    for image, text, cos in zip(known["image"], known["text"], known["cos"], strict=True):
+        embedding, raw = image[: len(text)], image[len(text) :]
+        stages = (raw - base.stage_mean) / base.stage_scale
+        rows.append([(cos + 1) / 2, *embedding, *text, *(embedding * text), *stages])
+    return np.array(rows)
 
 
 def test_the_base_is_fitted_to_the_labelled_images_of_the_training_fold():
@@ -236,13 +288,15 @@ def test_the_base_is_fitted_to_the_labelled_images_of_the_training_fold():
     units = {task: values[:20] for task, values in examples.unit_targets.items()}
     groups = prompt_of[:20]
     keep = ~np.isnan(units["q"])
-    weights, bias = probes.fit_quality(train["image"][keep], units["q"][keep], groups[keep])
-    np.testing.assert_allclose(base.images["q"][0], weights)
-    assert base.images["q"][1] == pytest.approx(bias)
+    fitted = probes.fit_quality(train["image"][keep], units["q"][keep], groups[keep], [6])
+    np.testing.assert_allclose(base.images["q"].weights, fitted.weights)
+    assert base.images["q"].bias == pytest.approx(fitted.bias)
     assert set(base.images) == {"q", "authenticity"}
     keep = ~np.isnan(units["c"])
     slope, offset = np.polyfit((train["cos"][keep] + 1) / 2, units["c"][keep], 1)
     assert base.cosine == pytest.approx((slope, offset))
+    fitted = probes.fit_ridge(blocks_of(train, base)[keep], units["c"][keep], groups[keep], [1, 6, 6, 6])
+    np.testing.assert_allclose(base.joint.weights, fitted.weights, atol=1e-12)
     slope, offset = np.polyfit(train["level_c"][keep], units["c"][keep], 1)
     assert base.levels["c"] == pytest.approx((slope, offset))
     assert set(base.levels) == {"q", "c"}
@@ -251,18 +305,153 @@ def test_the_base_is_fitted_to_the_labelled_images_of_the_training_fold():
     changed.loc[examples.folds != "train", ["q", "c"]] = 1.0
     again = probes.fit_base(known, replace(examples, table=changed))
     assert again.cosine == base.cosine and again.levels == base.levels
+    np.testing.assert_array_equal(again.joint.weights, base.joint.weights)
 
 
-def test_without_levels_heads_start_from_probe_and_cosine():
+def test_stage_statistics_are_normalised_by_the_training_fold():
     examples = examples_of(FOLDS)
+    known = knowledge(examples, stage_width=STAGES)
+    known["train_eval"]["image"][:, -1] = 7.0  # constant
+    known["train_eval"]["image"][3] = np.nan  # a lost image
+    base = probes.fit_base(known, examples, stage_width=STAGES)
+    left = np.delete(known["train_eval"]["image"], 3, axis=0)
+    found = probes.normalised(left, base.stage_mean, base.stage_scale)
+    np.testing.assert_array_equal(found[:, :WIDTH], left[:, :WIDTH])
+    np.testing.assert_allclose(found[:, WIDTH:].mean(axis=0), 0, atol=1e-12)
+    np.testing.assert_allclose(found[:, WIDTH:].std(axis=0), [0.5, 0.5, 0.5, 0], atol=1e-12)
+    other = probes.normalised(known["test"]["image"], base.stage_mean, base.stage_scale)
+    expected = (known["test"]["image"][:, WIDTH:] - left[:, WIDTH:].mean(axis=0)) / base.stage_scale
+    np.testing.assert_allclose(other[:, WIDTH:], expected)
+    assert all(len(fitted.weights) == WIDTH + STAGES for fitted in base.images.values())
+
+
+@pytest.mark.parametrize("stage_width", [0, STAGES])
+def test_probes_are_what_the_weights_say_in_label_units(stage_width):
+    examples = examples_of(FOLDS)
+    known = knowledge(examples, stage_width=stage_width)
+    base = probes.fit_base(known, examples, stage_width=stage_width)
+    found, test = base.probes(known["test"]), known["test"]
+    assert list(found) == ["q", "c"]
+    stages = (test["image"][:, WIDTH:] - base.stage_mean) / base.stage_scale
+    weights = base.images["q"].weights
+    logit = test["image"][:, :WIDTH] @ weights[:WIDTH] + stages @ weights[WIDTH:] + base.images["q"].bias
+    np.testing.assert_allclose(found["q"], sigmoid(logit))
+    np.testing.assert_allclose(found["c"], blocks_of(test, base) @ base.joint.weights + base.joint.bias)
+
+
+def test_with_a_global_view_consistency_is_told_from_that_alone():
+    examples = examples_of(MANY)
+    known = knowledge(examples, stage_width=STAGES)
+    for part in known.values():
+        part["content"], part["image"] = part["image"], np.roll(part["image"], 1, axis=0)
+    base = probes.fit_base(known, examples, stage_width=STAGES)
+    shown = {fold: {**part, "image": part["content"]} for fold, part in known.items()}
+    expected = blocks_of(shown["test"], base) @ base.joint.weights + base.joint.bias
+    np.testing.assert_allclose(base.probes(known["test"])["c"], expected)
+
+
+def examples_with(c: np.ndarray) -> probes.Examples:
+    """Labels of consistency, on 1 to 5, for a training fold that is large enough to learn from."""
+    return examples_of(MANY, c=np.clip(c, 1, 5))
+
+
+@pytest.mark.parametrize("planted", ["image", "text", "product", "stages"])
+def test_consistency_starts_from_whatever_tells_it_beyond_the_cosine(planted):
+    known = knowledge(examples_of(MANY), stage_width=STAGES)
+    joined = {name: np.concatenate([part[name] for part in known.values()]) for name in ("image", "text", "cos")}
+    image = joined["image"][:, :WIDTH]
+    feature = {
+        "image": image[:, 0],
+        "text": joined["text"][:, 1],
+        "product": image[:, 2] * joined["text"][:, 2],
+        "stages": (joined["image"][:, -1] - 5) / 100,
+    }[planted]
+    examples = examples_with(3 + 0.5 * feature)
+    base = probes.fit_base(known, examples, stage_width=STAGES)
+    assert base.is_joint and base.consistency == (base.joint.weights, base.joint.bias)
+    found = base.scores(known["test"])
+    np.testing.assert_allclose(found["c"], examples.unit_targets["c"][-5:], atol=0.06)
+    place = {"image": 1, "text": 1 + WIDTH + 1, "product": 1 + 2 * WIDTH + 2, "stages": -1}[planted]
+    size = np.abs(base.joint.weights) * blocks_of(known["train_eval"], base).std(axis=0)
+    assert size[place] > 5 * np.delete(size, place).max()
+
+
+def test_where_embeddings_are_noise_the_probe_is_that_of_cosine_and_stages_alone():
+    rng = np.random.default_rng(0)
+    examples = examples_of(MANY)
+    known = knowledge(examples, width=100, stage_width=STAGES)
+    train = known["train_eval"]
+    raw = train["image"][:, -1]
+    table = examples.table.copy()
+    told = 2 + 3 * train["cos"] + (raw - 5) / 200 + 0.5 * rng.normal(size=200)
+    table.loc[examples.folds == "train", "c"] = np.clip(told, 1, 5)
+    examples = replace(examples, table=table)
+    base = probes.fit_base(known, examples, stage_width=STAGES)
+    assert base.is_joint and len(base.joint.weights) == 1 + 3 * 100 + STAGES
+    assert np.count_nonzero(base.joint.weights[1:-STAGES]) == 0
+    features = blocks_of(train, base)[:, [0, *range(-STAGES, 0)]]
+    alone = fit_ridge(features, examples.unit_targets["c"][:200], np.arange(200), [1, STAGES])
+    np.testing.assert_allclose(base.joint.weights[[0, *range(-STAGES, 0)]], alone.weights)
+    assert base.joint.bias == pytest.approx(alone.bias) and base.joint.error == alone.error
+
+
+def test_the_better_of_two_probes_is_taken():
+    rng = np.random.default_rng(0)
+    blocks = [rng.normal(size=(60, width)) for width in (1, 5, 5, 5, 3)]
+    for feature, is_small in ((blocks[1][:, 0], False), (blocks[0][:, 0] + blocks[4][:, 1], True)):
+        found = probes.fit_joint(blocks, feature + 0.5 * rng.normal(size=60), np.arange(60))
+        assert (not found.weights[1:16].any()) == is_small and len(found.weights) == 19
+    without_stages = [*blocks[:4], np.empty((60, 0))]
+    assert len(probes.fit_joint(without_stages, blocks[0][:, 0], np.arange(60)).weights) == 16
+
+
+def of_cosine(noise: float) -> tuple[probes.Examples, dict[str, dict[str, np.ndarray]]]:
+    """Labels that the cosine tells, and embeddings that tell nothing."""
+    examples = examples_of(MANY)
+    known = knowledge(examples, width=60)
+    cos = np.concatenate([part["cos"] for part in known.values()])
+    return examples_with(2 + 3 * cos + noise * np.random.default_rng(0).normal(size=len(cos))), known
+
+
+def test_where_the_cosine_alone_is_better_in_cross_validation_consistency_starts_from_it():
+    examples, known = of_cosine(0.3)
+    base = probes.fit_base(known, examples)
+    assert base.joint is not None and not base.is_joint
+    assert base.consistency is base.cosine
+    found = base.scores(known["test"])
+    np.testing.assert_array_equal(found["c"], known["test"]["cos"])
+    assert not np.allclose(base.probes(known["test"])["c"], known["test"]["cos"], atol=0.1)
+    np.testing.assert_array_equal(found["q"], base.probes(known["test"])["q"])
+
+
+def test_asked_for_the_cosine_consistency_starts_from_it_whatever_is_better():
+    examples = examples_of(MANY)
+    known = knowledge(examples)
+    image = np.concatenate([part["image"] for part in known.values()])
+    examples = examples_with(3 + 0.5 * image[:, 0])
+    probe, cosine = (probes.fit_base(known, examples, base=base) for base in ("probe", "cosine"))
+    assert probe.is_joint and not cosine.is_joint
+    assert cosine.consistency is cosine.cosine and cosine.cosine == probe.cosine
+    np.testing.assert_array_equal(cosine.joint.weights, probe.joint.weights)
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_of_one_prompt_cannot_choose_a_probe():
+    examples = examples_of(FOLDS, prompt="the same")
+    base = probes.fit_base(knowledge(examples), examples)
+    assert not base.is_joint and base.consistency is base.cosine and np.isfinite(base.cosine).all()
+
+
+def test_heads_start_from_what_is_known_of_each_score():
+    examples = examples_of(FOLDS, authenticity=AUTHENTICITY)
     known = knowledge(examples)
     base = probes.fit_base(known, examples)
-    assert base.levels == {} and base.quality is base.images["q"] and base.consistency is base.cosine
-    found = base.scores(known["test"])
-    assert list(found) == ["q", "c"]
-    logit = known["test"]["image"] @ base.images["q"][0] + base.images["q"][1]
-    np.testing.assert_allclose(found["q"], 1 / (1 + np.exp(-logit)))
-    np.testing.assert_array_equal(found["c"], known["test"]["cos"])
+    for task in ("q", "authenticity"):
+        weights, bias = base.of_image(task)
+        assert weights is base.images[task].weights and bias == base.images[task].bias
+    assert base.of_image("beauty") is None and base.levels == {}
+    assert base.quality == base.of_image("q")
     of_quality = examples_of(FOLDS, c=np.nan)
-    base = probes.fit_base(known, of_quality)
-    assert base.consistency is None and list(base.scores(known["test"])) == ["q"]
+    base = probes.fit_base({fold: {"image": part["image"]} for fold, part in known.items()}, of_quality)
+    assert base.consistency is base.joint is base.cosine is None and not base.is_joint
+    assert list(base.scores(known["test"])) == list(base.probes(known["test"])) == ["q"]

@@ -154,6 +154,12 @@ def test_the_results_of_one_data_set_in_text():
     assert lines[-1] == f"main score (mean of SROCC and PLCC): {results['test']['main']:.3f}"
 
 
+def test_where_no_epoch_is_better_the_untrained_model_is_what_was_kept():
+    examples = examples_of(FOLDS)
+    first, *_ = text_tables.results_table({**results_of(examples), "best_epoch": 0}, examples).splitlines()
+    assert first == "test fold: 40 images, none of 7 epochs better than the untrained model, 62 s in all"
+
+
 def test_the_results_of_several_data_sets_have_a_line_for_each():
     joined = joined_examples()
     results = results_of(joined)

@@ -88,6 +88,7 @@ def test_facts_are_those_of_data_model_and_machine(demo_set, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_itself_is_built_without_a_remark(tmp_path):
-    argv = ["--demo", "--dry_run", "--advice", "strict", "--cache_dir", str(tmp_path), "--output_dir"]
+@pytest.mark.parametrize("demo", ["real", "drawn"])
+def test_the_demo_itself_is_built_without_a_remark(tmp_path, demo):
+    argv = ["--demo", demo, "--dry_run", "--advice", "strict", "--cache_dir", str(tmp_path), "--output_dir"]
     assert baseline.main([*argv, str(tmp_path / "run")]) == {}

@@ -104,7 +104,7 @@ def test_a_saved_config_gives_the_run_again_to_the_bit_from_what_it_has_cached(p
 @pytest.mark.slow
 def test_the_demo_and_the_parts_of_repeated_runs_are_given_again_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "write_demo_set", functools.partial(demo.write_demo_set, num_prompts=8))
-    where = ["--demo", "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run")]
+    where = ["--demo", "drawn", "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run")]
     baseline.main([*where, *shlex.split(f"{PARTIAL} --epochs 1 --repeats 2")])
     for part in ("seed42", "seed43"):
         assert_identical(tmp_path / "run" / part, again(tmp_path / "run" / part, "again"))

@@ -147,8 +147,8 @@ def test_a_signal_ends_a_run_after_its_step_with_exit_code_75(name, demo_set, tm
 @pytest.mark.parametrize(
     ("name", "command", "code"),
     [
-        ("SIGTERM", "baseline.py --demo", 75),
-        ("SIGINT", "baseline.py --demo", 75),
+        ("SIGTERM", "baseline.py --demo drawn", 75),
+        ("SIGINT", "baseline.py --demo drawn", 75),
         ("SIGINT", "predict.py --checkpoint none none.png", 130),
         ("SIGUSR1", "search.py --output_dir out", 75),
         ("SIGINT", "search.py --output_dir out", 130),

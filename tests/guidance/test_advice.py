@@ -226,9 +226,9 @@ def test_the_two_stages_of_the_guide_get_no_remark():
 
 def test_the_demo_gets_no_remark_on_what_it_chose_itself():
     facts = replace(FACTS, num_train=448, num_val=64, num_parameters=4_700_000, num_steps=8 * 14)
-    demo = parse_args(["--demo"])
+    demo = parse_args(["--demo", "drawn"])
     assert advise(demo, facts) == []
-    assert [remark.flag for remark in advise(replace(demo, demo=False), facts)] == ["--epochs"]
+    assert [remark.flag for remark in advise(replace(demo, demo=None), facts)] == ["--epochs"]
     assert [remark.flag for remark in advise(replace(demo, epochs=5), facts)] == ["--epochs"]
 
 

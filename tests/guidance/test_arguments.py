@@ -64,13 +64,13 @@ def test_a_misspelt_flag_is_refused_with_the_nearest_one(wrong, near):
 
 def test_flags_win_over_config_over_demo_over_defaults(tmp_path):
     config_file = write_json(tmp_path, {"epochs": 7, "lr": 0.02})
-    assert DEMO_SETTINGS["epochs"] not in (5, 7, TrainingConfig().epochs)
-    assert DEMO_SETTINGS["clip_model"] != TrainingConfig().clip_model
+    assert DEMO_SETTINGS["real"]["epochs"] not in (5, 7, TrainingConfig().epochs)
+    assert DEMO_SETTINGS["real"]["clip_model"] != TrainingConfig().clip_model
     found = parse_args(["--demo", "--config", config_file, "--epochs", "5"])
-    assert (found.epochs, found.lr, found.clip_model) == (5, 0.02, DEMO_SETTINGS["clip_model"])
+    assert (found.epochs, found.lr, found.clip_model) == (5, 0.02, DEMO_SETTINGS["real"]["clip_model"])
     assert found.batch_size == TrainingConfig().batch_size
     assert parse_args(["--demo", "--config", config_file]).epochs == 7
-    assert parse_args(["--demo"]).epochs == DEMO_SETTINGS["epochs"]
+    assert parse_args(["--demo"]).epochs == DEMO_SETTINGS["real"]["epochs"]
     assert parse_args(["--config", config_file]).clip_model == TrainingConfig().clip_model
 
 
@@ -84,7 +84,7 @@ def test_a_flag_wins_even_when_it_gives_the_default(tmp_path):
 
 
 def test_a_config_with_the_demo_on_brings_the_demo_settings_unless_switched_off(tmp_path):
-    config_file = write_json(tmp_path, {"demo": True})
+    config_file = write_json(tmp_path, {"demo": "drawn"})
     assert parse_args(["--config", config_file]).clip_model == "tiny"
     assert parse_args(["--config", config_file, "--no_demo"]) == TrainingConfig(config=config_file)
 
@@ -93,7 +93,7 @@ def test_a_config_with_the_demo_on_brings_the_demo_settings_unless_switched_off(
 def test_the_demo_does_not_silently_ignore_data_that_was_named(name, tmp_path):
     message = outcome("--demo", f"--{name}", "x")
     assert "--demo" in message and f"--{name}" in message
-    config_file = write_json(tmp_path, {"demo": True})
+    config_file = write_json(tmp_path, {"demo": "drawn"})
     assert "--no_demo" in outcome("--config", config_file, f"--{name}", "x")
     assert parse_args(["--config", config_file, "--no_demo", f"--{name}", "x"]) is not None
 
@@ -122,10 +122,10 @@ def test_a_missing_config_and_a_folder_are_refused_by_name(tmp_path):
 
 
 def test_null_in_a_config_says_nothing_so_that_no_value_of_the_demo_is_unsaid(tmp_path):
-    saved = write_json(tmp_path, {"demo": True, "mos_range_q": None, "preset": None, "head_lr": None})
+    saved = write_json(tmp_path, {"demo": "drawn", "mos_range_q": None, "preset": None, "head_lr": None})
     found = parse_args(["--config", saved])
-    assert found == replace(parse_args(["--demo"]), config=saved)
-    assert not [name for name in DEMO_SETTINGS if getattr(found, name) is None]
+    assert found == replace(parse_args(["--demo", "drawn"]), config=saved)
+    assert not [name for name in DEMO_SETTINGS["drawn"] if getattr(found, name) is None]
 
 
 # -- help, and mistakes

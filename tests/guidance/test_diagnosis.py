@@ -510,26 +510,46 @@ def test_findings_are_printed_with_the_command_on_its_own_line():
     assert lines([]) == []
 
 
+WORSE, NO_GAIN = "worse than before training", "no gain from training"
+
+
 @pytest.mark.parametrize(
     ("known", "best", "options", "expected"),
     [
-        (0.80, 0.70, {}, ["worse than before training"]),
-        (0.80, 0.79, {}, []),  # within the noise of the fold
+        (0.80, 0.70, {}, [WORSE]),
+        (0.80, 0.79, {}, [NO_GAIN]),  # within the noise of the fold
+        (0.80, 0.80, {}, [NO_GAIN]),  # to equal is no gain
+        (0.80, 0.81, {}, []),
+        (0.80, 0.90, {}, []),
         (None, 0.70, {}, []),
-        (0.80, 0.70, {"use_residual_learning": False}, []),  # which does not start from there
-        (0.80, 0.70, {"calibration": False}, []),
-        (0.80, 0.70, {"init_from": "runs/first"}, []),
+        (0.80, 0.70, {"use_residual_learning": False}, [WORSE]),
+        (0.80, 0.79, {"calibration": False}, [NO_GAIN]),
+        (0.80, 0.70, {"init_from": "runs/first"}, [WORSE]),
     ],
 )
-def test_a_run_that_never_comes_back_to_what_clip_knew_is_told(known, best, options, expected):
+def test_a_run_that_never_beats_what_it_started_from_is_told(known, best, options, expected):
     config = replace(CONFIG, **options)
     rows = history(12, score=[best - 0.01] * 5 + [best] * 7)
     found = diagnose(rows, config, facts(), known=known)
-    assert [finding.finding for finding in found if "before" in finding.finding] == expected
+    assert [finding.finding for finding in found if finding.finding in (WORSE, NO_GAIN)] == expected
     if expected:
-        assert (
-            "0.800 before training" in found[0].evidence and f"{best:.3f} at best, after epoch 6" in found[0].evidence
-        )
+        assert f"0.800 before training, which is kept, and is {best:.3f} at best, after epoch 6" in found[0].evidence
+        assert found[0].evidence.startswith("main on validation")
         assert proposed(found[0]).lr < config.lr
         timid = diagnose(rows, replace(config, lr=1e-5), facts(), known=known)
         assert proposed(timid[0]).lr == 1e-5 and "hold on" in timid[0].proposal
+
+
+@pytest.mark.parametrize(("num_val", "expected"), [(100, NO_GAIN), (2500, WORSE)])
+def test_how_many_images_validate_tells_worse_from_no_gain(num_val, expected):
+    found = diagnose(history(12, score=0.79), CONFIG, facts(num_val=num_val), known=0.8)
+    assert found[0].finding == expected
+
+
+@pytest.mark.parametrize("rows", [AT_START, AT_END, UNDER])
+def test_a_run_without_gain_is_told_nothing_of_where_its_best_epoch_lies_or_of_poor_scores(rows):
+    assert [found.finding for found in diagnose(rows, CONFIG, facts(), known=0.9)] == [WORSE]
+
+
+def test_a_run_without_gain_may_over_fit_as_well():
+    assert [found.finding for found in diagnose(OVER, CONFIG, facts(), known=0.9)] == [WORSE, "over-fitting"]

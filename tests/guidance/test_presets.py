@@ -64,7 +64,10 @@ def test_the_presets_are_those_that_options_know_by_name():
 
 
 def test_demo_settings_are_valid_options():
-    assert TrainingConfig(**DEMO_SETTINGS).clip_model == "tiny"
+    assert {demo: TrainingConfig(**found).clip_model for demo, found in DEMO_SETTINGS.items()} == {
+        "real": "lite",
+        "drawn": "tiny",
+    }
 
 
 @pytest.mark.parametrize("name", GUIDE)
@@ -117,9 +120,10 @@ def test_a_switch_turns_off_how_a_preset_freezes():
 
 def test_flags_win_over_a_preset_over_a_config_over_the_demo(tmp_path):
     saved = write_json(tmp_path, {"epochs": 7, "lr": 0.02, "dropout": 0.3, "lora_rank": 4, "seed": 3})
-    found = parse_args(["--demo", "--config", saved, "--preset", "small", "--epochs", "5"])
+    found = parse_args(["--demo", "drawn", "--config", saved, "--preset", "small", "--epochs", "5"])
     assert (found.epochs, found.lr, found.dropout, found.seed) == (5, PRESETS["small"]["lr"], 0.3, 3)
-    assert found.clip_model == DEMO_SETTINGS["clip_model"] and found.mos_range_q == DEMO_SETTINGS["mos_range_q"]
+    drawn = DEMO_SETTINGS["drawn"]
+    assert (found.clip_model, found.mos_range_q) == (drawn["clip_model"], drawn["mos_range_q"])
     assert found.freezing == "frozen"  # neither the demo's layers nor the file's LoRA
     thawing = parse_args(["--config", saved, "--preset", "medium", "--unfreeze_schedule", "20@0,18@4"])
     assert (thawing.lora_rank, thawing.stages) == (0, ((20, 0), (18, 4)))
@@ -242,7 +246,7 @@ def some_configs(draw: st.DrawFn) -> TrainingConfig:
     """Configs with a few options of one's own, as a command line could give them."""
     names = draw(st.lists(st.sampled_from([name for name in OPTIONS if name != "preset"]), max_size=6, unique=True))
     changes = {name: draw(values_of(name)) for name in names}
-    base = DEMO_SETTINGS if changes.get("demo") else {}
+    base = DEMO_SETTINGS.get(str(changes.get("demo")), {})
     changes = {name: value for name, value in changes.items() if value is not None or name not in base}
     try:
         return TrainingConfig(**{**base, **changes})

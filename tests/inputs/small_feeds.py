@@ -35,14 +35,15 @@ def table_of(texts: Sequence[str], **options: Any) -> TextTable:
 class RowNumbers:
     """A source for tests whose activations tell which row and view they are of; it notes what it was asked for.
 
-    Where a view consists of several, the third number tells which of them.
+    Where a view consists of several, the third number tells which of them. Statistics are the activations and a half.
     """
 
     stage = 2
 
-    def __init__(self, counts: tuple[int, int] = (1, 1)) -> None:
+    def __init__(self, counts: tuple[int, int] = (1, 1), *, with_statistics: bool = False) -> None:
         """`counts`: how many the evaluation view and a training view consist of."""
         self.counts = counts
+        self.with_statistics = with_statistics
         self.asked: list[tuple[image_sources.View, list[int]]] = []
 
     def count(self, view: image_sources.View) -> int:
@@ -52,13 +53,13 @@ class RowNumbers:
         self.asked.append((view, rows.tolist()))
         return torch.from_numpy(rows)
 
-    def finish(self, prepared: Tensor, rows: transfer.Rows, view: image_sources.View) -> Tensor:
+    def finish(self, prepared: Tensor, rows: transfer.Rows, view: image_sources.View) -> dict[str, Tensor]:
         assert prepared.tolist() == rows.tolist()
         found = torch.stack([prepared, torch.full_like(prepared, -1 if view is None else view)], dim=1)
-        if self.count(view) == 1:
-            return found
-        several = torch.arange(self.count(view)).expand(len(rows), -1)[..., None]
-        return torch.cat([found[:, None].expand(-1, self.count(view), -1), several], dim=2)
+        if self.count(view) > 1:
+            several = torch.arange(self.count(view)).expand(len(rows), -1)[..., None]
+            found = torch.cat([found[:, None].expand(-1, self.count(view), -1), several], dim=2)
+        return {"image": found, "statistics": found + 0.5} if self.with_statistics else {"image": found}
 
 
 def feed_of(source: image_sources.ImageSource, **options: Any) -> Feed:

@@ -166,6 +166,14 @@ def test_a_feed_takes_images_from_where_it_is_told_to():
     assert cached.asked == [(None, [1, 0]), (3, [2])] and feed.pixels.asked == []
 
 
+def test_statistics_come_with_the_activations_that_they_belong_to():
+    feed = feed_of(RowNumbers((1, 2), with_statistics=True), share=lambda rows: rows[1:])
+    for batch in feed.batches([(None, np.array([4, 1, 0])), (5, np.array([3, 2, 1]))]):
+        assert set(batch.inputs) == {"image", "statistics", "image_stage", "num_views"}
+        assert torch.equal(batch.inputs["statistics"], batch.inputs["image"] + 0.5)
+        assert len(batch.inputs["statistics"]) == 2
+
+
 def test_a_batch_says_how_many_views_of_each_image_it_has():
     feed = feed_of(RowNumbers((3, 2)))
     evaluated, trained = feed.batches([(None, np.array([4, 1])), (5, np.array([1]))])
@@ -177,17 +185,20 @@ def test_a_batch_says_how_many_views_of_each_image_it_has():
 # -- parts of a batch
 
 
+@pytest.mark.parametrize("with_statistics", [False, True], ids=["", "statistics"])
 @pytest.mark.parametrize("counts", [(1, 1), (4, 3)], ids=["one view", "several views"])
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
-def test_parts_of_a_batch_together_are_the_batch_with_texts_of_their_own(size, counts):
-    source = RowNumbers(counts)
+def test_parts_of_a_batch_together_are_the_batch_with_texts_of_their_own(size, counts, with_statistics):
+    source = RowNumbers(counts, with_statistics=with_statistics)
     feed = full_feed(source)
     rows = np.array([3, 1, 0, 5, 2, 4])
     (batch,) = feed.batches([(2, rows)])
     parts = feed.split(batch, size)
     assert [len(part) for part in parts] == [size] * (6 // size) + [6 % size] * (6 % size > 0)
     assert np.concatenate([part.rows for part in parts]).tolist() == rows.tolist()
-    assert torch.cat([part.inputs["image"] for part in parts]).equal(batch.inputs["image"])
+    of_images = ["image", "statistics"][: 1 + with_statistics]
+    for name in of_images:
+        assert torch.cat([part.inputs[name] for part in parts]).equal(batch.inputs[name])
     assert source.asked == [(2, rows.tolist())], "nothing is decoded again"
     for task in ("q", "c"):
         joined = torch.cat([part.targets[task] for part in parts])
@@ -198,9 +209,8 @@ def test_parts_of_a_batch_together_are_the_batch_with_texts_of_their_own(size, c
     for part in parts:  # as if it had been asked for by itself
         (alone,) = feed.batches([(2, part.rows)])
         assert part.inputs.keys() == alone.inputs.keys()
-        assert all(
-            part.inputs[name].equal(alone.inputs[name]) for name in ("image", "text", "tokens_PN", "prompt_of_B")
-        )
+        for name in (*of_images, "text", "tokens_PN", "prompt_of_B"):
+            assert part.inputs[name].equal(alone.inputs[name])
         assert part.inputs["image_stage"] == source.stage and part.inputs["text_stage"] == 0
         assert part.inputs["num_views"] == alone.inputs["num_views"] == counts[1]
         assert (part.rationales is None) == (alone.rationales is None)

@@ -1,4 +1,4 @@
-"""`frozen_cache`: several processes fill one cache."""
+"""`frozen_cache`: what is cached stands for pixels, and several processes fill one cache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,65 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_feeds import feed_of, store_of, views_of
+from small_models import IMAGE_LAYERS, build_clip, build_model, stir
 
-from inputs import frozen_cache
+from backbones import towers
+from backbones.freezing import freeze_backbone
+from inputs import frozen_cache, image_store
+from inputs.batches import DroppedRows
+from inputs.image_sources import PixelSource
 from storage import feature_cache, locks
+from training import devices
+
+
+@pytest.fixture(scope="module")
+def store(demo_set) -> image_store.ImageStore:
+    return store_of(demo_set)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"crops": 2, "test_crops": 3}], ids=["resized", "crops"])
+@pytest.mark.parametrize("with_statistics", [False, True], ids=["activations alone", "statistics"])
+@pytest.mark.parametrize(
+    ("freezing", "stage"), [({"everything": True}, IMAGE_LAYERS + 1), ({"num_layers": 2}, 2)], ids=["all", "two blocks"]
+)
+def test_cached_stages_score_as_pixels_do(store, tmp_path, freezing, stage, with_statistics, options):
+    clip = build_clip()
+    width = towers.num_statistics(clip.visual) if with_statistics else 0
+    model = build_model(clip, stage_width=width).eval()
+    freeze_backbone(clip, **freezing)
+    stir(model.heads)
+    caching = frozen_cache.Caching(
+        feature_cache.FeatureCache(tmp_path, 1e9),
+        devices.start_runtime("cpu", "off"),
+        "float32",
+        {},
+        batch_size=4,
+        reserve=0,
+        keep_decoded=False,
+        fingerprint=frozen_cache.fingerprint,
+        dropping=DroppedRows(),
+    )
+    pixels = PixelSource(store, views_of(**options))
+    source = frozen_cache.cache_images(
+        caching,
+        clip.visual,
+        pixels,
+        rows_of={None: np.arange(10), 0: np.arange(5)},
+        evaluation="evaluation",
+        augmentation=options,
+        observe=lambda rows, images: None,
+        with_statistics=with_statistics,
+    )
+    feed = feed_of(pixels)
+    order = [(None, np.array([7, 0, 3])), (0, np.array([4, 1])), (None, np.array([9]))]
+    expected = [model(**batch.inputs)["q"] for batch in feed.batches(order)]
+    feed.source = source
+    for batch, scores in zip(feed.batches(order), expected, strict=True):
+        assert batch.inputs["image_stage"] == stage and ("statistics" in batch.inputs) == with_statistics
+        torch.testing.assert_close(model(**batch.inputs)["q"], scores, atol=1e-5, rtol=0)
+    assert torch.cat(expected).std() > 1e-3
 
 
 class Ranks:

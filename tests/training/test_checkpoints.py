@@ -335,8 +335,8 @@ def test_a_disk_that_is_full_when_a_run_goes_on_costs_no_state(tmp_path, monkeyp
 
 def test_the_folder_of_states_is_on_disk_before_a_state_is_put_into_it(tmp_path, monkeypatch):
     done = watch_disk(tmp_path, monkeypatch)
-    checkpoints.StateFolder(tmp_path, keep=1).save(1, 0, {"step": 1})
-    name = "state/.step0000000001-best000000.safetensors~"
+    checkpoints.StateFolder(tmp_path, keep=1).save(1, None, {"step": 1})
+    name = "state/.step0000000001-nobest.safetensors~"
     assert done == ["sync .", f"sync {name}", f"rename {name}", "sync state"]
 
 

@@ -52,7 +52,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def test_the_loop_is_that_of_plain_pytorch(tmp_path):
-    """Written out: AdamW, the schedule, the average of the weights, and the best epoch by validation."""
+    """Written out: AdamW, the schedule, the average of the weights, and the best epoch by validation, 0 untrained."""
     progress, _ = train(tmp_path / "run", max_grad_norm=0.5)
     averaged = two_layers().eval()
     devices.seed_everything(1)
@@ -61,7 +61,13 @@ def test_the_loop_is_that_of_plain_pytorch(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
     x, y = data()
     total, warm = NUM_EPOCHS * STEPS_PER_EPOCH, round(0.1 * NUM_EPOCHS * STEPS_PER_EPOCH)
-    step, errors, kept = 0, [], []
+
+    def validation_error() -> float:
+        averaged.load_state_dict(average)
+        with torch.no_grad():
+            return float(nn.functional.mse_loss(averaged(x[NUM_TRAIN:]), y[NUM_TRAIN:]))
+
+    step, errors, kept = 0, [validation_error()], [average]
     for epoch in range(1, NUM_EPOCHS + 1):
         model.train()
         for rows in np.random.default_rng(epoch).permutation(NUM_TRAIN).reshape(STEPS_PER_EPOCH, -1):
@@ -75,21 +81,77 @@ def test_the_loop_is_that_of_plain_pytorch(tmp_path):
             now = model.state_dict()
             average = {name: now[name].clone() if step == 0 else average[name].lerp(now[name], 0.5) for name in now}
             step += 1
-        averaged.load_state_dict(average)
-        with torch.no_grad():
-            errors.append(float(nn.functional.mse_loss(averaged(x[NUM_TRAIN:]), y[NUM_TRAIN:])))
+        errors.append(validation_error())
         kept.append(average)
-    assert [-row["val_fit"] for row in progress.history] == pytest.approx(errors, rel=1e-5)
-    assert progress.best_epoch == int(np.argmin(errors)) + 1
+    assert [-score for score in progress.selection] == pytest.approx(errors, rel=1e-5)
+    assert [row["val_fit"] for row in progress.history] == progress.selection[1:]
+    assert progress.best_epoch == int(np.argmin(errors)) > 0
     for name, value in weights(tmp_path / "run").items():
-        torch.testing.assert_close(value, kept[progress.best_epoch - 1][name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(value, kept[progress.best_epoch][name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"patience": 1, "min_delta": 1.0}, {"patience": 2, "min_delta": 1.0}])
 def test_it_ends_where_validation_no_longer_rises(options, tmp_path):
     progress, task = train(tmp_path / "run", **options)
-    assert len(progress.history) == 1 + options["patience"]
-    assert task.entered == [*range(1, 2 + options["patience"]), 1 + options["patience"]]
+    assert len(progress.history) == options["patience"]  # the first has no more to gain on the untrained model
+    assert task.entered == [*range(1, 1 + options["patience"]), options["patience"]]
+
+
+HARMFUL = {"lr": 10.0}  # at which every epoch is worse than none
+
+
+def assert_untrained(folder: Path) -> None:
+    """What a run has kept is what it started from."""
+    devices.seed_everything(1)
+    expected, found = two_layers().state_dict(), weights(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_where_every_epoch_is_worse_the_untrained_weights_are_kept(tmp_path):
+    progress, task = train(tmp_path / "run", **HARMFUL)
+    assert len(progress.history) == NUM_EPOCHS and max(progress.selection[1:]) < progress.selection[0]
+    assert progress.best_epoch == 0
+    assert_untrained(tmp_path / "run")
+    scores, measured = task.validate(two_layers_as_kept(tmp_path / "run"), lambda: None)
+    assert measured["fit"] == progress.selection[0]
+    np.testing.assert_array_equal(progress.best_scores["predicted"], scores["predicted"])
+
+
+def two_layers_as_kept(folder: Path) -> nn.Module:
+    model = two_layers()
+    model.load_state_dict(weights(folder))
+    return model
+
+
+@pytest.mark.parametrize("number", [1, 8, 20])
+def test_they_are_kept_wherever_the_run_was_stopped(number, tmp_path):
+    with pytest.raises(signals.Stopped):
+        train(tmp_path / "run", stop_signals=StopsAt(number), **HARMFUL)
+    progress, _ = train(tmp_path / "run", resume=True, **HARMFUL)
+    assert progress.best_epoch == 0 and len(progress.history) == NUM_EPOCHS and progress.resumed
+    assert_untrained(tmp_path / "run")
+
+
+def test_a_run_that_never_gains_ends_early_with_the_untrained_weights(tmp_path):
+    progress, _ = train(tmp_path / "run", patience=2, **HARMFUL)
+    assert len(progress.history) == 2 and progress.best_epoch == 0
+    assert_untrained(tmp_path / "run")
+
+
+def test_stopped_before_the_untrained_model_is_validated_it_goes_on_with_that(whole, tmp_path):
+    folder = tmp_path / "run"
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with signals.Signals() as listening, pytest.raises(signals.Stopped, match="stopped and saved"):
+        train(folder, stop_signals=listening, before_validation=stop)
+    assert [path.name for path in (folder / "state").iterdir()] == ["step0000000000-nobest.safetensors"]
+    validated = []
+    progress, _ = train(folder, resume=True, before_validation=lambda: validated.append(1))
+    assert len(validated) == 1 + NUM_EPOCHS and len(progress.selection) == 1 + NUM_EPOCHS
+    assert_same(whole, folder)
 
 
 class StopsAt(signals.Signals):
@@ -129,6 +191,8 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(whole, tmp_pa
     """By SIGKILL, at moments that come later each time."""
     folder, kills = tmp_path / "run", 0
     for wait in (0.02, 0.05, 0.1, 0.2, 0.4):
+        if (folder / "results.json").exists():  # it was over before it could be killed
+            break
         resume = ["--resume"] if (folder / "config.json").exists() else []
         process = subprocess.Popen([*PROGRAM, str(folder), *resume], env=environment(), stdout=subprocess.PIPE)
         assert process.stdout is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,15 +20,45 @@ CPU = devices.Runtime(torch.device("cpu"), "off", torch.amp.GradScaler("cpu", en
 def test_a_state_replaces_later_ones_that_were_given_up(keep, tmp_path):
     states = checkpoints.StateFolder(tmp_path, keep=2)
     for step in (7, 8):
-        states.save(step, 0, {"step": step})
+        states.save(step, None, {"step": step})
     for path in states.states():
         path.write_bytes(b"")
     assert states.load(lambda text: None) is None
     states = checkpoints.StateFolder(tmp_path, keep=keep)
     for step in (1, 2):
-        states.save(step, 0, {"step": step})
+        states.save(step, None, {"step": step})
         assert states.load(print) == {"step": step}
     assert len(states.states()) == keep
+
+
+def best_of(folder: Path) -> float:
+    return checkpoints.load_weights(folder)[1]["w"].item()
+
+
+def test_a_state_knows_the_best_weights_that_there_were_the_untrained_ones_too(tmp_path):
+    states = checkpoints.StateFolder(tmp_path, keep=3)
+    states.save(0, None, {"step": 0})
+    assert [path.name for path in states.folder.iterdir()] == ["step0000000000-nobest.safetensors"]
+    for step, epoch in ((0, 0), (4, 0), (9, 1)):
+        checkpoints.save_weights(
+            tmp_path / checkpoints.BEST_DIR, {"w": torch.tensor([float(epoch)])}, {}, lambda place: None
+        )
+        states.save(step, epoch, {"step": step})
+    found = {path.name for path in states.folder.iterdir()}
+    steps = ["step0000000000-best000000", "step0000000004-best000000", "step0000000009-best000001"]
+    assert found == {f"{name}.safetensors" for name in [*steps, "best000000", "best000001"]}
+    assert states.load(print) == {"step": 9} and best_of(tmp_path) == 1
+    states.states()[-1].write_bytes(b"")  # damaged
+    assert states.load(lambda text: None) == {"step": 4} and best_of(tmp_path) == 0
+
+
+def test_before_there_are_best_weights_those_that_lie_there_are_not_the_runs(tmp_path):
+    states = checkpoints.StateFolder(tmp_path, keep=1)
+    states.save(0, None, {"step": 0})
+    checkpoints.save_weights(tmp_path / checkpoints.BEST_DIR, {"w": torch.ones(1)}, {}, lambda place: None)
+    assert states.load(print) == {"step": 0}
+    states.save(0, 0, {"step": 0})
+    assert [path.stem for path in states.states()] == ["step0000000000-best000000"]
 
 
 def test_sums_of_a_state_go_on_where_the_losses_are():

@@ -47,8 +47,9 @@ class Regression:
     num_samples = NUM_TRAIN
     may_leave_unused = False
 
-    def __init__(self, runtime: devices.Runtime) -> None:
+    def __init__(self, runtime: devices.Runtime, before_validation: Callable[[], object] = lambda: None) -> None:
         self.runtime = runtime
+        self.before_validation = before_validation
         self.x, self.y = data()
         self.entered: list[int] = []
 
@@ -68,6 +69,7 @@ class Regression:
     def validate(
         self, model: nn.Module, before_batch: Callable[[], object]
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        self.before_validation()
         before_batch()
         model.eval()
         with torch.no_grad():
@@ -93,19 +95,21 @@ def train(
     resume: bool = False,
     trackers: tuple[str, ...] = (),
     dropout: float = 0.1,
+    lr: float = 1e-2,
     stop_signals: signals.Signals = signals.NONE,
+    before_validation: Callable[[], object] = lambda: None,
     **options: Any,
 ) -> tuple[resuming.Progress, Regression]:
     """Train in a folder; the weights of the best epoch end in FOLDER/best."""
     runtime = devices.start_runtime("cpu", "off")
     devices.seed_everything(1)
     model = two_layers(dropout)
-    optimizer = optim.build_optimizer(model, lambda name: 1e-2, weight_decay=0.0)
+    optimizer = optim.build_optimizer(model, lambda name: lr, weight_decay=0.0)
     schedule = optim.build_schedule(optimizer, kind="cosine", num_steps=NUM_EPOCHS * STEPS_PER_EPOCH, warmup_ratio=0.1)
     average = optim.WeightAverage(model, 0.5)
     micro = micro_batches.MicroBatches(lambda batch, size: [batch], enabled=False)
     state = resuming.TrainState(model, optimizer, schedule, average, micro, runtime.scaler, constant=())
-    task = Regression(runtime)
+    task = Regression(runtime, before_validation)
     with run_folder.RunFolder(folder, active=runtime.is_main, resume=resume) as writer:
         writer.json(run_folder.CONFIG_FILE, {"provenance": {}})
         best = checkpoints.DeferredWeights(
@@ -127,8 +131,8 @@ def train(
         if resume:
             saver.load()
         names = list(trackers) if writer.active else []
-        with tracking.Trackers(names, folder, {"lr": 1e-2}, runtime.say) as opened, best, saver.guarding():
-            chosen = FitOptions(**{"epochs": NUM_EPOCHS, "lr": 1e-2, "select_by": "fit", **options})
+        with tracking.Trackers(names, folder, {"lr": lr}, runtime.say) as opened, best, saver.guarding():
+            chosen = FitOptions(**{"epochs": NUM_EPOCHS, "lr": lr, "select_by": "fit", **options})
             fit(task, chosen, saver, writer, best, opened)
         writer.json(run_folder.RESULTS_FILE, {"best_epoch": saver.progress.best_epoch})
         writer.forget_states()

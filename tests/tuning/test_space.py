@@ -41,7 +41,7 @@ def test_the_default_space_is_that_of_the_guide():
         ("--unfreeze_schedule 8@0,6@2", 12, None),
         ("--preset large", 12, None),
         ("--preset medium", 12, "8..11 step 1"),
-        ("--demo", 24, "16..22 step 2"),
+        ("--demo drawn", 24, "16..22 step 2"),
     ],
 )
 def test_freeze_layers_follow_the_depth_and_are_searched_only_where_they_do_something(flags, depth, layers):
