@@ -425,8 +425,8 @@ class TrainingConfig(Config):
     demo: str | None = option(
         None,
         "meta",
-        "train on a small set that is there: real (alone: this) images with people's scores, or drawn ones; works without "
-        "data or network",
+        "train on a small set that is here: real images with people's scores (so too without a word), or drawn ones; "
+        "works without data or network",
         choices=("real", "drawn"),
         alone="real",
     )

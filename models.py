@@ -330,6 +330,13 @@ class ScoreModel(nn.Module):
         parts = [early, late] if statistics is None else [statistics, early, late]
         return torch.cat([image, (torch.cat(parts, dim=-1) - self.stage_mean) / self.stage_scale], dim=-1)
 
+    def freeze_base(self) -> None:
+        """Let training leave the base terms as they are: so many weights, fitted to the same images, would over-fit."""
+        for heads in (self.heads, *self.extra.values()):
+            for name, module in heads.named_children():
+                if name.startswith("base"):
+                    module.requires_grad_(False)
+
     @torch.no_grad()
     def set_stage_scaling(self, mean_F: ArrayLike, scale_F: ArrayLike) -> None:
         """What the raw statistics are normalised by: (raw - mean) / scale."""
@@ -485,37 +492,17 @@ def build_model(
         stage_width: F, how many statistics of the image tower's stages the heads read; 0: none.
         base: "probe" or "cosine": what consistency starts from, see `ResidualHeads`.
     """
+    sizes: dict[str, Any] = {"hidden_q": hidden_q, "hidden_c": hidden_c, "dropout": dropout, "stage_width": stage_width}
+    of_extra: dict[str, Any] = {"hidden": hidden_q, "dropout": dropout}
     heads: ResidualHeads | PlainHeads
-    of_extra: nn.Module
+    further: dict[str, nn.Module]
     if residual:
-        heads = ResidualHeads(
-            embed_dim,
-            scale_q=scale_q,
-            scale_c=scale_c,
-            hidden_q=hidden_q,
-            hidden_c=hidden_c,
-            dropout=dropout,
-            temperature=float(clip.logit_scale.detach().exp()) if prompt_levels else None,
-            stage_width=stage_width,
-            base=base,
-        )
+        temperature = float(clip.logit_scale.detach().exp()) if prompt_levels else None
+        heads = ResidualHeads(embed_dim, scale_q=scale_q, scale_c=scale_c, temperature=temperature, base=base, **sizes)
+        further = {task: ResidualHead(embed_dim + stage_width, scale=scale_q, **of_extra) for task in extra}
     else:
-        refine = Refinement(**refinement) if refinement else None
-        heads = PlainHeads(
-            embed_dim,
-            hidden_q=hidden_q,
-            hidden_c=hidden_c,
-            dropout=dropout,
-            refinement=refine,
-            stage_width=stage_width,
-        )
-    further = {}
-    for task in extra:
-        if residual:
-            of_extra = ResidualHead(embed_dim + stage_width, scale=scale_q, hidden=hidden_q, dropout=dropout)
-        else:
-            of_extra = PlainHead(embed_dim + stage_width, hidden=hidden_q, dropout=dropout)
-        further[task] = of_extra
+        heads = PlainHeads(embed_dim, refinement=Refinement(**refinement) if refinement else None, **sizes)
+        further = {task: PlainHead(embed_dim + stage_width, **of_extra) for task in extra}
     return ScoreModel(
         clip,
         heads,

@@ -124,7 +124,12 @@ def model_arguments(config: TrainingConfig, backbone: loading.Backbone) -> dict[
 
 
 def freeze(config: TrainingConfig, model: models.ScoreModel, examples: Examples, num_layers: int | None) -> None:
-    """Freeze what is not to be trained while `num_layers` are frozen; the text tower where no score uses it."""
+    """Freeze what is not to be trained while `num_layers` are frozen; the text tower where no score uses it.
+
+    Base terms that are fitted before training stay as they are.
+    """
+    if config.calibration:
+        model.freeze_base()
     if not config.lora_rank:
         freezing.freeze_backbone(model.clip, everything=config.freeze_clip, num_layers=num_layers)
     if not feed.uses_texts(config, examples):

@@ -70,9 +70,10 @@ def build_optimizer(
 
 
 def never_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
-    """Names of the parameters that the optimiser does not know."""
+    """Names of CLIP's parameters that the optimiser does not know."""
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {name for name, parameter in model.named_parameters() if id(parameter) not in known}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) not in known}
+    return {name for name in names if name.startswith("clip.")}  # base terms are fitted anew by a resumed run
 
 
 def build_saver(

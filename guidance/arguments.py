@@ -65,7 +65,7 @@ def parse_args(
         if demo and name in flags:
             ways = "drop it" if "demo" in flags else "add --no_demo (--config has it on)"
             raise ValueError(f"--demo has its own data: {ways} or drop --{name}")
-    below = DEMO_SETTINGS.get(demo, {})
+    below = DEMO_SETTINGS.get(str(demo), {})
     preset, own = flags.pop("preset", None), saved.pop("preset", None)
     if preset is None:  # a file may name one, which comes below what else the file says
         below = with_preset(below, overlay(saved, flags), own, num_images, num_blocks)

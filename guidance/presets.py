@@ -17,6 +17,7 @@ DEMO_SETTINGS: dict[str, dict[str, Any]] = {
         "clip_pretrained": "assets",
         "partial_freeze": True,
         "freeze_layers": 5,
+        "val_size": 0.2,
         "epochs": 8,
         "lr": 3e-4,
     },

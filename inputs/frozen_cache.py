@@ -179,39 +179,20 @@ def cache_images(
     Returns:
         The source of activations, or why there is none.
     """
-    runtime, num_stages, views = caching.runtime, towers.frozen_stages(visual), pixels.views
+    runtime, num_stages = caching.runtime, towers.frozen_stages(visual)
     if num_stages == 0:
         return "no frozen layers in front"
 
     encode = image_encoder(visual, num_stages, runtime, with_statistics=with_statistics)
     visual.eval()
-    weights = caching.fingerprint(visual, num_stages)
-    counts = (views.count(None), views.count(0))
-    shape = (3, views.image_size, views.image_size)
-    several = {count: (count,) if count > 1 else () for count in counts}
-    example_of = {count: encode(torch.zeros(1, *several[count], *shape, device=runtime.device)) for count in several}
-    examples = [example_of[count] for count in counts]
-    layouts = [Layout(tuple(image.shape[1:]), tuple(statistics.shape[1:])) for image, statistics in examples]
-    dtype = caching.dtype_of(visual, num_stages, examples[0][0])
-    details = {"weights": weights, "input": "image", "image_size": views.image_size, "statistics": with_statistics}
-
-    def pack(layout: Layout, found: tuple[Tensor, Tensor]) -> Tensor:
-        return layout.pack(found[0].to(dtype), found[1])
-
-    sets = [
-        caching.open(num_stages, pack(layout, example).shape[1:], dtype, **details, view=view)
-        for layout, example, view in zip(layouts, examples, (evaluation, augmentation), strict=True)
-    ]
-    source = CachedSource(
-        (sets[0], sets[1]),
-        [file.digest for file in pixels.store.files],
+    source = open_source(
+        caching,
+        visual,
+        pixels,
+        encode,
         rows_of=rows_of,
-        stage=num_stages,
-        device=runtime.device,
-        dtype=examples[0][0].dtype,
-        layouts=(layouts[0], layouts[1]),
-        counts=counts,
-        is_embedding=num_stages == towers.num_stages(visual),
+        of_views=(evaluation, augmentation),
+        statistics=with_statistics,
     )
 
     def needed() -> int:
@@ -221,15 +202,60 @@ def cache_images(
         return caching.dropping.left(np.unique(np.concatenate([source.missing(view) for view in rows_of])).astype(int))
 
     def encode_rows(pixels: Tensor, view: View) -> Tensor:
-        return pack(layouts[view is not None], encode(pixels))
+        image, statistics = encode(pixels)
+        return source.layouts[view is not None].pack(image.to(source.evaluation.dtype), statistics)
 
     compute = partial(add_views, source, pixels, encode_rows, caching, observe)
-    if not caching.fill(sets, needed, wanted, compute):
+    if not caching.fill([source.evaluation, source.training], needed, wanted, compute):
         return f"would take {needed() / 1e9:.1f} GB, more than --cache_max_gb or the disk has left"
     source.rows_of = {view: caching.dropping.left(rows) for view, rows in rows_of.items()}
     if caching.fits_device(source.size(source.rows_of)):
         source.move_to_device()
     return source
+
+
+def open_source(
+    caching: Caching,
+    visual: nn.Module,
+    pixels: PixelSource,
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    rows_of: Mapping[View, Rows],
+    of_views: tuple[Mapping[str, Any] | str, Mapping[str, Any]],
+    statistics: bool,
+) -> CachedSource:
+    """The source of activations as far as they are in the cache; see `cache_images`."""
+    views, num_stages = pixels.views, towers.frozen_stages(visual)
+    counts = (views.count(None), views.count(0))
+    shape = (3, views.image_size, views.image_size)
+    several = {count: (count,) if count > 1 else () for count in counts}
+    found = {n: encode(torch.zeros(1, *several[n], *shape, device=caching.runtime.device)) for n in several}
+    examples = [found[count] for count in counts]
+    layouts = [Layout(tuple(image.shape[1:]), tuple(numbers.shape[1:])) for image, numbers in examples]
+    dtype = caching.dtype_of(visual, num_stages, examples[0][0])
+    details = {"weights": caching.fingerprint(visual, num_stages), "input": "image", "image_size": views.image_size}
+    sets = [
+        caching.open(
+            num_stages,
+            layout.pack(image.to(dtype), numbers).shape[1:],
+            dtype,
+            **details,
+            statistics=statistics,
+            view=view,
+        )
+        for layout, (image, numbers), view in zip(layouts, examples, of_views, strict=True)
+    ]
+    return CachedSource(
+        (sets[0], sets[1]),
+        [file.digest for file in pixels.store.files],
+        rows_of=rows_of,
+        stage=num_stages,
+        device=caching.runtime.device,
+        dtype=examples[0][0].dtype,
+        layouts=(layouts[0], layouts[1]),
+        counts=counts,
+        is_embedding=num_stages == towers.num_stages(visual),
+    )
 
 
 def add_views(

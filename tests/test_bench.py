@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.slow
 def test_both_sides_train_alike_and_the_table_says_by_how_much_ours_is_faster():
-    flags = "--model tiny --freeze_layers 18 --num_images 40 --epochs 3 --cases partial full"  # more epochs than views
+    flags = "--model tiny --freeze_layers 18 --num_images 24 --epochs 3 --cases partial"  # more epochs than views
     command = [sys.executable, "bench/speed.py", *flags.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]  # it fails where losses differ
     head, _, *rows = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
     head = [cell.strip() for cell in head]
-    assert [row[0].strip() for row in rows] == ["partial", "full"]
+    assert [row[0].strip() for row in rows] == ["partial"]
     for row in rows:
         cells = dict(zip(head, (cell.strip() for cell in row), strict=True))
         ratio = float(cells["plain s"]) / float(cells["ours s"])

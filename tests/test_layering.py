@@ -60,7 +60,7 @@ FREE_OF_TORCH = (
 )
 BARE = ("configs", "guidance.arguments", "serving.commands", "tuning.space")  # the standard library alone
 MOST_AT_THE_TOP, MOST_IN_A_ROOM = 12, 10
-LONGEST_FILE = 640  # the options, which are one idea; all others stay below 600
+LONGEST_FILE = 660  # the options, which are one idea; all others stay below 600
 LONGEST = 60  # lines of a function, docstring included
 LONGEST_RUN = 80  # lines of baseline.run, the one visible path
 # Where "cuda" is spelt, beside the choices of --device.

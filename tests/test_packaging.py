@@ -52,10 +52,10 @@ def imported_distributions(path: Path) -> set[str]:
             ["*.py", *(f"{package.parent.name}/*.py" for package in ROOT.glob("*/__init__.py"))],
             "requirements-extra.txt",
         ),
-        (["tools/*.py", "bench/*.py"], "requirements.txt"),
-        (["tests/**/*.py"], "requirements-dev.txt"),
+        (["bench/*.py"], "requirements.txt"),
+        (["tests/**/*.py", "tools/*.py"], "requirements-dev.txt"),
     ],
-    ids=["programs and rooms", "tools and benchmarks", "tests"],
+    ids=["programs and rooms", "benchmarks", "tests and tools"],
 )
 def test_every_import_is_required(places: list[str], requirements: str) -> None:
     asked = read_requirements(requirements).keys()

@@ -82,12 +82,9 @@ def fit(
 ) -> None:
     """Train from where `saver.progress` stands to the last epoch, or until validation no longer rises.
 
-    The untrained model counts as epoch 0: where no epoch beats it on validation, it is what is kept.
-
     Args:
-        saver: holds what is trained and how far that is, and saves both.
-        writer: takes metrics.csv.
-        best_weights: takes the weights of each epoch that is the best so far.
+        saver, writer: hold what is trained and how far that is; take metrics.csv.
+        best_weights: takes the weights of each epoch that is the best so far, from the untrained model on.
         after_epoch: is given each row of the history, in every process; what it raises stops the run.
 
     Raises:
@@ -96,11 +93,7 @@ def fit(
     """
     progress, state, runtime, trainee = saver.progress, saver.train_state, saver.runtime, None
     if progress.best_epoch is None:
-        with saver.interruptible():
-            scores, measured = task.validate(state.average.weights, lambda: None)
-        if runtime.is_main:
-            best_weights.keep(task.weights(state.average.weights))
-        progress.begin(runtime.agree(measured)[options.select_by], scores)
+        validate_untrained(task, options, saver, best_weights)
     while progress.epoch <= options.epochs and not stops_early(options, progress, runtime):
         if task.enter_epoch(progress.epoch, saver) or trainee is None:
             trainee = runtime.distribute(state.model, may_be_unused=task.may_leave_unused)
@@ -137,6 +130,18 @@ def fit(
     task.enter_epoch(progress.epoch - 1, saver)  # where a run is gone on with behind its last epoch
     best_weights.flush()
     saver.is_over = True
+
+
+def validate_untrained(
+    task: Task, options: FitOptions, saver: resuming.Saver, best_weights: checkpoints.DeferredWeights
+) -> None:
+    """Take the model in as it is, as epoch 0: where no epoch beats it on validation, it is what is kept."""
+    model = saver.train_state.average.weights
+    with saver.interruptible():
+        scores, measured = task.validate(model, lambda: None)
+    if saver.runtime.is_main:
+        best_weights.keep(task.weights(model))
+    saver.progress.begin(saver.runtime.agree(measured)[options.select_by], scores)
 
 
 def stops_early(options: FitOptions, progress: resuming.Progress, runtime: devices.Runtime) -> bool:

@@ -16,13 +16,15 @@ FROZEN = "--freeze_clip --no_calibration"
 REAL = {
     "over-fitting": "--freeze_clip --lr 5e-3 --epochs 20 --residual_scale_q 1 --residual_scale_c 1 --dropout 0 "
     "--loss mse --quality_column shuffled_mos_quality --consistency_column shuffled_mos_align",
-    "under-fitting": f"{FROZEN} --residual_scale_q 0.01 --residual_scale_c 0.01 --lr 1e-3 --epochs 6 --scheduler step",
+    "under-fitting": f"{FROZEN} --stage_features off --residual_scale_q 0.01 --residual_scale_c 0.01 --lr 1e-3 "
+    "--epochs 6 --scheduler step",
     "slow": f"{FROZEN} --lr 1e-7 --epochs 5",
     "unstable": "--freeze_clip --lr 0.1 --epochs 20 --residual_scale_q 0.5 --residual_scale_c 0.5 --scheduler constant "
     "--warmup_ratio 0 --max_grad_norm 0",
     "worse than before training": "--partial_freeze --freeze_layers 20 --lr 2e-2 --epochs 4",
     "best epoch at the very end": f"{FROZEN} --lr 1e-3 --epochs 6",
-    "best epoch at the very start": "--freeze_clip --lr 5e-2 --epochs 10 --warmup_ratio 0.4",
+    "best epoch at the very start": f"{FROZEN} --lr 0.1 --epochs 8 --warmup_ratio 0.4 --residual_scale_q 0.5 "
+    "--residual_scale_c 0.5",
     "one score starves the other": "--partial_freeze --freeze_layers 22 --cache_views 0 --no_calibration --lr 1e-3 "
     "--epochs 4 --w_q 0.001 --w_c 0.999",
 }

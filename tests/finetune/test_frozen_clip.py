@@ -31,10 +31,12 @@ from backbones import loading, towers
 from evaluation import probes
 from inputs import image_sources, image_store
 from storage import feature_cache
+from training import resuming
 
 EPOCHS, VIEWS = 2, 1
 IMAGE_LAYERS, TEXT_LAYERS, LAYERS = 5, 2, 3  # of the image tower the first LAYERS are frozen, and all of the text tower
 TOLERANCE = 1e-5
+WORST = -1.0  # of any correlation
 # The correlation loss would magnify rounding. No cache is looked at in a report.
 SMALL = "--image_size 32 --batch_size 16 --lr 5e-4 --loss mse --no_report"
 PARTIAL = f"{SMALL} --partial_freeze --freeze_layers {LAYERS}"
@@ -99,6 +101,15 @@ def one_tokenizer() -> Iterator[None]:
     """To build CLIP's tokenizer takes as long as a run of these tests does otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(open_clip, "get_tokenizer", functools.cache(open_clip.get_tokenizer))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trained_weights_are_kept() -> Iterator[None]:
+    """Whatever validation says of the untrained model, so that weights and predictions tell of training."""
+    begin = resuming.Progress.begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resuming.Progress, "begin", lambda self, score, scores: begin(self, WORST, scores))
         yield
 
 
@@ -215,10 +226,10 @@ def passes(monkeypatch) -> dict[str, list[tuple[int, int, torch.Tensor]]]:
     found: dict[str, list[tuple[int, int, torch.Tensor]]] = {"image": [], "text": []}
     run_image, run_text = towers.run_image, towers.run_text
 
-    def image(visual: Any, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def image(visual: Any, x: torch.Tensor, start: int, stop: int, *observer: Any) -> torch.Tensor:
         if start < stop:
             found["image"].append((start, stop, x.detach().clone()))
-        return run_image(visual, x, start, stop)
+        return run_image(visual, x, start, stop, *observer)
 
     def text(tower: Any, x: torch.Tensor, tokens: Any, start: int, stop: int) -> torch.Tensor:
         if start < stop:
@@ -253,6 +264,8 @@ def passes(monkeypatch) -> dict[str, list[tuple[int, int, torch.Tensor]]]:
 def test_as_many_cached_views_as_epochs_change_nothing(train, plain, flags):
     cached = train(f"{SMALL} {flags} --epochs {EPOCHS} --cache_views {EPOCHS}")
     assert list(cached.folder.parent.glob("cache/**/*.safetensors"))
+    assert "stage_mean" in cached.weights  # statistics of stages are read
+    assert cached.results["best_epoch"] > 0
     assert_same(cached, plain(f"{SMALL} {flags} --epochs {EPOCHS}"), TOLERANCE)
 
 
@@ -301,14 +314,18 @@ def test_epochs_cycle_through_the_cached_views(train, views_seen):
 
 @pytest.fixture
 def views_seen(monkeypatch) -> dict[int | None, dict[int, torch.Tensor]]:
-    """View that was asked for -> row of the data set -> the activations that were given."""
+    """View that was asked for -> row of the data set -> the activations and statistics that were given."""
     seen: dict[int | None, dict[int, torch.Tensor]] = {}
     finish = image_sources.CachedSource.finish
 
-    def recorded(self: image_sources.CachedSource, prepared: torch.Tensor, rows: np.ndarray, view: Any) -> torch.Tensor:
-        x = finish(self, prepared, rows, view)
+    def recorded(
+        self: image_sources.CachedSource, prepared: torch.Tensor, rows: np.ndarray, view: Any
+    ) -> dict[str, torch.Tensor]:
+        given = finish(self, prepared, rows, view)
+        assert given.keys() == {"image", "statistics"}
+        x = torch.cat([values.flatten(1) for values in given.values()], dim=1)
         seen.setdefault(view, {}).update({int(row): value.clone() for row, value in zip(rows, x, strict=True)})
-        return x
+        return given
 
     monkeypatch.setattr(image_sources.CachedSource, "finish", recorded)
     return seen
@@ -342,7 +359,7 @@ def again(warm, tmp_path, train, computed, monkeypatch) -> Callable[..., dict[st
     """A function that starts another run on the warm cache, and returns how many rows of what it computed."""
     shutil.copytree(warm, tmp_path / "cache")
 
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
         raise Cached
 
     def run(flags: str = "", **options: Any) -> dict[str, int]:
@@ -382,6 +399,7 @@ def test_a_cold_cache_computes_each_row_once(train, computed, dataset):
         "--cache_dtype float32",  # what "auto" is on a CPU
         "--cache_max_gb 1 --image_memory_gb 0 --num_workers 2",
         f"--cache_views {VIEWS + 1}",  # no epoch would see the one that is new
+        "--base cosine",
     ],
 )
 def test_what_cannot_change_the_cached_values_computes_nothing(again, flags):
@@ -398,6 +416,7 @@ def test_what_cannot_change_the_cached_values_computes_nothing(again, flags):
         (f"--cache_views {VIEWS + 1} --epochs {VIEWS + 1}", TRAINING),  # only the one that is new
         (f"--freeze_layers {LAYERS - 1}", NO_TEXT),  # of the text tower all blocks stay frozen
         ("--freeze_layers 1", ALL),
+        ("--stage_features off", NO_TEXT),
         ("--cache_dtype bf16", ALL),
         ("--amp bf16", ALL),
         ("--no_partial_freeze --freeze_clip", ALL),

@@ -28,7 +28,7 @@ from inputs import image_store
 from pages import report
 from serving.scorer import Scorer
 
-EPOCHS = 200
+EPOCHS = 80
 LEAK = 50_000  # bytes per epoch, planted
 MOST_USED = 20_000  # bytes per epoch, that a run may need more: its history alone takes some 3 kB
 MOST_OWN = 30_000  # bytes per epoch, that its process may grow by: gaps in between count
@@ -52,7 +52,7 @@ def slope(values: np.ndarray) -> float:
 @pytest.mark.slow
 @pytest.mark.torture
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs Linux with glibc 2.33 or newer")
-def test_memory_and_the_time_of_an_epoch_stay_flat_over_200_epochs_and_a_planted_leak_would_show(
+def test_memory_and_the_time_of_an_epoch_stay_flat_over_the_epochs_and_a_planted_leak_would_show(
     demo_set, tmp_path, is_torture, figure
 ):
     epochs = 5 * EPOCHS if is_torture else EPOCHS

@@ -20,6 +20,7 @@ from stopped_runs import differences
 
 import baseline
 from sources import demo
+from training import run_folder
 
 TINY = "--clip_model tiny --clip_pretrained none --image_size 56 --batch_size 16 --lr 1e-3 --no_report"
 PARTIAL = f"{TINY} --partial_freeze --freeze_layers 22"
@@ -149,6 +150,7 @@ def test_what_a_run_needs_to_be_given_again_is_written_down(plain):
     assert {"num_workers", "cache_views"} <= set(resolved) and {"seed", "deterministic"} <= set(saved)
     results = json.loads((plain("preset") / "results.json").read_text())
     assert provenance["data_fingerprint"] == results["data_fingerprint"]
+    assert provenance["git_revision"] == run_folder.git_revision()
 
 
 # Threads and steps

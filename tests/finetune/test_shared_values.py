@@ -25,7 +25,7 @@ NOT_FOR_KNOWN = (
 
 # ... nor, with these, of what is read of the data before it becomes batches ...
 NOT_FOR_DATA = (
-    "prompt_levels use_explanations batch_size amp test device freeze_clip "
+    "prompt_levels stage_features base use_explanations batch_size amp test device freeze_clip "
     "partial_freeze freeze_layers unfreeze_schedule lora_rank init_from cache cache_views cache_dtype "
     "cache_max_gb image_memory_gb num_workers compile gradient_checkpointing dynamic_batch_size "
     "deterministic max_memory_usage crop_scale_min crops test_crops global_view horizontal_flip"

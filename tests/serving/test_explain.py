@@ -21,11 +21,13 @@ from serving.scorer import Scorer
 class OnePlace:
     """A scorer that looks at one rectangle: its quality is `factor` times the mean of the red channel in there."""
 
-    def __init__(self, place: tuple[int, int, int, int], *, factor: float = 1.0, crops: int = 0) -> None:
+    def __init__(
+        self, place: tuple[int, int, int, int], *, factor: float = 1.0, crops: int = 0, resize_mode: str = "shortest"
+    ) -> None:
         self.place = place
         self.factor = factor
         self.scales = {"q": None, "c": None}
-        self.views = SimpleNamespace(test_crops=crops, decode_size=None)
+        self.views = SimpleNamespace(test_crops=crops, decode_size=None, resize_mode=resize_mode)
         self.calls: list[int] = []
 
     def pixels(self, images, num_workers):
@@ -46,16 +48,18 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("size", "crops", "box"),
+    ("size", "crops", "resize_mode", "box"),
     [
-        ((60, 40), 0, (10, 0, 50, 40)),
-        ((40, 60), 0, (0, 10, 40, 50)),
-        ((40, 40), 0, (0, 0, 40, 40)),
-        ((60, 40), 9, (0, 0, 60, 40)),
+        ((60, 40), 0, "shortest", (10, 0, 50, 40)),
+        ((40, 60), 0, "shortest", (0, 10, 40, 50)),
+        ((40, 40), 0, "shortest", (0, 0, 40, 40)),
+        ((60, 40), 9, "shortest", (0, 0, 60, 40)),
+        ((60, 40), 0, "squash", (0, 0, 60, 40)),
+        ((60, 40), 0, "longest", (0, 0, 60, 40)),
     ],
 )
-def test_what_is_seen(size, crops, box):
-    assert explain.seen_box(OnePlace((0, 0, 1, 1), crops=crops), size) == box
+def test_what_is_seen(size, crops, resize_mode, box):
+    assert explain.seen_box(OnePlace((0, 0, 1, 1), crops=crops, resize_mode=resize_mode), size) == box
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300)])
@@ -143,12 +147,14 @@ def test_the_map_of_a_model_is_what_covering_by_hand_changes(scorer, demo_set):
     assert width == height  # so that the box is the image
     mean = tuple(int(value) for value in np.asarray(image).mean(axis=(0, 1)).round())
     by_hand = image.copy()
-    by_hand.paste(mean, (width * 3 // 4, height // 4, width, height // 2))
+    row, column = divmod(int(np.abs(found["q"]).argmax()), 4)  # where it counts most
+    left, top = width * column // 4, height * row // 4
+    by_hand.paste(mean, (left, top, width * (column + 1) // 4, height * (row + 1) // 4))
     scores = scorer.score([image, by_hand], "a red circle", clamp=False)
     change = scores.iloc[0] - scores.iloc[1]
     assert abs(change["pred_quality"]) > 1e-6
-    np.testing.assert_allclose(found["q"][1, 3], change["pred_quality"], atol=1e-5)
-    np.testing.assert_allclose(found["c"][1, 3], change["pred_align"], atol=1e-5)
+    np.testing.assert_allclose(found["q"][row, column], change["pred_quality"], atol=1e-5)
+    np.testing.assert_allclose(found["c"][row, column], change["pred_align"], atol=1e-5)
 
 
 # -- the picture
