@@ -132,8 +132,8 @@ class SentenceEncoder:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token=PADDING)
-        sizes: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-        self.model = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
+        sizes: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+        self.model = BertModel(BertConfig(num_attention_heads=12, **sizes), add_pooling_layer=False).eval()
         missing = self.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys
         assert not missing, missing
 
