@@ -16,10 +16,11 @@ DEMO_SETTINGS: dict[str, dict[str, Any]] = {
         "clip_model": "lite",
         "clip_pretrained": "assets",
         "partial_freeze": True,
-        "freeze_layers": 5,
+        "freeze_layers": 6,
         "val_size": 0.2,
-        "epochs": 8,
+        "epochs": 10,
         "lr": 3e-4,
+        "warmup_ratio": 0.1,
     },
     "drawn": {
         "clip_model": "tiny",

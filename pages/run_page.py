@@ -194,7 +194,7 @@ def curves(run: Run, pictures: Pictures) -> list[Picture]:
 
     def draw(name: str, caption: str, ylabel: str, columns: Sequence[tuple[str, str, int, int]], **how: Any) -> None:
         if found := lines(columns):
-            drawn.append(pictures.add(name, caption, figures.chart(found, ylabel, best=best, **how)))
+            drawn.append(pictures.add(name, caption, figures.chart(found, ylabel, best=best or None, **how)))
 
     agreement = [
         (f"val_{key}_{task}", f"{name} {title_of(task)}", i, dash)
