@@ -152,9 +152,10 @@ def fitted(words: list[str], world: Path) -> list[str]:
     if words[:1] == ["--resume"]:  # brings its own options
         return words
     small = SMALL.format(cache=world / "cache").split()
-    if "--demo" in words:  # whose 640 images take their time
+    if "--demo" in words:  # whose hundreds of images take their time
+        place = words.index("--demo")
+        del words[place : place + (2 if words[place + 1 : place + 2] == ["drawn"] else 1)]
         words = ["--data_csv_path", "data/data.csv", "--image_base_dir", "data/images", *TINY.split(), *words]
-        words.remove("--demo")
     if words[-2:] != ["--preset", "list"]:
         small += [*TINY.split(), "--epochs", "1"]
     if "--data_csv_path" not in words and "--dataset" not in words:

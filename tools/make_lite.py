@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_images
 from timm import create_model
 from timm.data import ImageNetInfo
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.output_dir / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     clip = build_clip(config, image_size=config["model_cfg"]["vision_cfg"]["image_size"])
     state = image_state()
+    print("\n".join(top_classes(state)))
     classes_CH = state.pop("classifier.weight").double()
     state.pop("classifier.bias")
     clip.visual.trunk.load_state_dict(state)
@@ -104,6 +106,20 @@ def image_state() -> dict[str, Tensor]:
     state = dict(zip(own, published.values(), strict=True))
     assert all(state[name].shape == value.shape for name, value in own.items())
     return state
+
+
+def top_classes(state: dict[str, Tensor]) -> list[str]:
+    """What the classifier sees in scikit-learn's two photographs, in words: a tower on a roof, and a daisy."""
+    model = create_model(IMAGE_MODEL).eval()
+    model.load_state_dict(state)
+    found = []
+    for image in load_sample_images().images:
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.inference_mode():
+            probabilities = model(F.interpolate(pixels, (224, 224), mode="bicubic", antialias=True)).softmax(dim=1)[0]
+        best = int(probabilities.argmax())
+        found.append(f"{ImageNetInfo().index_to_description(best)}: {float(probabilities[best]):.2f}")
+    return found
 
 
 def clip_config() -> dict[str, Any]:
