@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from backbones import download
 from backbones.loading import rebuild_clip, size_description
-from backbones.towers import frozen_stages, num_stages, run_image, run_observed, run_text
+from backbones.towers import frozen_stages, num_stages, run_observed, run_text
 from backbones.verify import refuse_larger
 from configs import OPTIONS
 from storage import json_files
@@ -320,13 +320,9 @@ class ScoreModel(nn.Module):
         """
         visual = self.clip.visual
         frozen = max(stage, frozen_stages(visual))
-        if not self.stage_width:
-            with torch.no_grad():
-                image = run_image(visual, image, stage, frozen)
-            return run_image(visual, image, frozen, num_stages(visual))
         with torch.no_grad():
-            image, early = run_observed(visual, image, stage, frozen)
-        image, late = run_observed(visual, image, frozen, num_stages(visual))
+            image, early = run_observed(visual, image, stage, frozen, with_statistics=self.stage_width > 0)
+        image, late = run_observed(visual, image, frozen, num_stages(visual), with_statistics=self.stage_width > 0)
         parts = [early, late] if statistics is None else [statistics, early, late]
         return torch.cat([image, (torch.cat(parts, dim=-1) - self.stage_mean) / self.stage_scale], dim=-1)
 

@@ -56,7 +56,7 @@ def load_backbone(name: str, pretrained: str, *, image_size: int | None = None) 
     Args:
         name: an open_clip name ("ViT-L-14", also "ViT-L/14@336"), "local-dir:PATH" or "hf-hub:ORG/NAME" in
             open_clip's or transformers' form, a hub id "ORG/NAME", or "tiny".
-        pretrained: a tag, a weights file, "none" (random, from the global seed) or, for tiny, "assets". A folder or
+        pretrained: a tag, a weights file, "none" (random, from the global seed) or "assets" (lite, tiny). A folder or
             hub repository brings its own weights; only "none" matters there.
         image_size: pixels per side, to which the position table is interpolated; None: as it was trained.
 

@@ -192,9 +192,15 @@ def statistics_of(x: Tensor) -> Tensor:
     return torch.cat([mean, (variance + STATISTICS_EPS).sqrt()], dim=1)
 
 
-def run_observed(visual: Any, x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """As `run_image`, with the statistics (B, F) of the observed blocks among these stages, in their order."""
-    observed = set(observed_blocks(visual))
+def run_observed(
+    visual: Any, x: Tensor, start: int, stop: int, *, with_statistics: bool = True
+) -> tuple[Tensor, Tensor]:
+    """As `run_image`, with the statistics (B, F) of the observed blocks among these stages, in their order.
+
+    Args:
+        with_statistics: False gives none, (B, 0).
+    """
+    observed = set(observed_blocks(visual)) if with_statistics else set()
     found: list[Tensor] = []
 
     def observe(number: int, x: Tensor) -> None:

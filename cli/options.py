@@ -111,6 +111,7 @@ class Option:
                 default=argparse.SUPPRESS,
                 help=f"{text} (default: off)".replace("%", "%%"),
             )
+        if self.kind is bool or self.metadata["alone"]:
             parser.add_argument(
                 self.undo,
                 dest=self.name,
@@ -119,16 +120,8 @@ class Option:
                 default=argparse.SUPPRESS,
                 help=argparse.SUPPRESS,
             )
+        if self.kind is bool:
             return
-        if self.metadata["alone"]:
-            parser.add_argument(
-                self.undo,
-                dest=self.name,
-                action="store_const",
-                const=None,
-                default=argparse.SUPPRESS,
-                help=argparse.SUPPRESS,
-            )
         if self.default is not None:
             text += f" (default: {self.default})"
         parser.add_argument(

@@ -137,11 +137,6 @@ def image_encoder(
     It gives activations and the statistics of the stages, of which there are none without `with_statistics`.
     """
 
-    def run(images: Tensor) -> tuple[Tensor, Tensor]:
-        if with_statistics:
-            return towers.run_observed(visual, images, 0, num_stages)
-        return towers.run_image(visual, images, 0, num_stages), images.new_zeros(len(images), 0)
-
     @torch.inference_mode()
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         several = pixels.ndim == 5
@@ -149,7 +144,10 @@ def image_encoder(
         # On a CPU feature maps should stay in its caches.
         at_once = CPU_IMAGES if images.device.type == "cpu" and towers.convolutions(visual) else len(images)
         with runtime.autocast():
-            pieces = [run(piece) for piece in images.split(at_once)]
+            pieces = [
+                towers.run_observed(visual, piece, 0, num_stages, with_statistics=with_statistics)
+                for piece in images.split(at_once)
+            ]
         found = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
         image, statistics = (values.unflatten(0, pixels.shape[:2]) if several else values for values in found)
         return image, statistics

@@ -199,3 +199,14 @@ def browser() -> Iterator[Any]:
         running = playwright.chromium.launch(executable_path=chromium, args=flags)
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def trained_weights_are_kept() -> Iterator[None]:
+    """Whatever validation says of the untrained model, so that weights and predictions tell of training."""
+    from training import resuming  # torch, which most tests of the command line do without
+
+    begin, worst = resuming.Progress.begin, -1.0  # of any correlation
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resuming.Progress, "begin", lambda self, score, scores: begin(self, worst, scores))
+        yield

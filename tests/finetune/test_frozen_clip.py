@@ -31,12 +31,12 @@ from backbones import loading, towers
 from evaluation import probes
 from inputs import image_sources, image_store
 from storage import feature_cache
-from training import resuming
+
+pytestmark = pytest.mark.usefixtures("trained_weights_are_kept")
 
 EPOCHS, VIEWS = 2, 1
 IMAGE_LAYERS, TEXT_LAYERS, LAYERS = 5, 2, 3  # of the image tower the first LAYERS are frozen, and all of the text tower
 TOLERANCE = 1e-5
-WORST = -1.0  # of any correlation
 # The correlation loss would magnify rounding. No cache is looked at in a report.
 SMALL = "--image_size 32 --batch_size 16 --lr 5e-4 --loss mse --no_report"
 PARTIAL = f"{SMALL} --partial_freeze --freeze_layers {LAYERS}"
@@ -101,15 +101,6 @@ def one_tokenizer() -> Iterator[None]:
     """To build CLIP's tokenizer takes as long as a run of these tests does otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(open_clip, "get_tokenizer", functools.cache(open_clip.get_tokenizer))
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def trained_weights_are_kept() -> Iterator[None]:
-    """Whatever validation says of the untrained model, so that weights and predictions tell of training."""
-    begin = resuming.Progress.begin
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resuming.Progress, "begin", lambda self, score, scores: begin(self, WORST, scores))
         yield
 
 
@@ -236,8 +227,8 @@ def passes(monkeypatch) -> dict[str, list[tuple[int, int, torch.Tensor]]]:
             found["text"].append((start, stop, x.detach().clone()))
         return run_text(tower, x, tokens, start, stop)
 
+    monkeypatch.setattr(towers, "run_image", image)
     for module in (towers, models):  # the one runs what is frozen for the cache, the other all else
-        monkeypatch.setattr(module, "run_image", image)
         monkeypatch.setattr(module, "run_text", text)
     return found
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ from guidance.arguments import parse_args
 from storage import locks
 from training import checkpoints, devices, resuming, run_folder, signals
 
+pytestmark = pytest.mark.usefixtures("trained_weights_are_kept")
+
 SHOWN = ("--use_test", "--use_report")
 FROZEN = "--freeze_clip"  # of most runs here, and of `whole`
-WORST = -1.0  # of any correlation
 CPU = devices.Runtime(torch.device("cpu"), "off", torch.amp.GradScaler("cpu", enabled=False))
 
 KINDS = {
@@ -47,15 +47,6 @@ KINDS = {
     ],
     "all trained, odd batches": ["--batch_size", "7", "--gradient_accumulation_steps", "2", "--layer_decay", "0.8"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def trained_weights_are_kept() -> Iterator[None]:
-    """Whatever validation says of the untrained model, so that weights and predictions tell of training."""
-    begin = resuming.Progress.begin
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resuming.Progress, "begin", lambda self, score, scores: begin(self, WORST, scores))
-        yield
 
 
 @pytest.fixture(scope="module")
