@@ -24,7 +24,7 @@ DATASET_NAMES = (
 )
 
 # As guidance/presets.py spells them out.
-PRESET_NAMES = ("small", "medium", "large", "fast", "balanced", "max", "quality", "consistency")
+PRESET_NAMES = ("lite", "small", "medium", "large", "fast", "balanced", "max", "quality", "consistency")
 
 GROUPS = {
     "data": "what to train on, and how it is split",

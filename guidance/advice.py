@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from configs import TrainingConfig
-from guidance.presets import DEMO_SETTINGS, PRESET_DEPTH
+from guidance.presets import DEMO_SETTINGS, LITE, PRESET_DEPTH
 
 SMALL_CLIP = 30_000_000  # parameters, below which a CLIP bears, and needs, larger learning rates than the usual ones
 MIN_VAL = 50  # validation images, below which the best epoch is mostly chosen by chance
@@ -67,7 +67,7 @@ def advise(config: TrainingConfig, facts: Facts) -> list[Remark]:
         *on_validation(config, facts),
         *on_ranges(config),
     ]
-    chosen = DEMO_SETTINGS.get(config.demo or "", {})
+    chosen = {**DEMO_SETTINGS.get(config.demo or "", {}), **(LITE if config.preset == "lite" else {})}
     settled = {f"--{name}" for name, value in chosen.items() if getattr(config, name) == value}
     return [remark for remark in remarks if remark.flag not in settled]
 

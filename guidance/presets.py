@@ -10,6 +10,17 @@ from typing import Any
 from cli.parser import flag_words
 from configs import NOT_SAVED, OPTIONS, TrainingConfig
 
+# How the embedded CLIP learns best, measured in docs/experiments.md.
+LITE = {
+    "clip_model": "lite",
+    "clip_pretrained": "assets",
+    "partial_freeze": True,
+    "freeze_layers": 4,
+    "epochs": 4,
+    "lr": 1e-3,
+    "task_gradients": "stop_c",
+}
+
 # What --demo stands for: a small, fast run that shows the whole program. Explicit flags win.
 DEMO_SETTINGS: dict[str, dict[str, Any]] = {
     "real": {
@@ -34,9 +45,11 @@ DEMO_SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What --preset stands for. Each says how CLIP is frozen; `freeze_layers` is of 24 blocks and follows the model's depth.
+# What --preset stands for. Each says how CLIP is frozen; `freeze_layers` is of 24 blocks and follows the model's depth,
+# but for `lite`, which names its model.
 PRESET_DEPTH = 24
 PRESETS: dict[str, dict[str, Any]] = {
+    "lite": LITE,
     "small": {
         "freeze_clip": True,
         "residual_scale_q": 0.1,
@@ -98,6 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["balanced"] = PRESETS["medium"]
 PRESET_PURPOSES = {
+    "lite": "the embedded CLIP: nothing to download, minutes on a CPU",
     "small": "below 1,000 training images",
     "medium": "1,000 to 5,000 training images",
     "large": "more than 5,000 training images",
@@ -117,7 +131,7 @@ def preset_table() -> str:
     lines: list[str] = []
     for name, purpose in PRESET_PURPOSES.items():
         lines += [f"{name:<{width}}{purpose}", f"{'':<{width}}{' '.join(flag_words(PRESETS[name], OPTIONS, {}))}"]
-    depth = f"--freeze_layers is of {PRESET_DEPTH} blocks, and fewer for a CLIP that has fewer"
+    depth = f"Below lite, --freeze_layers is of {PRESET_DEPTH} blocks, and fewer for a CLIP that has fewer"
     return "\n".join([*lines, f"{depth}. All else is the default; flags override."])
 
 
@@ -161,7 +175,8 @@ def with_preset(
         name = preset_by_size(num_images(plain))
     replace(plain, preset=name)  # says what is wrong with the name
     settings = {**PRESETS.get(name, {}), "preset": name}
-    depth = num_blocks(plain) if num_blocks and "freeze_layers" in settings and "freeze_layers" not in above else None
+    follows = "freeze_layers" in settings and "clip_model" not in settings and "freeze_layers" not in above
+    depth = num_blocks(plain) if num_blocks and follows else None
     if depth:
         settings["freeze_layers"] = round(settings["freeze_layers"] * depth / PRESET_DEPTH)
     return {**below, **settings}

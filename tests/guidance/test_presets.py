@@ -18,8 +18,10 @@ from guidance import presets
 from guidance.arguments import parse_args
 from guidance.presets import DEMO_SETTINGS, PRESETS
 
-# The guide's three scenarios and five plans, as written there for ViT-L/14.
+# The embedded CLIP's, and the guide's three scenarios and five plans, as written there for ViT-L/14.
 GUIDE = {
+    "lite": "--clip_model lite --clip_pretrained assets --partial_freeze --freeze_layers 4 --epochs 4 --lr 1e-3 "
+    "--task_gradients stop_c",
     "small": "--freeze_clip --residual_scale_q 0.1 --residual_scale_c 0.1 --epochs 30 --batch_size 16 --lr 1e-3 "
     "--w_q 0.5 --w_c 0.5",
     "medium": "--partial_freeze --freeze_layers 18 --residual_scale_q 0.2 --residual_scale_c 0.2 --epochs 20 "
@@ -177,17 +179,18 @@ def test_frozen_layers_follow_the_depth_of_the_model(depth, eighteen, twenty):
 
     assert [layers("--preset", name) for name in ("medium", "max", "quality")] == [eighteen, twenty, eighteen]
     assert layers("--preset", "medium", "--freeze_layers", "5") == 5
+    assert layers("--preset", "lite") == 4  # which names its model
     assert layers("--preset", "small") == TrainingConfig().freeze_layers
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("smal", "did you mean small?"), ("qqqq", "auto, small"), ("", "auto, small")]
+    ("name", "says"), [("smal", "did you mean small?"), ("qqqq", "auto, lite"), ("", "auto, lite")]
 )
 def test_an_unknown_preset_is_refused_with_the_nearest_or_all(name, says, tmp_path):
     for argv in (["--preset", name], ["--config", write_json(tmp_path, {"preset": name})]):
         message = outcome(*argv)
         assert message.startswith(f"--preset {name}: ") and says in message
-    assert "list shows them" in outcome("--config", write_json(tmp_path, {"preset": "list"}))
+    assert "did you mean lite?" in outcome("--config", write_json(tmp_path, {"preset": "list"}))
     for wrong in (3, [], {}):
         assert "a text" in outcome("--config", write_json(tmp_path, {"preset": wrong}))
 
