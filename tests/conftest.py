@@ -112,6 +112,15 @@ def agiqa_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def vqa_dir() -> Path:
+    """Real questions, answers, scene graphs and features in the official formats; skips where they are not."""
+    folder = Path(os.environ.get("VQA_DIR") or ROOT.parent / "shared" / "data" / "vqa")
+    if not (folder / "vqa-v2").is_dir():
+        pytest.skip("the VQA files are not here: set VQA_DIR to a folder with vqa-v2/ and gqa/")
+    return folder
+
+
 @pytest.fixture
 def ends_in_time() -> Iterator[None]:
     """Ends the process of a test that hangs: a thread that waits for a pipe hears nothing else."""
