@@ -211,11 +211,12 @@ class TrainingConfig(Config):
         choices=("auto", "on", "off"),
     )
     base: str = option(
-        "probe",
+        "auto",
         "heads",
-        "what consistency starts from: ridge regression on image, prompt and their agreement, if that is better in "
-        "cross-validation, or the cosine alone",
-        choices=("probe", "cosine"),
+        "what scores start from: kernel ridge regression on stage statistics; probe: ridge regression on these, "
+        "embeddings and, if that is better in cross-validation, prompts; cosine: as probe, but consistency from the "
+        "cosine; auto: kernel with --freeze_clip, else probe",
+        choices=("auto", "kernel", "probe", "cosine"),
     )
     residual_scale_q: float = option(
         0.2,
@@ -397,8 +398,8 @@ class TrainingConfig(Config):
     preset: str | None = option(
         None,
         "meta",
-        "settings by name, which flags override: small, medium, large (by the number of training images; auto counts "
-        "them), fast, balanced, max, quality, consistency; 'list' shows what each stands for",
+        "settings by name, which flags override: lite (the embedded CLIP), small, medium, large (by the number of "
+        "training images; auto counts them), fast, balanced, max, quality, consistency; 'list' shows each",
         metavar="NAME",
     )
     output_dir: str | None = option(None, "meta", "run folder (default: runs/<time>-<short name>)", metavar="DIR")

@@ -48,7 +48,8 @@ DESCRIPTION = {  # of a checkpoint
     "model": {"scale_q": NUMBER, "scale_c": NUMBER, "hidden_q": int, "hidden_c": int, "dropout": NUMBER},
     "scales": {str: {"low": NUMBER, "high": NUMBER}},
 }
-OLDER = {"stage_width": 0, "base": "cosine"}  # what `build_model` is to take for what an older checkpoint does not tell
+# What `build_model` is to take for what an older checkpoint does not tell.
+OLDER = {"stage_width": 0, "base": "cosine", "kernel_images": 0}
 # What building from values of the wrong kind raises, beside ValueError.
 BUILD_ERRORS = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
 
@@ -89,6 +90,40 @@ def expected_level(image_BE: Tensor, levels_KE: Tensor, temperature: Tensor) -> 
     return ((temperature * cos_BK).softmax(dim=-1) * values_K).sum(dim=-1, keepdim=True)
 
 
+class KernelBase(nn.Module):
+    """What stage statistics tell of quality and consistency: sum_i w_i exp(-gamma |stages - stages_i|^2).
+
+    Fitted by `evaluation.ridge.fit_kernel` to L training images, and never trained.
+    """
+
+    def __init__(self, num_images: int, stage_width: int) -> None:
+        super().__init__()
+        # No buffers: several processes would send each other those in every step.
+        self.places, self.weights, self.gamma, self.bias_q = (
+            nn.Parameter(torch.zeros(shape), requires_grad=False)
+            for shape in ((num_images, stage_width), (2, num_images), (), ())
+        )
+
+    @torch.no_grad()
+    def set(self, places: ArrayLike, gamma: float, weights: Mapping[str, tuple[ArrayLike, float]]) -> None:
+        """Take a fitted kernel (L', F) of at most L images, and the weights (L',) and bias of q and c."""
+        places = torch.as_tensor(np.asarray(places))
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.places[: len(places)] = places
+        self.gamma.fill_(gamma)
+        for row, task in enumerate(("q", "c")):
+            if task in weights:
+                self.weights[row, : len(places)] = torch.as_tensor(np.asarray(weights[task][0]))
+        if "q" in weights:
+            self.bias_q.fill_(weights["q"][1])
+
+    def forward(self, stages_BF: Tensor, row: int) -> Tensor:
+        """(B, F) -> (B,): quality in row 0, in row 1 what consistency has beside the cosine."""
+        alike_BL = torch.exp(-self.gamma * torch.cdist(stages_BF, self.places).square())
+        return alike_BL @ self.weights[row] + (self.bias_q if row == 0 else 0.0)
+
+
 class ResidualHeads(nn.Module):
     """score = what CLIP already knows + small bounded learned delta.
 
@@ -96,9 +131,10 @@ class ResidualHeads(nn.Module):
         consistency  c = w . [(cos + 1) / 2, image, text, image * text, stages] + b
                                                              + scale_c * tanh(MLP([image, text, cos, stages]))
 
-    With `base` "cosine" consistency starts from a * (cos + 1) / 2 + b. With a `temperature` both base terms are
-    a * level + b, `level` being the `expected_level` of five texts. The deltas start at exactly zero, so a fresh model
-    is its base.
+    With `base` "cosine" consistency starts from a * (cos + 1) / 2 + b. With "kernel" it does too, and `base_kernel` is
+    added to it and is all that quality starts from; `ScoreModel.score` adds it, once for all views of an image. With a
+    `temperature` both base terms are a * level + b, `level` being the `expected_level` of five texts. The deltas start
+    at exactly zero, so a fresh model is its base.
     """
 
     def __init__(
@@ -113,17 +149,20 @@ class ResidualHeads(nn.Module):
         temperature: float | None = None,
         stage_width: int = 0,
         base: str = "cosine",
+        kernel_images: int = 0,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.scale_q = scale_q
         self.scale_c = scale_c
         width = embed_dim + stage_width
-        self.base_q = nn.Linear(width if temperature is None else 1, 1)
+        is_kernel = base == "kernel" and temperature is None
+        self.base_kernel = KernelBase(kernel_images, stage_width) if is_kernel else None
+        self.base_q = None if is_kernel else nn.Linear(width if temperature is None else 1, 1)
         self.is_probe = base == "probe" and temperature is None
         self.base_c = nn.Linear(1 + 2 * embed_dim + width if self.is_probe else 1, 1)
         self.temperature = None if temperature is None else nn.Parameter(torch.tensor(temperature))
-        if temperature is not None:
+        if self.base_q is not None and temperature is not None:
             nn.init.ones_(self.base_q.weight)
             nn.init.zeros_(self.base_q.bias)
         nn.init.zeros_(self.base_c.weight)
@@ -139,7 +178,7 @@ class ResidualHeads(nn.Module):
         Consistency may be fitted to the first features alone: the others count for nothing then.
         """
         for layer, fitted in ((self.base_q, quality), (self.base_c, consistency)):
-            if fitted is not None:
+            if fitted is not None and layer is not None:
                 weights = torch.from_numpy(np.atleast_2d(np.asarray(fitted[0])))
                 layer.weight.zero_()
                 layer.weight[:, : weights.shape[1]] = weights
@@ -147,7 +186,9 @@ class ResidualHeads(nn.Module):
 
     def quality(self, image_BX: Tensor, levels_KE: Tensor | None = None) -> Tensor:
         """(B, X), with a temperature also (K, E) -> (B,)."""
-        if self.temperature is None:
+        if self.base_q is None:
+            base_B1 = torch.zeros_like(image_BX[:, :1])
+        elif self.temperature is None:
             base_B1 = torch.sigmoid(self.base_q(image_BX))
         else:
             image_BE, _ = parted(image_BX, self.embed_dim)
@@ -395,15 +436,21 @@ class ScoreModel(nn.Module):
         In float32 whatever the autocast: half precision would tie scores that differ.
         """
         with torch.autocast(image.device.type, enabled=False):
-            for_q, for_c = image, self.view_of_content(image)
+            for_q = all_c = image
             if self.task_gradients == "stop_q":
                 for_q, levels_KE = detached(for_q), detached(levels_KE)
             if self.task_gradients == "stop_c":
-                for_c, text_BE, levels_BKE = detached(for_c), detached(text_BE), detached(levels_BKE)
+                all_c, text_BE, levels_BKE = detached(all_c), detached(text_BE), detached(levels_BKE)
+            for_c = self.view_of_content(all_c)
             scores = {"q": averaged(lambda image_BX: self.heads.quality(image_BX, levels_KE), for_q)}
             scores |= {task: averaged(head, image) for task, head in self.extra_heads.items()}
+            kernel = getattr(self.heads, "base_kernel", None)
+            if kernel is not None:
+                scores["q"] = scores["q"] + kernel(self.stages_of(for_q), 0)
             if text_BE is not None:
                 scores["c"] = averaged(self.heads.consistency, for_c, text_BE, levels_BKE)
+                if kernel is not None:
+                    scores["c"] = scores["c"] + kernel(self.stages_of(all_c), 1)
                 if self.rationale is not None:
                     content_BX = for_c if for_c.ndim == 2 else for_c.mean(dim=1)
                     scores["rationale"] = self.rationale(joint_features(content_BX, text_BE)[0])
@@ -413,6 +460,10 @@ class ScoreModel(nn.Module):
     def extra_heads(self) -> dict[str, nn.Module]:
         """The heads of further scores, by their names."""
         return {name.removeprefix(EXTRA_PREFIX): head for name, head in self.extra.items()}
+
+    def stages_of(self, image: Tensor) -> Tensor:
+        """The stage statistics (B, F) of images (B, X), of several views (B, V, X) their mean."""
+        return (image if image.ndim == 2 else image.mean(dim=1))[:, image.shape[-1] - self.stage_width :]
 
     def view_of_content(self, image: Tensor) -> Tensor:
         """What the prompt is compared with: the global view (B, E), the first of several, or all there are."""
@@ -477,6 +528,7 @@ def build_model(
     task_gradients: str = "shared",
     stage_width: int = 0,
     base: str = "cosine",
+    kernel_images: int = 0,
 ) -> ScoreModel:
     """A ScoreModel from plain (JSON) arguments, so that a checkpoint can say how it was built.
 
@@ -486,7 +538,8 @@ def build_model(
         global_view: of several views the first is the whole image, and the only one that is compared with the prompt.
         task_gradients: "shared", or "stop_q" or "stop_c", which keeps that score's gradient out of CLIP.
         stage_width: F, how many statistics of the image tower's stages the heads read; 0: none.
-        base: "probe" or "cosine": what consistency starts from, see `ResidualHeads`.
+        base: "kernel", "probe" or "cosine": what scores start from, see `ResidualHeads`.
+        kernel_images: L, how many images a kernel is fitted to.
     """
     sizes: dict[str, Any] = {"hidden_q": hidden_q, "hidden_c": hidden_c, "dropout": dropout, "stage_width": stage_width}
     of_extra: dict[str, Any] = {"hidden": hidden_q, "dropout": dropout}
@@ -494,7 +547,8 @@ def build_model(
     further: dict[str, nn.Module]
     if residual:
         temperature = float(clip.logit_scale.detach().exp()) if prompt_levels else None
-        heads = ResidualHeads(embed_dim, scale_q=scale_q, scale_c=scale_c, temperature=temperature, base=base, **sizes)
+        start: dict[str, Any] = {"temperature": temperature, "base": base, "kernel_images": kernel_images}
+        heads = ResidualHeads(embed_dim, scale_q=scale_q, scale_c=scale_c, **start, **sizes)
         further = {task: ResidualHead(embed_dim + stage_width, scale=scale_q, **of_extra) for task in extra}
     else:
         heads = PlainHeads(embed_dim, refinement=Refinement(**refinement) if refinement else None, **sizes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from evaluation import metrics, probes
+from evaluation import metrics, ridge
 from evaluation.agreement import Scores, agreements
 from evaluation.probes import Base
 from sources.examples import Examples, clusters, prompt_groups
@@ -80,5 +80,5 @@ def ridge_scores(
     for task in tasks:
         mos = examples.mos(task, "train")
         keep = ~np.isnan(mos) & is_known
-        found[task] = probes.fit_ridge(train[keep], mos[keep], groups[keep])(test)
+        found[task] = ridge.fit_ridge(train[keep], mos[keep], groups[keep])(test)
     return found

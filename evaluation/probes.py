@@ -1,29 +1,27 @@
-"""Linear probes: what a frozen CLIP already knows of each score, fitted before the first epoch.
+"""Probes: what a frozen CLIP already knows of each score, fitted before the first epoch.
 
 Left alone, consistency would start at (cos + 1) / 2, about .55 to .68 for every real CLIP while labels fill
 [0, 1], and quality at noise; fine-tuning learning rates are too small to move either far.
 
-Shapes: n images, E embedding, F stage statistics, X = E + F, D features, R the rank of the features.
+Shapes: n images, E embedding, F stage statistics, X = E + F, D features, L images that a
+kernel was fitted to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
+from evaluation import ridge
 from evaluation.agreement import Scores
+from evaluation.ridge import Array, Fitted, Kernel, KernelFit
 from sources.examples import Examples, clusters
+from sources.scores import TASKS
 
-Array = NDArray[np.float64]
-
-NUM_FOLDS = 50  # leaving out a fold costs next to nothing, see `left_out_errors`
-MAX_IMAGES = 4000  # that a probe is fitted to: the time rises with the third power, what it knows hardly at all
 MIN_SPREAD = 1e-7  # of a feature on [0, 1] that is computed in float32
-PENALTIES = np.logspace(-4, 4, 33)  # for rows of length 1 on average: the largest leaves only the mean
 LOGIT_CLIP = 0.05  # labels are taken into [.05, .95] before the logit, which would send 0 and 1 to infinity
 
 
@@ -49,108 +47,9 @@ def line_error(feature: Array, target: Array, fold_of: NDArray[np.int_]) -> floa
 
 
 def fit_quality(features_ND: Array, target: Array, groups: NDArray[np.int_], widths: Sequence[int] = ()) -> Fitted:
-    """Ridge of target ~ sigmoid(w . features + b), labels (n,) on [0, 1], fitted in the logit; else as `fit_ridge`."""
+    """Ridge of target ~ sigmoid(w . features + b), labels (n,) on [0, 1], fitted in the logit."""
     clipped = np.clip(target, LOGIT_CLIP, 1 - LOGIT_CLIP)
-    return fit_ridge(features_ND, np.log(clipped / (1 - clipped)), groups, widths)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A linear probe."""
-
-    weights: Array  # (D,)
-    bias: float
-    penalty: float
-    error: float  # mean squared, in cross-validation; NaN where there was none
-
-    def __call__(self, features_ND: np.ndarray) -> Array:
-        """(n, D) -> (n,)."""
-        return features_ND @ self.weights + self.bias
-
-
-def fit_ridge(features_ND: Array, target: Array, groups: NDArray[np.int_], widths: Sequence[int] = ()) -> Fitted:
-    """Ridge regression of target (n,) ~ w . features + b.
-
-    The penalty is chosen by cross-validation over folds that share no group, so that a prompt's pictures cannot
-    vouch for each other.
-
-    Args:
-        groups: (n,) the prompt (or image) number of each row.
-        widths: of the blocks that the features consist of, each of which is centred and scaled to rows of length 1 on
-            average, so that one penalty suits all; () takes the features as they are.
-    """
-    rows = sample_of(groups)
-    features_ND, target, groups = features_ND[rows], target[rows], groups[rows]
-    mean_D = features_ND.mean(axis=0)
-    centred_ND = features_ND - mean_D
-    size_D = np.ones(len(mean_D))
-    for block in np.split(np.arange(len(mean_D)), np.cumsum(widths)[:-1]) if widths else ():
-        size_D[block] = np.sqrt(np.square(centred_ND[:, block]).sum(axis=1).mean()) or 1.0
-    centred_ND = centred_ND / size_D
-    fold_of = folds_of(groups)
-    penalty, error = 1.0, np.nan
-    if fold_of.max() > 0:
-        errors = list(left_out_errors(centred_ND, target, fold_of))
-        penalty, error = PENALTIES[np.argmin(errors)], min(errors)
-    weights = solve_ridge(centred_ND, target - target.mean(), penalty) / size_D
-    return Fitted(weights, float(target.mean() - weights @ mean_D), float(penalty), float(error))
-
-
-def sample_of(groups: NDArray[np.int_]) -> NDArray[np.int_]:
-    """The rows to fit to: all, or whole groups drawn at random, at most MAX_IMAGES of them, but one group at least."""
-    if len(groups) <= MAX_IMAGES:
-        return np.arange(len(groups))
-    names, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(0).permutation(len(names))
-    taken = order[: max(1, int((np.cumsum(sizes[order]) <= MAX_IMAGES).sum()))]
-    return np.flatnonzero(np.isin(group_of, taken))
-
-
-def folds_of(groups: NDArray[np.int_]) -> NDArray[np.int_]:
-    """(n,) a fold for each row, 0 to at most NUM_FOLDS - 1, none of which shares a group with another."""
-    names, group_of = np.unique(groups, return_inverse=True)
-    return (np.random.default_rng(0).permutation(len(names)) % NUM_FOLDS)[group_of]
-
-
-def left_out_errors(centred_ND: Array, target: Array, fold_of: NDArray[np.int_]) -> Iterator[float]:
-    """For each of PENALTIES the mean squared error of each fold's rows, by ridge regression on all others.
-
-    Nothing is fitted again: with the smoother S = 1/n + U diag(d / (d + penalty)) U', what leaving out the rows g makes
-    of their residuals r is (I - S_gg)^-1 r_g, exactly but for the blocks' centres and scales, which stay those of all
-    rows (Golub, Heath and Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
-    Technometrics 1979, for single rows).
-    """
-    num_rows, num_features = centred_ND.shape
-    is_wide = num_rows <= num_features
-    gram = centred_ND @ centred_ND.T if is_wide else centred_ND.T @ centred_ND
-    # In float32, which is fast and exact enough but for the lowest penalties on all but noise-free data.
-    squares_R, axes = scipy.linalg.eigh(gram.astype(np.float32), driver="evd")
-    kept = squares_R > squares_R[-1] * 1e-6  # centring leaves a direction of rounding alone
-    squares_R, axes = squares_R[kept].astype(float), axes[:, kept].astype(float)
-    bases_NR = axes if is_wide else centred_ND @ axes / np.sqrt(squares_R)
-    centred = target - target.mean()
-    shares_R = bases_NR.T @ centred
-    members = [np.flatnonzero(fold_of == fold) for fold in range(fold_of.max() + 1)]
-    for penalty in PENALTIES:
-        kept_R = squares_R / (squares_R + penalty)
-        residuals = centred - bases_NR @ (kept_R * shares_R)
-        total = 0.0
-        for rows in members:
-            smoother = 1 / num_rows + (bases_NR[rows] * kept_R) @ bases_NR[rows].T
-            total += np.square(np.linalg.lstsq(np.eye(len(rows)) - smoother, residuals[rows], rcond=None)[0]).sum()
-        yield total / num_rows
-
-
-def solve_ridge(centred_ND: Array, centred: Array, penalty: float) -> Array:
-    """(D,) weights of ridge regression without a constant, by the smaller of the two systems of normal equations."""
-    num_rows, num_features = centred_ND.shape
-    if num_rows < num_features:
-        gram_NN = centred_ND @ centred_ND.T
-        gram_NN.flat[:: num_rows + 1] += penalty
-        return centred_ND.T @ scipy.linalg.solve(gram_NN, centred, assume_a="pos")
-    gram_DD = centred_ND.T @ centred_ND
-    gram_DD.flat[:: num_features + 1] += penalty
-    return scipy.linalg.solve(gram_DD, centred_ND.T @ centred, assume_a="pos")
+    return ridge.fit_ridge(features_ND, np.log(clipped / (1 - clipped)), groups, widths)
 
 
 @dataclass(frozen=True)
@@ -162,6 +61,8 @@ class Base:
     levels: dict[str, tuple[float, float]]  # likewise of the expected level of q and c; empty without levels
     joint: Fitted | None  # consistency from `joint_blocks`; None without labels
     is_joint: bool  # whether consistency starts from that: asked for, and better than the cosine in cross-validation
+    kernel: Kernel | None  # of the normalised stage statistics, where base terms are to start from that
+    kernel_fits: dict[str, KernelFit]  # of q and c, to the images of that kernel
     stage_mean: Array  # (F,) of the raw stage statistics
     stage_scale: Array  # (F,) by which they are divided, so that an image's have length 1 on average
 
@@ -173,6 +74,8 @@ class Base:
     @property
     def consistency(self) -> tuple[ArrayLike, float] | None:
         """What the consistency head starts from: weights of all of its features, or of the first alone."""
+        if fitted := self.kernel_fits.get("c"):
+            return fitted.slopes, fitted.bias
         if self.joint and self.is_joint and not self.levels:
             return self.joint.weights, self.joint.bias
         return self.levels.get("c") or self.cosine
@@ -191,8 +94,12 @@ class Base:
         return found
 
     def scores(self, known: Scores) -> dict[str, np.ndarray]:
-        """As `probes`; where consistency starts from the cosine alone, "c" is that, in no units."""
+        """What base terms make of images; where consistency starts from the cosine alone, "c" is that, in no units."""
         found = self.probes(known)
+        if self.kernel:
+            features = normalised(known["image"], self.stage_mean, self.stage_scale)
+            alike = self.kernel(features[:, features.shape[1] - len(self.stage_mean) :])
+            return found | {task: fit(alike, free_features(task, known)) for task, fit in self.kernel_fits.items()}
         return found if self.is_joint or "c" not in found else {**found, "c": known["cos"]}
 
 
@@ -210,18 +117,37 @@ def joint_blocks(known: Scores, stage_mean: Array, stage_scale: Array) -> list[n
     return [(known["cos"][:, None] + 1) / 2, image, text, image * text, stages]
 
 
+def free_features(task: str, known: Scores) -> np.ndarray:
+    """What a score's kernel fit has beside the kernel, (n, K): consistency the cosine, on [0, 1]."""
+    return (known["cos"][:, None] + 1) / 2 if task == "c" else np.empty((len(known["image"]), 0))
+
+
 def fit_joint(blocks: Sequence[np.ndarray], target: Array, groups: NDArray[np.int_]) -> Fitted:
     """The better of two probes in cross-validation: of all blocks, or of the cosine and the stages alone.
 
     The second, whose weights of the others are 0, is for a CLIP whose embeddings tell little beyond their cosine.
     """
     widths = [block.shape[1] for block in blocks]
-    found = [fit_ridge(np.hstack(blocks), target, groups, [width for width in widths if width])]
+    found = [ridge.fit_ridge(np.hstack(blocks), target, groups, [width for width in widths if width])]
     if widths[-1]:
-        fitted = fit_ridge(np.hstack([blocks[0], blocks[-1]]), target, groups, [widths[0], widths[-1]])
+        fitted = ridge.fit_ridge(np.hstack([blocks[0], blocks[-1]]), target, groups, [widths[0], widths[-1]])
         weights = np.concatenate([fitted.weights[:1], np.zeros(sum(widths[1:-1])), fitted.weights[1:]])
         found.append(replace(fitted, weights=weights))
     return min(found, key=lambda fitted: fitted.error)
+
+
+def fit_kernels(
+    kernel: Kernel, frees: Mapping[str, Array], targets: Mapping[str, Array], groups: NDArray[np.int_]
+) -> dict[str, KernelFit]:
+    """A fit for each score's labels, (L,) with NaN where there is none, on the images of a kernel."""
+    alike, fits = kernel(kernel.places), {}
+    for task, target in targets.items():
+        keep = ~np.isnan(target)
+        fitted = ridge.fit_kernel(alike[np.ix_(keep, keep)], frees[task][keep], target[keep], groups[keep])
+        weights = np.zeros(len(target))
+        weights[keep] = fitted.weights
+        fits[task] = replace(fitted, weights=weights)
+    return fits
 
 
 def fit_base(known: Mapping[str, Scores], examples: Examples, *, stage_width: int = 0, base: str = "probe") -> Base:
@@ -230,7 +156,8 @@ def fit_base(known: Mapping[str, Scores], examples: Examples, *, stage_width: in
     Args:
         known: fold -> what `models.embed_batch` gives.
         stage_width: how many of the last numbers of each image are raw stage statistics.
-        base: "probe", or "cosine" to judge consistency by that alone.
+        base: "kernel" to start from kernel ridge regression on the stage statistics, "probe" from that on all there is,
+            "cosine" to judge consistency by that alone.
     """
     rows, train = examples.rows("train"), known["train_eval"]
     is_known = np.isfinite(train["image"]).all(axis=1)
@@ -241,8 +168,15 @@ def fit_base(known: Mapping[str, Scores], examples: Examples, *, stage_width: in
     features = normalised(train["image"], mean, scale)
     widths = [width for width in (features.shape[1] - stage_width, stage_width) if width]
     images, levels = {}, {}
-    cosine = joint = None
+    cosine = joint = kernel = None
+    kernel_fits: dict[str, KernelFit] = {}
     is_joint = False
+    if base == "kernel":
+        chosen = np.flatnonzero(is_known)[ridge.sample_of(groups[is_known])]
+        kernel = ridge.build_kernel(features[chosen, features.shape[1] - stage_width :])
+        targets = {task: values[rows][chosen] for task, values in examples.unit_targets.items() if task in TASKS}
+        frees = {task: free_features(task, train)[chosen] for task in targets}
+        kernel_fits = fit_kernels(kernel, frees, targets, groups[chosen])
     for task, values in examples.unit_targets.items():
         keep = ~np.isnan(values[rows]) & is_known
         target = values[rows][keep]
@@ -252,9 +186,9 @@ def fit_base(known: Mapping[str, Scores], examples: Examples, *, stage_width: in
             blocks = [block[keep] for block in joint_blocks(train, mean, scale)]
             joint = fit_joint(blocks, target, groups[keep])
             # Never where there is no cross-validation: the error is NaN then.
-            is_joint = base == "probe" and joint.error < line_error(feature, target, folds_of(groups[keep]))
+            is_joint = base == "probe" and joint.error < line_error(feature, target, ridge.folds_of(groups[keep]))
         else:
             images[task] = fit_quality(features[keep], target, groups[keep], widths)
         if f"level_{task}" in train:
             levels[task] = fit_line(train[f"level_{task}"][keep], target)
-    return Base(images, cosine, levels, joint, is_joint, mean, scale)
+    return Base(images, cosine, levels, joint, is_joint, kernel, kernel_fits, mean, scale)

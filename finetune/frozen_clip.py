@@ -39,7 +39,6 @@ KNOWN_BY = DecidedBy(
         "device",
         "batch_size",
         "stage_features",
-        "base",
     ),
 )
 BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
@@ -135,15 +134,15 @@ def fingerprints(config: TrainingConfig, model: models.ScoreModel, memo: Memo) -
 
 def learn_base(experiment: Experiment) -> tuple[dict[str, Scores], probes.Base]:
     """What the untrained CLIP makes of each fold, and the base terms fitted to it; residual heads start from them."""
-    config, model = experiment.config, experiment.model
+    config, model, start = experiment.config, experiment.model, experiment.arguments["base"]
 
     def learn() -> tuple[dict[str, Scores], probes.Base]:
         folds = [fold for fold in experiment.orders if fold != "train"]
         known = {fold: experiment.predict(model, fold, models.embed_batch) for fold in folds}
-        base = probes.fit_base(known, experiment.examples, stage_width=model.stage_width, base=config.base)
+        base = probes.fit_base(known, experiment.examples, stage_width=model.stage_width, base=start)
         return known, base
 
-    known, base = experiment.memo.value("known", KNOWN_BY.values(config), learn, most=16)
+    known, base = experiment.memo.value("known", (start, KNOWN_BY.values(config)), learn, most=16)
     if not config.init_from:
         model.set_stage_scaling(base.stage_mean, base.stage_scale)
         if config.calibration:
@@ -156,6 +155,9 @@ def set_base(model: models.ScoreModel, base: probes.Base) -> None:
     if not isinstance(model.heads, models.ResidualHeads):
         return
     model.heads.set_base(base.quality, base.consistency)
+    if base.kernel and model.heads.base_kernel:
+        fits = {task: (fit.weights, fit.bias) for task, fit in base.kernel_fits.items()}
+        model.heads.base_kernel.set(base.kernel.places, base.kernel.gamma, fits)
     for task, head in model.extra_heads.items():
         if fitted := base.of_image(task):
             cast(models.ResidualHead, head).set_base(fitted)

@@ -14,6 +14,7 @@ import models
 from backbones import build, freezing, loading, names, towers, weights
 from cli.memo import NO_MEMO, DecidedBy, Memo
 from configs import TrainingConfig
+from evaluation import ridge
 from finetune import feed
 from sources.examples import Examples, LabelScale
 from sources.seen import seen_by
@@ -35,7 +36,7 @@ def start_model(
         backbone, model, arguments = load_first_stage(config, examples)
     else:
         backbone = load_clip(config, memo)
-        arguments = model_arguments(config, backbone)
+        arguments = model_arguments(config, backbone, examples)
         model = models.build_model(backbone.clip, **arguments)
     if config.lora_rank:
         freezing.add_lora(model.clip, config.lora_rank, num_layers=config.stages[0][0])
@@ -69,9 +70,12 @@ def load_first_stage(
     folder, state, description = checkpoints.load_weights(Path(str(config.init_from)))
     image_size = config.image_size or description["image_size"]
     backbone = loading.rebuild_backbone(description["clip"], folder, image_size=image_size)
-    arguments = model_arguments(config, backbone)
+    before = {**models.OLDER, **description["model"]}
+    arguments = model_arguments(config, backbone, examples) | {"kernel_images": before["kernel_images"]}
+    if config.base == "auto":
+        arguments["base"] = before["base"]
     free = {"dropout", "predict_rationale", "task_gradients", "global_view"}  # none changes what the other weights mean
-    for name, value in {**models.OLDER, **description["model"]}.items():
+    for name, value in before.items():
         if name not in free and value != arguments[name]:
             raise ValueError(f"--init_from {folder}: has {name} {value}, not {arguments[name]}; use the same flags")
     scales = {task: LabelScale(**scale) for task, scale in description["scales"].items()}
@@ -96,13 +100,14 @@ def load_first_stage(
     return backbone, model, arguments
 
 
-def model_arguments(config: TrainingConfig, backbone: loading.Backbone) -> dict[str, Any]:
+def model_arguments(config: TrainingConfig, backbone: loading.Backbone, examples: Examples) -> dict[str, Any]:
     """The arguments of `models.build_model`, as JSON values. Raises ValueError for statistics of no stages."""
     stage_width = 0 if config.stage_features == "off" else towers.num_statistics(backbone.clip.visual)
     if config.stage_features == "on" and not stage_width:
         raise ValueError(
             f"--stage_features on: the image tower of {config.clip_model} cannot be taken apart into stages; drop it"
         )
+    base = base_of(config, stage_width)
     sizes = {"layers": config.refinement_layers, "heads": config.refinement_heads, "dim": config.refinement_dim}
     return {
         "embed_dim": backbone.embed_dim,
@@ -119,8 +124,19 @@ def model_arguments(config: TrainingConfig, backbone: loading.Backbone) -> dict[
         "global_view": config.global_view,
         "task_gradients": config.task_gradients,
         "stage_width": stage_width,
-        "base": config.base,
+        "base": base,
+        "kernel_images": min(len(examples.rows("train")), ridge.MAX_IMAGES) if base == "kernel" else 0,
     }
+
+
+def base_of(config: TrainingConfig, stage_width: int) -> str:
+    """What scores start from, --base auto resolved. Raises ValueError for a kernel of nothing."""
+    if config.base == "kernel" and not stage_width:
+        raise ValueError("--base kernel: reads stage statistics, and there are none; take --base probe")
+    if config.base != "auto":
+        return config.base
+    is_fitted = config.use_residual_learning and config.calibration and not config.prompt_levels
+    return "kernel" if is_fitted and config.freeze_clip and stage_width else "probe"
 
 
 def freeze(config: TrainingConfig, model: models.ScoreModel, examples: Examples, num_layers: int | None) -> None:

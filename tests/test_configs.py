@@ -62,7 +62,7 @@ DOCUMENTED = {
     "--no_residual_learning": True,
     "--no_calibration": True,
     "--stage_features": "auto",
-    "--base": "probe",
+    "--base": "auto",
     "--residual_scale_q": 0.2,
     "--residual_scale_c": 0.2,
     "--hidden_dim_q": 128,

@@ -33,6 +33,7 @@ from torch import nn
 import models
 from backbones.freezing import freeze_backbone
 from backbones.towers import num_statistics, run_image, run_observed, run_text
+from evaluation.ridge import Kernel, KernelFit
 
 SCALE_Q, SCALE_C = 0.2, 0.3
 HEADS = {"scale_q": SCALE_Q, "scale_c": SCALE_C, "hidden_q": 8, "hidden_c": 8, "dropout": 0.0}
@@ -43,6 +44,7 @@ LEVELS = {**ARGUMENTS, "prompt_levels": True}
 NUM_STATISTICS = 2 * 32 * 2  # of the image tower of `build_clip`: width 32, two blocks observed
 PROBE = {**ARGUMENTS, "base": "probe"}
 STAGED = {**PROBE, "stage_width": NUM_STATISTICS}
+KERNEL = {**STAGED, "base": "kernel", "kernel_images": 7}
 ALL_NEW = {
     **FURTHER,
     "prompt_levels": True,
@@ -179,6 +181,55 @@ def test_a_fitted_base_scores_as_the_probe_that_it_is_fitted_as(stage_width, bas
     np.testing.assert_allclose(heads.consistency(image, text).detach(), features @ of_c - 0.4, atol=1e-5)
 
 
+def kernel_model(**changes: Any) -> tuple[models.ScoreModel, Any, dict[str, Any]]:
+    """A model whose kernel is of five images, the kernel, and the fits of q and c."""
+    model, rng = build_model(**KERNEL | changes), np.random.default_rng(0)
+    kernel = Kernel(rng.normal(size=(5, NUM_STATISTICS)), 0.01)
+    fits = {task: KernelFit(rng.normal(size=5), np.array([0.7] * (task == "c")), 0.3, 1.0, 0.1) for task in ("q", "c")}
+    model.heads.set_base(None, (fits["c"].slopes, fits["c"].bias))
+    model.heads.base_kernel.set(
+        kernel.places, kernel.gamma, {task: (fit.weights, fit.bias) for task, fit in fits.items()}
+    )
+    return model.eval(), kernel, fits
+
+
+@pytest.mark.parametrize(("num_views", "global_view"), [(1, False), (3, False), (3, True)])
+def test_a_kernel_scores_as_it_was_fitted(num_views, global_view):
+    model, kernel, fits = kernel_model(global_view=global_view)
+    batch = batch_of(KERNEL, 4, num_views)
+    with torch.no_grad():
+        found = model(**batch)
+        known = {name: value.double().numpy() for name, value in models.embed_batch(model, models_batch(batch)).items()}
+    alike = kernel(known["image"][:, EMBED_DIM:])
+    np.testing.assert_allclose(found["q"], fits["q"](alike, np.empty((4, 0))), atol=1e-5)
+    np.testing.assert_allclose(found["c"], fits["c"](alike, (known["cos"][:, None] + 1) / 2), atol=1e-5)
+
+
+def models_batch(inputs: dict[str, Any]) -> Any:
+    return SimpleNamespace(inputs=inputs)
+
+
+def test_a_kernel_is_kept_in_a_checkpoint_and_never_trained():
+    model, *_ = kernel_model()
+    again = build_model(**KERNEL)
+    again.load_state_dict(model.state_dict())
+    batch = batch_of(KERNEL)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(**batch), model(**batch))
+    assert not any(parameter.requires_grad for parameter in model.heads.base_kernel.parameters())
+    assert not list(model.heads.base_kernel.buffers())  # several processes would send each other those
+    stir(model.heads.delta_q)
+    assert (model(**batch)["q"] - again(**batch)["q"]).abs().max() <= SCALE_Q
+
+
+def test_fitting_a_kernel_anew_leaves_nothing_of_the_one_before():
+    model, kernel, fits = kernel_model()
+    base = model.heads.base_kernel
+    base.set(kernel.places[:2], 0.5, {"q": (fits["q"].weights[:2], 0.1)})
+    assert torch.count_nonzero(base.places[2:]) == torch.count_nonzero(base.weights[:, 2:]) == 0
+    assert torch.count_nonzero(base.weights[1]) == 0 and (base.gamma, base.bias_q) == (0.5, pytest.approx(0.1))
+
+
 @pytest.mark.parametrize(("stage_width", "base"), KINDS_OF_BASES.values(), ids=KINDS_OF_BASES)
 def test_the_cosine_alone_may_be_what_any_base_starts_from(stage_width, base):
     heads = heads_of(stage_width, base)
@@ -283,8 +334,8 @@ def test_stages_that_are_trained_get_gradients_through_their_statistics():
 
 def test_an_older_description_builds_the_model_that_it_described():
     model = build_model(**ARGUMENTS)
-    assert not {"stage_width", "base"} & ARGUMENTS.keys()
-    assert model.stage_width == 0 and models.OLDER == {"stage_width": 0, "base": "cosine"}
+    assert not models.OLDER.keys() & ARGUMENTS.keys()
+    assert model.stage_width == 0 and models.OLDER == {"stage_width": 0, "base": "cosine", "kernel_images": 0}
     assert model.heads.base_c.weight.shape == (1, 1) and model.heads.base_q.weight.shape == (1, EMBED_DIM)
     assert not any(name.startswith("stage_") for name in model.state_dict())
     explicit = build_model(**ARGUMENTS, **models.OLDER)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from storage.json_files import parse_json
 from storage.messages import first_five, one_line, quoted
-from vqa.pickles import read_plain_pickle
 from storage.plain_files import check_plain_file
+from vqa.pickles import read_plain_pickle
 
 MARGIN = 0.02  # of a side by which a box may stick out of its image; it is cut there
 MOST_INFO = 2**28  # bytes of GQA's info file; the original has 1.6e7

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.base import BaseEstimator
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from evaluation import agreement
 from sources.examples import Examples, LabelScale
@@ -99,3 +101,17 @@ def knowledge(
             stages = 5 + rng.normal(size=(size, stage_width)) * np.logspace(-2, 2, stage_width)
             known[name]["image"] = np.hstack([image, stages])
     return known
+
+
+def unit_rows(rng: np.random.Generator, num_rows: int, width: int) -> np.ndarray:
+    rows = rng.normal(size=(num_rows, width))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def left_out(model: BaseEstimator, features: np.ndarray, target: np.ndarray, fold_of: np.ndarray) -> float:
+    """Mean squared error in cross-validation, each fold predicted by a model that is fitted to the others."""
+    return float(np.mean((cross_val_predict(model, features, target, cv=PredefinedSplit(fold_of)) - target) ** 2))

@@ -18,7 +18,7 @@ from made_examples import (
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
-from evaluation import floors, metrics, probes
+from evaluation import floors, metrics, probes, ridge
 from sources.examples import Examples
 
 # -- floors without pixels
@@ -106,7 +106,7 @@ def test_units_of_features_and_a_constant_one_do_not_matter():
 
 
 def test_ridge_scores_are_those_of_a_search_with_sklearn_over_whole_prompts_of_labelled_images(monkeypatch):
-    monkeypatch.setattr(probes, "NUM_FOLDS", 6)
+    monkeypatch.setattr(ridge, "NUM_FOLDS", 6)
     rng = np.random.default_rng(1)
     examples, features = planted(120)
     train, test = examples.rows("train"), examples.rows("test")
@@ -116,15 +116,15 @@ def test_ridge_scores_are_those_of_a_search_with_sklearn_over_whole_prompts_of_l
     centre, spread = features[train].mean(axis=0), features[train].std(axis=0) * np.sqrt(5)
     fit, held = (features[train] - centre) / spread, (features[test] - centre) / spread
     prompts = examples.table["prompt"].to_numpy()[train][keep]
-    folds = PredefinedSplit(probes.folds_of(pd.factorize(prompts)[0]))
+    folds = PredefinedSplit(ridge.folds_of(pd.factorize(prompts)[0]))
     target = examples.mos("q", "train")[keep]
     errors = [
         np.mean((cross_val_predict(Ridge(alpha=penalty), fit[keep], target, cv=folds) - target) ** 2)
-        for penalty in probes.PENALTIES
+        for penalty in ridge.PENALTIES
     ]
     best = int(np.argmin(errors))
     assert 0 < best < len(errors) - 1
-    expected = Ridge(alpha=probes.PENALTIES[best]).fit(fit[keep], target).predict(held)
+    expected = Ridge(alpha=ridge.PENALTIES[best]).fit(fit[keep], target).predict(held)
     np.testing.assert_allclose(ridge_q(examples, features), expected, rtol=1e-6)
 
 

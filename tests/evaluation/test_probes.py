@@ -8,39 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_examples import AUTHENTICITY, FOLDS, examples_of, knowledge
-from sklearn.linear_model import LinearRegression, Ridge
-from sklearn.model_selection import PredefinedSplit, cross_val_predict
+from made_examples import AUTHENTICITY, FOLDS, examples_of, knowledge, left_out, sigmoid, unit_rows
+from sklearn.linear_model import LinearRegression
 
 from evaluation import probes
-from evaluation.probes import LOGIT_CLIP, NUM_FOLDS, PENALTIES, fit_line, fit_quality, fit_ridge
-
-
-def unit_rows(rng: np.random.Generator, num_rows: int, width: int) -> np.ndarray:
-    rows = rng.normal(size=(num_rows, width))
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+from evaluation.probes import LOGIT_CLIP, fit_line, fit_quality
+from evaluation.ridge import PENALTIES, fit_ridge
 
 
 def clipped_logit(target: np.ndarray) -> np.ndarray:
     inside = np.clip(target, LOGIT_CLIP, 1 - LOGIT_CLIP)
     return np.log(inside / (1 - inside))
-
-
-def plain_ridge(features: np.ndarray, target: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
-    """Ridge with a free intercept: solve the centred normal equations."""
-    centred = features - features.mean(axis=0)
-    gram = centred.T @ centred + penalty * np.eye(features.shape[1])
-    weight = np.linalg.solve(gram, centred.T @ (target - target.mean()))
-    return weight, float(target.mean() - features.mean(axis=0) @ weight)
-
-
-def left_out(model: LinearRegression | Ridge, features: np.ndarray, target: np.ndarray, fold_of: np.ndarray) -> float:
-    """Mean squared error in cross-validation, each fold predicted by a model that is fitted to the others."""
-    return float(np.mean((cross_val_predict(model, features, target, cv=PredefinedSplit(fold_of)) - target) ** 2))
 
 
 # ---------------------------------------------------------------------------------------- a single feature
@@ -94,87 +72,10 @@ def test_without_a_second_fold_nothing_is_known_of_a_lines_error():
 # ------------------------------------------------------------------------------------------------- ridge
 
 
-@pytest.fixture(scope="module")
-def noisy() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings, labels with signal and noise, and groups of three."""
+def test_quality_is_ridge_of_the_logit():
     rng = np.random.default_rng(3)
-    images = unit_rows(rng, 120, 6)
-    logit = images @ rng.normal(size=6) * 2 + 0.3 + rng.normal(size=120) * 0.5
-    return images, sigmoid(logit), np.arange(120) // 3
-
-
-@pytest.mark.parametrize(("num_rows", "width"), [(90, 7), (40, 60), (30, 29), (30, 30)])
-def test_errors_of_left_out_folds_are_those_of_fitting_to_the_others(num_rows, width):
-    rng = np.random.default_rng(width)
-    features = unit_rows(rng, num_rows, width) + rng.normal(size=width)
-    target = 3 + features @ rng.normal(size=width) + rng.normal(size=num_rows) * 0.3
-    fold_of = rng.permutation(np.arange(num_rows) % 9 % 7)  # of two sizes
-    found = list(probes.left_out_errors(features - features.mean(axis=0), target, fold_of))
-    expected = [left_out(Ridge(alpha=penalty), features, target, fold_of) for penalty in PENALTIES]
-    np.testing.assert_allclose(found, expected, rtol=5e-3)
-    np.testing.assert_allclose(found[8:], expected[8:], rtol=1e-4)  # float32 tells for the smallest penalties only
-    assert max(expected) > 1.2 * min(expected)
-
-
-def test_columns_that_say_the_same_change_no_error_of_left_out_folds():
-    rng = np.random.default_rng(0)
-    features, target, fold_of = unit_rows(rng, 50, 4), rng.normal(size=50), np.arange(50) % 10
-    once = list(probes.left_out_errors(features - features.mean(axis=0), target, fold_of))
-    twice = np.hstack([features, features, np.zeros((50, 3))])
-    again = list(probes.left_out_errors((twice - twice.mean(axis=0)) / np.sqrt(2), target, fold_of))
-    np.testing.assert_allclose(again, once, rtol=1e-3)
-
-
-@given(st.lists(st.integers(0, 120), min_size=1, max_size=200))
-def test_no_fold_shares_a_group_with_another(groups):
-    fold_of = probes.folds_of(np.array(groups))
-    pairs = set(zip(groups, fold_of.tolist(), strict=True))
-    assert len(pairs) == len(set(groups))
-    assert set(fold_of) == set(range(min(NUM_FOLDS, len(set(groups)))))
-    per_fold = np.bincount([fold for _, fold in pairs])
-    assert per_fold.max() - per_fold.min() <= 1
-
-
-@pytest.mark.parametrize("width", [6, 200], ids=["more rows", "more features"])
-def test_the_chosen_solution_is_plain_ridge_with_the_penalty_of_the_least_error(noisy, width, monkeypatch):
-    monkeypatch.setattr(probes, "NUM_FOLDS", 6)
-    images, target, groups = noisy
-    features = np.hstack([images, np.random.default_rng(0).normal(size=(120, width - 6)) / 20])
-    fitted = fit_ridge(features, target, groups)
-    errors = [left_out(Ridge(alpha=penalty), features, target, probes.folds_of(groups)) for penalty in PENALTIES]
-    assert fitted.penalty == PENALTIES[np.argmin(errors)]
-    assert PENALTIES[0] < fitted.penalty < PENALTIES[-1]  # the case is one in which the choice matters
-    assert fitted.error == pytest.approx(min(errors), rel=1e-4)
-    weights, bias = plain_ridge(features, target, fitted.penalty)
-    np.testing.assert_allclose(fitted.weights, weights, rtol=1e-6, atol=1e-9)
-    assert fitted.bias == pytest.approx(bias)
-    np.testing.assert_allclose(fitted(features[:9]), features[:9] @ weights + bias)
-
-
-def test_blocks_are_weighed_alike_whatever_their_units(noisy):
-    images, target, groups = noisy
-    others = np.random.default_rng(1).normal(size=(120, 9)) + 2
-    sizes = [np.sqrt(np.square(block - block.mean(axis=0)).sum(axis=1).mean()) for block in (images, others)]
-    fitted = fit_ridge(np.hstack([images, others]), target, groups, [6, 9])
-    scaled = np.hstack([images / sizes[0], others / sizes[1]])
-    plain = fit_ridge(scaled, target, groups)
-    assert (fitted.penalty, fitted.error) == (plain.penalty, pytest.approx(plain.error))
-    found = fitted(np.hstack([images, others]))
-    np.testing.assert_allclose(found, plain(scaled), rtol=1e-6)
-    again = fit_ridge(np.hstack([1000 * images - 3, others]), target, groups, [6, 9])
-    np.testing.assert_allclose(again(np.hstack([1000 * images - 3, others])), found, rtol=1e-6)
-
-
-def test_a_constant_block_says_nothing(noisy):
-    images, target, groups = noisy
-    alone = fit_ridge(images, target, groups, [6])
-    beside = fit_ridge(np.hstack([images, np.full((120, 2), 0.25)]), target, groups, [6, 2])
-    np.testing.assert_allclose(beside.weights, [*alone.weights, 0, 0], atol=1e-9)
-    assert beside.bias == pytest.approx(alone.bias)
-
-
-def test_quality_is_ridge_of_the_logit(noisy):
-    images, target, groups = noisy
+    images, groups = unit_rows(rng, 120, 6), np.arange(120) // 3
+    target = sigmoid(images @ rng.normal(size=6) * 2 + 0.3 + rng.normal(size=120) * 0.5)
     of_quality, of_logit = fit_quality(images, target, groups), fit_ridge(images, clipped_logit(target), groups)
     np.testing.assert_array_equal(of_quality.weights, of_logit.weights)
     assert (of_quality.bias, of_quality.penalty) == (of_logit.bias, of_logit.penalty)
@@ -236,26 +137,6 @@ def test_labels_at_both_ends_of_the_scale_stay_finite():
     assert abs(fitted.bias) < bound
 
 
-@pytest.mark.parametrize("most", [1, 10, 47, 60, 61])
-def test_of_many_images_whole_groups_are_fitted_to(monkeypatch, most):
-    monkeypatch.setattr(probes, "MAX_IMAGES", most)
-    groups = np.repeat(np.arange(20), np.arange(20) % 4 + 1)[np.random.default_rng(0).permutation(50)] + 7
-    rows = probes.sample_of(groups)
-    taken = set(groups[rows])
-    assert rows.tolist() == [row for row, group in enumerate(groups) if group in taken]
-    if most >= 50:
-        assert len(rows) == 50
-    else:
-        assert 0 < len(rows) <= max(most, 4) and len(rows) > most - 4
-    rng = np.random.default_rng(1)
-    features, target = unit_rows(rng, 50, 3), rng.uniform(size=50)
-    fitted = fit_ridge(features, target, groups)
-    target[np.setdiff1d(np.arange(50), rows)] = np.nan  # never looked at
-    again = fit_ridge(features, target, groups)
-    np.testing.assert_array_equal(again.weights, fitted.weights)
-    assert (again.bias, again.penalty) == (fitted.bias, fitted.penalty)
-
-
 # ------------------------------------------------------------------------------------------------ the base
 
 
@@ -295,7 +176,7 @@ def test_the_base_is_fitted_to_the_labelled_images_of_the_training_fold():
     keep = ~np.isnan(units["c"])
     slope, offset = np.polyfit((train["cos"][keep] + 1) / 2, units["c"][keep], 1)
     assert base.cosine == pytest.approx((slope, offset))
-    fitted = probes.fit_ridge(blocks_of(train, base)[keep], units["c"][keep], groups[keep], [1, 6, 6, 6])
+    fitted = fit_ridge(blocks_of(train, base)[keep], units["c"][keep], groups[keep], [1, 6, 6, 6])
     np.testing.assert_allclose(base.joint.weights, fitted.weights, atol=1e-12)
     slope, offset = np.polyfit(train["level_c"][keep], units["c"][keep], 1)
     assert base.levels["c"] == pytest.approx((slope, offset))
@@ -399,10 +280,38 @@ def test_the_better_of_two_probes_is_taken():
     rng = np.random.default_rng(0)
     blocks = [rng.normal(size=(60, width)) for width in (1, 5, 5, 5, 3)]
     for feature, is_small in ((blocks[1][:, 0], False), (blocks[0][:, 0] + blocks[4][:, 1], True)):
-        found = probes.fit_joint(blocks, feature + 0.5 * rng.normal(size=60), np.arange(60))
+        target = feature + 0.5 * rng.normal(size=60)
+        found = probes.fit_joint(blocks, target, np.arange(60))
         assert (not found.weights[1:16].any()) == is_small and len(found.weights) == 19
     without_stages = [*blocks[:4], np.empty((60, 0))]
     assert len(probes.fit_joint(without_stages, blocks[0][:, 0], np.arange(60)).weights) == 16
+
+
+def test_a_kernel_tells_what_bends_and_leaves_the_rest_to_the_cosine():
+    rng = np.random.default_rng(0)
+    folds = ["train"] * 300 + ["val"] * 5 + ["test"] * 60
+    known = knowledge(examples_of(folds), stage_width=STAGES)
+    joined = {name: np.concatenate([part[name] for part in known.values()]) for name in ("image", "cos")}
+    raw = joined["image"][:, WIDTH:]
+    z = (raw - raw.mean(axis=0)) / raw.std(axis=0)
+    bent = np.abs(z[:, 0]) - 1
+    labels = {"q": 3 + bent, "c": 3 + 0.7 * bent + joined["cos"]}
+    noisy = {task: np.clip(value + 0.1 * rng.normal(size=len(raw)), 1, 5) for task, value in labels.items()}
+    noisy["q"][:40] = np.nan  # of these only consistency is known
+    examples = examples_of(folds, **noisy)
+    known["train_eval"]["image"][50] = np.nan  # lost
+    base = probes.fit_base(known, examples, stage_width=STAGES, base="kernel")
+    assert base.kernel is not None and base.kernel.places.shape == (299, STAGES)
+    assert not base.kernel_fits["q"].weights[:40].any() and base.kernel_fits["c"].weights[:40].any()
+    fit = base.kernel_fits["c"]
+    assert base.consistency == (fit.slopes, fit.bias) and not base.is_joint
+    found, plain = base.scores(known["test"]), base.probes(known["test"])
+    for task in ("q", "c"):
+        expected = examples.unit_targets[task][-60:]
+        assert np.corrcoef(found[task], expected)[0, 1] > 0.85 > np.corrcoef(plain[task], expected)[0, 1] + 0.2
+    normal = (known["test"]["image"][:, WIDTH:] - base.stage_mean) / base.stage_scale
+    by_hand = base.kernel(normal) @ fit.weights + (known["test"]["cos"] + 1) / 2 * fit.slopes[0] + fit.bias
+    np.testing.assert_allclose(found["c"], by_hand)
 
 
 def of_cosine(noise: float) -> tuple[probes.Examples, dict[str, dict[str, np.ndarray]]]:
