@@ -39,6 +39,7 @@ KNOWN_BY = DecidedBy(
         "device",
         "batch_size",
         "stage_features",
+        "base",
     ),
 )
 BYTES_PER_TRAINED = 20  # on a GPU: gradient, two moments, average, and some room
