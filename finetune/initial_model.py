@@ -130,13 +130,19 @@ def model_arguments(config: TrainingConfig, backbone: loading.Backbone, examples
 
 
 def base_of(config: TrainingConfig, stage_width: int) -> str:
-    """What scores start from, --base auto resolved. Raises ValueError for a kernel of nothing."""
-    if config.base == "kernel" and not stage_width:
-        raise ValueError("--base kernel: reads stage statistics, and there are none; take --base probe")
+    """What scores start from, --base auto resolved. Raises ValueError where there can be no kernel."""
+    obstacles = {
+        "reads stage statistics, and there are none; take --base probe": not stage_width,
+        "is fitted before training; drop --no_calibration": not config.calibration,
+        "is one way to start, --prompt_levels another; drop one": config.prompt_levels,
+        "is a base term of residual learning; drop --no_residual_learning": not config.use_residual_learning,
+    }
+    found = [words for words, is_so in obstacles.items() if is_so]
+    if config.base == "kernel" and found:
+        raise ValueError(f"--base kernel: {found[0]}")
     if config.base != "auto":
         return config.base
-    is_fitted = config.use_residual_learning and config.calibration and not config.prompt_levels
-    return "kernel" if is_fitted and config.freeze_clip and stage_width else "probe"
+    return "kernel" if config.freeze_clip and not found else "probe"
 
 
 def freeze(config: TrainingConfig, model: models.ScoreModel, examples: Examples, num_layers: int | None) -> None:

@@ -218,6 +218,40 @@ def test_without_stage_features_all_is_told_from_the_embeddings_alone(train, dem
     np.testing.assert_allclose(scores["pred_quality"], expected["pred_quality"], atol=1e-4)
 
 
+def test_a_frozen_clip_starts_from_a_kernel_and_a_second_stage_keeps_it(train, demo_set):
+    first, results = train(f"{TINY} --freeze_clip --epochs 1 --lr 1e-9", "first")
+    before = weights(first)
+    number = json.loads((first / "best" / "scorer.json").read_text())["model"]["kernel_images"]
+    assert before["heads.base_kernel.places"].shape[0] == number == results["images"]["train"]
+    assert "heads.base_q.weight" not in before and before["heads.base_c.weight"].shape == (1, 1)
+    expected = pd.read_csv(first / "predictions.csv").head(3)
+    scores = Scorer.load(first).score([demo_set[1] / name for name in expected["name"]], expected["prompt"].tolist())
+    np.testing.assert_allclose(scores["pred_quality"], expected["pred_quality"], atol=1e-4)
+    np.testing.assert_allclose(scores["pred_align"], expected["pred_align"], atol=1e-4)
+    assert results["test"]["srocc_q"] == pytest.approx(results["base"]["test"]["srocc_q"], abs=1e-6)
+    second, _ = train(f"{SHORT} --epochs 1 --lr 1e-9 --init_from {first}", "second")
+    after = weights(second)
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("heads.base_kernel"))
+    third, _ = train(f"{SHORT} --epochs 1", "third")
+    assert "heads.base_kernel.places" not in weights(third)  # whose layers are trained
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--stage_features off", "reads stage statistics, and there are none; take --base probe"),
+        ("--no_calibration", "is fitted before training; drop --no_calibration"),
+        ("--prompt_levels", "is one way to start, --prompt_levels another; drop one"),
+        ("--no_residual_learning", "is a base term of residual learning; drop --no_residual_learning"),
+    ],
+)
+def test_a_kernel_that_cannot_be_fitted_is_refused(train, flags, says, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train(f"{TINY} --freeze_clip --base kernel {flags} --dry_run")
+    assert exit_.value.code == 2 and capsys.readouterr().err == f"error: --base kernel: {says}\n"
+    train(f"{TINY} --freeze_clip {flags} --dry_run")
+
+
 def test_stages_of_a_tower_that_runs_only_as_a_whole_are_refused(train, tmp_path, capsys):
     vision = {"timm_model_name": "test_vit2", "timm_pool": "avg", "timm_proj": "linear", "timm_model_pretrained": False}
     text = {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
@@ -242,6 +276,7 @@ def test_stages_of_a_tower_that_runs_only_as_a_whole_are_refused(train, tmp_path
         "--crops 1 --test_crops 3 --freeze_clip --no_partial_freeze",
         "--no_calibration --layer_decay 0.7 --head_lr 1e-2 --split_by image --crops 2 --test_crops 4 --global_view",
         "--prompt_levels --task_gradients stop_q --crops 1 --no_cache",
+        "--base kernel --crops 2 --test_crops 4 --global_view --task_gradients stop_c",
     ],
 )
 def test_every_kind_of_run_finishes_and_its_checkpoint_scores(train, demo_set, flags):
