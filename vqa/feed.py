@@ -1,0 +1,151 @@
+"""Questions as batches: those of like length together, each image's regions read once, padded to the longest there is.
+
+Shapes: Q questions, I images, B questions of a batch, N words, E entities, W describing words, M regions, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vqa.features import RegionFiles
+
+Rows = NDArray[np.int64]
+CHUNK = 50  # batches that are sorted by length together: enough to pad little, few enough to stay shuffled
+
+
+@dataclass(frozen=True)
+class QuestionTable:
+    """All questions of a fold, as numbers."""
+
+    words_QN: NDArray[np.int32]  # 0: none, on the right
+    entities_QE: NDArray[np.int32]
+    images: Sequence[str]  # (Q,) the id of each question's image
+    descriptions: dict[str, NDArray[np.int32]]  # image -> (W,) words that describe it
+    targets_QA: scipy.sparse.csr_array | None  # the accuracy of each answer; None: unknown
+
+    def __len__(self) -> int:
+        return len(self.words_QN)
+
+    @property
+    def lengths_Q(self) -> NDArray[np.int64]:
+        """Words of each question."""
+        return (self.words_QN > 0).sum(axis=1)
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """A step's inputs for this process, and the targets of all processes."""
+
+    rows: Rows  # of the whole batch
+    inputs: dict[str, Tensor]  # arguments of the model, for this process's share of the rows
+    targets_BA: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def batch_rows(
+    lengths_Q: NDArray[np.int64], batch_size: int, *, seed: int | None = None, number: int = 0
+) -> list[Rows]:
+    """Rows of every batch, each row once: questions of like length together.
+
+    Args:
+        seed: shuffles, anew in every pass by its `number`; None: the shortest first.
+    """
+    if seed is None:
+        order = np.argsort(lengths_Q, kind="stable")
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    draw = np.random.default_rng((seed, number))
+    order, found = draw.permutation(len(lengths_Q)), []
+    for start in range(0, len(order), CHUNK * batch_size):
+        chunk = order[start : start + CHUNK * batch_size]
+        chunk = chunk[np.argsort(lengths_Q[chunk], kind="stable")]
+        found += [chunk[place : place + batch_size] for place in range(0, len(chunk), batch_size)]
+    return [found[place] for place in draw.permutation(len(found))]
+
+
+class QuestionFeed:
+    """Turns rows of a table into batches.
+
+    Args:
+        regions: what is known of images; None: they are not looked at.
+        max_boxes: regions of an image that are read, the first.
+        share: picks this process's part of a batch's rows, at least one.
+    """
+
+    def __init__(
+        self,
+        table: QuestionTable,
+        regions: RegionFiles | None,
+        *,
+        max_boxes: int,
+        device: torch.device,
+        share: Callable[[Rows], Rows] = lambda rows: rows,
+    ) -> None:
+        self.table = table
+        self.regions = regions
+        self.max_boxes = max_boxes
+        self.device = device
+        self.share = share
+
+    def batches(self, parts: Sequence[Rows]) -> Iterator[QuestionBatch]:
+        """A batch for each part of the rows."""
+        return map(self.assemble, parts)
+
+    def assemble(self, rows: Rows) -> QuestionBatch:
+        """The batch of these rows. Raises ValueError if regions are damaged, KeyError if an image has none."""
+        own, table = self.share(rows), self.table
+        words, entities = (trimmed(part[own]) for part in (table.words_QN, table.entities_QE))
+        inputs: dict[str, Any] = {"words_BN": words, "entities_BE": entities}
+        if self.regions is not None:
+            inputs |= self.look(self.regions, [table.images[row] for row in own])
+        targets = None if table.targets_QA is None else self.on_device(table.targets_QA[rows].toarray())
+        return QuestionBatch(rows, {name: self.on_device(value) for name, value in inputs.items()}, targets)
+
+    def look(self, files: RegionFiles, images: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Regions and describing words of each question's image."""
+        distinct, place_of = np.unique(images, return_inverse=True)
+        found = [files.read(str(image)) for image in distinct]
+        most = max(1, min(self.max_boxes, max(len(each.boxes) for each in found)))
+        features = np.zeros((len(distinct), most, files.width), dtype=np.float32)
+        boxes = np.zeros((len(distinct), most, 4), dtype=np.float32)
+        for row, each in enumerate(found):
+            count = min(most, len(each.boxes))
+            features[row, :count], boxes[row, :count] = each.features[:count], each.boxes[:count]
+        none = np.zeros(1, dtype=np.int32)
+        described = padded([self.table.descriptions.get(str(image), none) for image in distinct])
+        return {
+            "features_BMF": features[place_of],
+            "boxes_BM4": boxes[place_of],
+            "description_BW": trimmed(described[place_of]),
+        }
+
+    def split(self, batch: QuestionBatch, size: int) -> list[QuestionBatch]:
+        """The same batch in parts of at most `size` rows, for one process."""
+        return [self.assemble(batch.rows[start : start + size]) for start in range(0, len(batch), size)]
+
+    def on_device(self, array: NDArray[Any]) -> Tensor:
+        """An array on the device, whole numbers as the embeddings want them."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+
+def trimmed(words: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Without the columns that are padding in every row, but for one."""
+    used = np.flatnonzero((words > 0).any(axis=0))
+    return words[:, : used[-1] + 1 if len(used) else 1]
+
+
+def padded(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Rows of different lengths as one array, 0 where they end."""
+    found = np.zeros((len(rows), max(map(len, rows))), dtype=np.int32)
+    for row, values in zip(found, rows, strict=True):
+        row[: len(values)] = values
+    return found
