@@ -172,7 +172,9 @@ def fit_base(known: Mapping[str, Scores], examples: Examples, *, stage_width: in
     kernel_fits: dict[str, KernelFit] = {}
     is_joint = False
     if base == "kernel":
-        chosen = np.flatnonzero(is_known)[ridge.sample_of(groups[is_known])]
+        chosen = np.flatnonzero(is_known)[ridge.sample_of(groups[is_known])][
+            : ridge.MAX_IMAGES
+        ]  # of a huge group a part
         kernel = ridge.build_kernel(features[chosen, features.shape[1] - stage_width :])
         targets = {task: values[rows][chosen] for task, values in examples.unit_targets.items() if task in TASKS}
         frees = {task: free_features(task, train)[chosen] for task in targets}

@@ -23,16 +23,7 @@ LITE = {
 
 # What --demo stands for: a small, fast run that shows the whole program. Explicit flags win.
 DEMO_SETTINGS: dict[str, dict[str, Any]] = {
-    "real": {
-        "clip_model": "lite",
-        "clip_pretrained": "assets",
-        "partial_freeze": True,
-        "freeze_layers": 6,
-        "val_size": 0.2,
-        "epochs": 10,
-        "lr": 3e-4,
-        "warmup_ratio": 0.1,
-    },
+    "real": {**LITE, "freeze_layers": 5, "val_size": 0.2, "epochs": 6, "warmup_ratio": 0.1},
     "drawn": {
         "clip_model": "tiny",
         "clip_pretrained": "assets",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from made_examples import AUTHENTICITY, FOLDS, examples_of, knowledge, left_out, sigmoid, unit_rows
 from sklearn.linear_model import LinearRegression
 
-from evaluation import probes
+from evaluation import probes, ridge
 from evaluation.probes import LOGIT_CLIP, fit_line, fit_quality
 from evaluation.ridge import PENALTIES, fit_ridge
 
@@ -312,6 +312,13 @@ def test_a_kernel_tells_what_bends_and_leaves_the_rest_to_the_cosine():
     normal = (known["test"]["image"][:, WIDTH:] - base.stage_mean) / base.stage_scale
     by_hand = base.kernel(normal) @ fit.weights + (known["test"]["cos"] + 1) / 2 * fit.slopes[0] + fit.bias
     np.testing.assert_allclose(found["c"], by_hand)
+
+
+def test_a_kernel_is_of_no_more_images_than_a_model_has_room_for(monkeypatch):
+    monkeypatch.setattr(ridge, "MAX_IMAGES", 12)
+    examples = examples_of(FOLDS, prompt=["one thing"] * len(FOLDS))  # a group that is larger by itself
+    base = probes.fit_base(knowledge(examples, stage_width=STAGES), examples, stage_width=STAGES, base="kernel")
+    assert base.kernel.places.shape == (12, STAGES) and np.isfinite(base.kernel_fits["q"].weights).all()
 
 
 def of_cosine(noise: float) -> tuple[probes.Examples, dict[str, dict[str, np.ndarray]]]:
