@@ -215,6 +215,9 @@ def find_lost(run: Curves, known: float | None) -> Finding | None:
         f"{run.config.select_by} on validation was {known:.3f} before training, which is kept, and is {best:.3f} at "
         f"best, after epoch {run.best + 1}"
     )
+    if name == "no gain from training" and run.config.freeze_clip and (changes := freeze_less(run.config, run.facts)):
+        why = "heads add nothing to what the frozen CLIP tells, so train its last layers"
+        return run.finding(name, evidence, why, changes)
     if run.rate > run.usual_rates[0]:
         why = "the steps undo what CLIP knew, so take smaller ones"
         return run.finding(name, evidence, why, smaller_steps(run))

@@ -18,6 +18,7 @@ REAL = {
     "--loss mse --quality_column shuffled_mos_quality --consistency_column shuffled_mos_align",
     "under-fitting": f"{FROZEN} --stage_features off --residual_scale_q 0.01 --residual_scale_c 0.01 --lr 1e-3 "
     "--epochs 6 --scheduler step",
+    "no gain from training": "--freeze_clip --lr 1e-3 --epochs 5",  # a kernel leaves heads nothing
     "slow": f"{FROZEN} --lr 1e-7 --epochs 5",
     "unstable": "--freeze_clip --lr 0.1 --epochs 20 --residual_scale_q 0.5 --residual_scale_c 0.5 --scheduler constant "
     "--warmup_ratio 0 --max_grad_norm 0",
@@ -29,8 +30,8 @@ REAL = {
     "--epochs 4 --w_q 0.001 --w_c 0.999",
 }
 FINE = {
-    "heads": "--freeze_clip --lr 1e-3 --epochs 15",
-    "another split": "--freeze_clip --lr 1e-3 --epochs 15 --seed 7",
+    "heads": "--freeze_clip --base probe --lr 1e-3 --epochs 15",
+    "another split": "--freeze_clip --base probe --lr 1e-3 --epochs 15 --seed 7",
     "blocks": "--partial_freeze --freeze_layers 22 --cache_views 0 --lr 1e-4 --epochs 5",
 }
 

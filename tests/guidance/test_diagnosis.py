@@ -540,6 +540,15 @@ def test_a_run_that_never_beats_what_it_started_from_is_told(known, best, option
         assert proposed(timid[0]).lr == 1e-5 and "hold on" in timid[0].proposal
 
 
+def test_where_heads_add_nothing_to_a_frozen_clip_its_last_layers_are_proposed():
+    frozen = replace(CONFIG, freeze_clip=True, partial_freeze=False, lr=1e-3)
+    (found,) = diagnose(history(12, score=0.79), frozen, facts(), known=0.8)
+    assert found.finding == NO_GAIN and "train its last layers" in found.proposal
+    assert proposed(found).partial_freeze and not proposed(found).freeze_clip
+    (worse,) = diagnose(history(12, score=0.5), frozen, facts(), known=0.8)
+    assert worse.finding == WORSE and proposed(worse).freeze_clip
+
+
 @pytest.mark.parametrize(("num_val", "expected"), [(100, NO_GAIN), (2500, WORSE)])
 def test_how_many_images_validate_tells_worse_from_no_gain(num_val, expected):
     found = diagnose(history(12, score=0.79), CONFIG, facts(num_val=num_val), known=0.8)
