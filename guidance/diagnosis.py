@@ -272,19 +272,17 @@ def find_starving(run: Curves) -> Finding | None:
         return None
     for starved, fed in (("q", "c"), ("c", "q")):
         share = weight(run.config, starved) / (run.config.w_q + run.config.w_c)
-        if share == 0:  # so wanted
+        if share == 0 or run.config.task_gradients == f"stop_{starved}":  # so wanted
             continue
-        is_cut_off = run.config.task_gradients == f"stop_{starved}"
         losses = [run.end(run.curve(f"loss_{task}")) for task in (starved, fed)]
         is_behind = losses[0] >= STARVED_RATIO * losses[1] and run.fall(f"loss_{fed}") >= FED_FALL
-        if is_behind and (is_cut_off or share < STARVED_SHARE):
+        if is_behind and share < STARVED_SHARE:
             evidence = (
                 f"at the end ({run.at_end}) the training loss of {TASKS[starved]} is {losses[0]:.3f} and that of "
                 f"{TASKS[fed]} {losses[1]:.3f}, where {TASKS[starved]} has {share:.2g} of both weights"
             )
-            changes = {"task_gradients": "shared"} if is_cut_off else {"w_q": 0.5, "w_c": 0.5}
-            return starving(run, evidence, f"let CLIP learn from {TASKS[starved]} too", changes)
-        if is_cut_off or run.rate > run.usual_rates[1]:  # such rates harm whichever score they like
+            return starving(run, evidence, f"let CLIP learn from {TASKS[starved]} too", {"w_q": 0.5, "w_c": 0.5})
+        if run.rate > run.usual_rates[1]:  # such rates harm whichever score they like
             continue
         before, after = run.score(starved), run.score(fed)
         lost, won = before[0] - run.end(before), run.end(after) - after[0]

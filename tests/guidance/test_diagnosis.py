@@ -411,7 +411,6 @@ def test_proposals_are_the_next_steps_of_the_guide():
         (AT_END, {"lr": 0.03}, {}, {"lr": 3e-5, "warmup_ratio": 0.1}),
         (AT_START, {"lr": 1e-5}, {}, {"partial_freeze": True, "residual_scale_q": 0.15}),
         (CONFLICT, {"w_q": 0.6, "w_c": 0.4}, {}, {"w_q": 0.5, "w_c": 0.5}),
-        (STARVED_Q, {"task_gradients": "stop_q"}, {}, {"task_gradients": "shared"}),
     ],
 )
 def test_proposals_fit_what_the_run_had(rows, options, known, expected):
@@ -419,6 +418,12 @@ def test_proposals_fit_what_the_run_had(rows, options, known, expected):
     found = only(rows, config, facts(**known))
     assert expected.items() <= changes(found, config).items()
     assert not ({"partial_freeze", "freeze_layers"} & changes(found, config).keys()) or not config.lora_rank
+
+
+def test_a_score_that_was_kept_from_clip_is_not_told_to_starve():
+    assert only(STARVED_Q, replace(CONFIG, w_q=0.05, w_c=0.95)).finding == "one score starves the other"
+    cut_off = replace(CONFIG, w_q=0.05, w_c=0.95, task_gradients="stop_q")
+    assert "one score starves the other" not in [found.finding for found in diagnose(STARVED_Q, cut_off, facts())]
 
 
 def test_epochs_beyond_the_usual_give_way_to_a_higher_rate():
