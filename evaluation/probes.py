@@ -3,8 +3,7 @@
 Left alone, consistency would start at (cos + 1) / 2, about .55 to .68 for every real CLIP while labels fill
 [0, 1], and quality at noise; fine-tuning learning rates are too small to move either far.
 
-Shapes: n images, E embedding, F stage statistics, X = E + F, D features, L images that a
-kernel was fitted to.
+Shapes: n images, E embedding, F stage statistics, X = E + F, D features, L images of a kernel.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from evaluation import ridge
 from evaluation.agreement import Scores
-from evaluation.ridge import Array, Fitted, Kernel, KernelFit
+from evaluation.ridge import MIN_SPREAD, Array, Fitted, Kernel, KernelFit
 from sources.examples import Examples, clusters
 from sources.scores import TASKS
 
-MIN_SPREAD = 1e-7  # of a feature on [0, 1] that is computed in float32
 LOGIT_CLIP = 0.05  # labels are taken into [.05, .95] before the logit, which would send 0 and 1 to infinity
 
 

@@ -5,7 +5,7 @@ Shapes: n images, D features, R their rank; of a kernel: L images that were fitt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+MIN_SPREAD = 1e-7  # of a feature on [0, 1] that is computed in float32
 NUM_FOLDS = 50  # leaving out a fold costs next to nothing, see `left_out_errors`
 MAX_IMAGES = 4000  # that anything is fitted to: the time rises with the third power, what is known hardly at all
 PENALTIES = np.logspace(-4, 4, 33)  # for rows of length 1 on average: the largest leaves only the mean
@@ -55,12 +56,15 @@ def fit_ridge(features_ND: Array, target: Array, groups: NDArray[np.int_], width
         size_D[block] = np.sqrt(np.square(centred_ND[:, block]).sum(axis=1).mean()) or 1.0
     centred_ND = centred_ND / size_D
     fold_of = folds_of(groups)
-    penalty, error = 1.0, np.nan
-    if fold_of.max() > 0:
-        errors = list(left_out_errors(centred_ND, target, fold_of))
-        penalty, error = PENALTIES[np.argmin(errors)], min(errors)
+    penalty, error = best_penalty(PENALTIES, left_out_errors(centred_ND, target, fold_of) if fold_of.any() else ())
     weights = solve_ridge(centred_ND, target - target.mean(), penalty) / size_D
-    return Fitted(weights, float(target.mean() - weights @ mean_D), float(penalty), float(error))
+    return Fitted(weights, float(target.mean() - weights @ mean_D), penalty, error)
+
+
+def best_penalty(penalties: Array, errors: Iterable[float]) -> tuple[float, float]:
+    """The penalty of the least error, and that error; 1 and NaN where there was no cross-validation."""
+    errors = list(errors)
+    return (float(penalties[np.argmin(errors)]), float(min(errors))) if errors else (1.0, np.nan)
 
 
 def sample_of(groups: NDArray[np.int_]) -> NDArray[np.int_]:
@@ -137,12 +141,14 @@ def solve_ridge(centred_ND: Array, centred: Array, penalty: float) -> Array:
     """(D,) weights of ridge regression without a constant, by the smaller of the two systems of normal equations."""
     num_rows, num_features = centred_ND.shape
     if num_rows < num_features:
-        gram_NN = centred_ND @ centred_ND.T
-        gram_NN.flat[:: num_rows + 1] += penalty
-        return centred_ND.T @ scipy.linalg.solve(gram_NN, centred, assume_a="pos")
-    gram_DD = centred_ND.T @ centred_ND
-    gram_DD.flat[:: num_features + 1] += penalty
-    return scipy.linalg.solve(gram_DD, centred_ND.T @ centred, assume_a="pos")
+        return centred_ND.T @ solve_penalised(centred_ND @ centred_ND.T, centred, penalty)
+    return solve_penalised(centred_ND.T @ centred_ND, centred_ND.T @ centred, penalty)
+
+
+def solve_penalised(gram: Array, target: Array, penalty: float) -> Array:
+    """x (n,) of (gram + penalty I) x = target; `gram` is overwritten."""
+    gram.flat[:: len(gram) + 1] += penalty
+    return scipy.linalg.solve(gram, target, assume_a="pos")
 
 
 @dataclass(frozen=True)
@@ -196,22 +202,23 @@ def fit_kernel(alike_NN: Array, free_NK: Array, target: Array, groups: NDArray[n
         free_NK: features that are fitted without a penalty, as the constant is; one that does not vary gets 0.
         groups: (n,) the prompt (or image) number of each row.
     """
-    num_rows = len(target)
-    varies_K = free_NK.std(axis=0) > 1e-7
-    design = np.hstack([np.ones((num_rows, 1)), free_NK[:, varies_K]])
+    varies_K = free_NK.std(axis=0) > MIN_SPREAD
+    design = np.hstack([np.ones((len(target), 1)), free_NK[:, varies_K]])
     basis = np.linalg.qr(design)[0]
-    projected = alike_NN - basis @ (basis.T @ alike_NN)
-    projected = projected - (projected @ basis) @ basis.T
+
+    def across(values: Array) -> Array:
+        """What of columns no weighted sum of the free features and the constant tells."""
+        return values - basis @ (basis.T @ values)
+
+    projected = across(across(alike_NN).T)
     fold_of = folds_of(groups)
-    penalty, error = 1.0, np.nan
-    if fold_of.max() > 0:
+    errors: Iterable[float] = ()
+    if fold_of.any():
         squares_R, axes = spectrum(projected)
-        errors = list(fold_errors(axes, squares_R, basis, target, fold_of, KERNEL_PENALTIES))
-        penalty, error = KERNEL_PENALTIES[np.argmin(errors)], min(errors)
-    projected.flat[:: num_rows + 1] += penalty
-    weights = scipy.linalg.solve(projected, target - basis @ (basis.T @ target), assume_a="pos")
-    weights -= basis @ (basis.T @ weights)
+        errors = fold_errors(axes, squares_R, basis, target, fold_of, KERNEL_PENALTIES)
+    penalty, error = best_penalty(KERNEL_PENALTIES, errors)
+    weights = across(solve_penalised(projected, across(target), penalty))
     line = np.linalg.lstsq(design, target - alike_NN @ weights, rcond=None)[0]
     slopes = np.zeros(free_NK.shape[1])
     slopes[varies_K] = line[1:]
-    return KernelFit(weights, slopes, float(line[0]), float(penalty), float(error))
+    return KernelFit(weights, slopes, float(line[0]), penalty, error)

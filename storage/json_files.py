@@ -17,7 +17,7 @@ MOST_JSON = 8 * 2**20  # bytes; what runs write has thousands
 LONGEST_INTEGER = 19  # characters: 64 bits
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int = MOST_JSON) -> dict[str, Any]:
     """A JSON object of UTF-8 text, with or without BOM, whose numbers are finite and whose keys occur once.
 
     Raises:
@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read, is no such JSON, too large or too deep; one line that names the file.
     """
     try:
-        check_plain_file(path, MOST_JSON)
+        check_plain_file(path, most_bytes)
         return parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise

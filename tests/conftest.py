@@ -103,22 +103,24 @@ def demo_set(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return demo.write_demo_set(tmp_path_factory.mktemp("demo") / "set", num_prompts=8)
 
 
+def data_folder(name: str, variable: str, file: str, skipping: str) -> Path:
+    """The folder of data that are not part of the project, beside it or where a variable says; skips without them."""
+    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / "data" / name)
+    if not (folder / file).is_file():
+        pytest.skip(f"{skipping} here: set {variable} to a folder with its files")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def agiqa_dir() -> Path:
     """The folder of AGIQA-3K: data.csv and images/."""
-    folder = Path(os.environ.get("AGIQA3K_DIR") or ROOT.parent / "shared" / "data" / "agiqa-3k")
-    if not (folder / "data.csv").is_file():
-        pytest.skip("AGIQA-3K is not here: set AGIQA3K_DIR to a folder with its data.csv and images/")
-    return folder
+    return data_folder("agiqa-3k", "AGIQA3K_DIR", "data.csv", "AGIQA-3K (data.csv, images/) is not")
 
 
 @pytest.fixture(scope="session")
 def vqa_dir() -> Path:
-    """Real questions, answers, scene graphs and features in the official formats; skips where they are not."""
-    folder = Path(os.environ.get("VQA_DIR") or ROOT.parent / "shared" / "data" / "vqa")
-    if not (folder / "vqa-v2").is_dir():
-        pytest.skip("the VQA files are not here: set VQA_DIR to a folder with vqa-v2/ and gqa/")
-    return folder
+    """Real questions, answers, scene graphs and features in the official formats: vqa-v2/, gqa/ and more."""
+    return data_folder("vqa", "VQA_DIR", "gqa/sceneGraphs.json", "VQA data (vqa-v2/, vqa-v2-60k/, gqa/) are not")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ ONLY = {
     },  # run folders are read through their files alone
     "evaluation.metrics": set(),
     "evaluation.ridge": set(),
-    "vqa": {"storage", "cli", "training", "backbones", "pages", "evaluation.metrics"},
+    "vqa": {"storage", "cli", "training", "backbones", "pages", "inputs.transfer"},
     "guidance.presets": {"cli", "configs"},
 }
 # So that --help, mistakes in flags, and pages answer at once.

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.json_files import parse_json
+from storage.json_files import read_json, schema_mismatch
 from storage.messages import first_five, one_line, quoted
 from storage.plain_files import check_plain_file
 from vqa.pickles import read_plain_pickle
@@ -99,14 +99,11 @@ class GqaObjects:
         self.folder = folder
         info = folder / self.INFO
         try:
-            check_plain_file(info, MOST_INFO)
-            self.info = parse_json(info.read_bytes())
+            self.info = read_json(info, MOST_INFO)
         except FileNotFoundError:
             raise ValueError(f"{info}: there is no such file; it comes with the features of GQA") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{info}: cannot be read ({one_line(error)})") from None
         for name, entry in self.info.items():
-            if not isinstance(entry, dict) or any(not isinstance(entry.get(key), int) for key in self.SHAPE):
+            if schema_mismatch(entry, self.SHAPE):
                 raise ValueError(f"{info}: image {quoted(name)} lacks one of {', '.join(self.SHAPE)}")
         self.files: dict[int, h5py.File] = {}
         self.width = int(self.file(next(iter(self.info.values()))["file"])["features"].shape[2]) if self.info else 0
@@ -244,16 +241,17 @@ class NpzRegions:
                 arrays = {key: found[key] for key in found.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
-        features, boxes = (self.first_of(path, arrays, names) for names in NPZ_ARRAYS)
+        features, boxes = (first_of(path, arrays, names) for names in NPZ_ARRAYS)
         size = next(([arrays[key] for key in keys] for keys in NPZ_SIZES if set(keys) <= set(arrays)), [1, 1])
         return checked(str(path), features, boxes / np.array([*size, *size], dtype=np.float32))
 
-    def first_of(self, path: Path, arrays: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-        """The array that goes by one of some names. Raises ValueError."""
-        for name in names:
-            if name in arrays:
-                return arrays[name]
-        raise ValueError(f"{path}: has no array {names[0]!r}; it has {first_five(list(arrays))}")
+
+def first_of(path: Path, arrays: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """The array that goes by one of some names. Raises ValueError."""
+    for name in names:
+        if name in arrays:
+            return arrays[name]
+    raise ValueError(f"{path}: has no array {names[0]!r}; it has {first_five(list(arrays))}")
 
 
 def open_features(path: Path, unpack: Callable[[Path], Path]) -> RegionFiles:

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from inputs.transfer import Rows, to_device
 from vqa.features import RegionFiles
+from vqa.targets import dense
 
-Rows = NDArray[np.int64]
 CHUNK = 50  # batches that are sorted by length together: enough to pad little, few enough to stay shuffled
 
 
@@ -107,8 +108,8 @@ class QuestionFeed:
         inputs: dict[str, Any] = {"words_BN": words, "entities_BE": entities}
         if self.regions is not None:
             inputs |= self.look(self.regions, [table.images[row] for row in own])
-        targets = None if table.targets_QA is None else self.on_device(table.targets_QA[rows].toarray())
-        return QuestionBatch(rows, {name: self.on_device(value) for name, value in inputs.items()}, targets)
+        targets = None if table.targets_QA is None else to_device(dense(table.targets_QA, rows), self.device)
+        return QuestionBatch(rows, {name: to_device(value, self.device) for name, value in inputs.items()}, targets)
 
     def look(self, files: RegionFiles, images: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Regions and describing words of each question's image."""
@@ -130,11 +131,14 @@ class QuestionFeed:
 
     def split(self, batch: QuestionBatch, size: int) -> list[QuestionBatch]:
         """The same batch in parts of at most `size` rows, for one process."""
-        return [self.assemble(batch.rows[start : start + size]) for start in range(0, len(batch), size)]
-
-    def on_device(self, array: NDArray[Any]) -> Tensor:
-        """An array on the device, whole numbers as the embeddings want them."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return [
+            QuestionBatch(
+                batch.rows[part],
+                {name: value[part] for name, value in batch.inputs.items()},
+                None if batch.targets_BA is None else batch.targets_BA[part],
+            )
+            for part in (slice(start, start + size) for start in range(0, len(batch), size))
+        ]
 
 
 def trimmed(words: NDArray[np.int32]) -> NDArray[np.int32]:

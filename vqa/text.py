@@ -80,13 +80,16 @@ def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[NDArray[np.float32],
         check_plain_file(path, MOST_VECTOR_BYTES)
         with path.open(encoding="utf-8", errors="replace") as file:
             for count, line in enumerate(file, start=1):
-                word, *numbers = line.rstrip().split(" ")
+                word, _, rest = line.rstrip().partition(" ")
+                number = vocabulary.number_of.get(word)
+                if vectors is not None and (number is None or number in found):
+                    continue  # as most lines are, whose numbers nobody needs
+                numbers = rest.split(" ") if rest else []
                 if count == 1 and len(numbers) == 1:
                     continue  # word2vec's header: how many words, how many numbers
                 if vectors is None:
                     vectors = np.zeros((len(vocabulary), len(numbers)), dtype=np.float32)
-                number = vocabulary.number_of.get(word)
-                if number is None or number in found:
+                if number is None:
                     continue
                 if len(numbers) != vectors.shape[1]:
                     raise ValueError(f"line {count} has {len(numbers)} numbers where the first has {vectors.shape[1]}")
