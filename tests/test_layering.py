@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # import each other, but not in a circle.
 ORDER = (
     *("storage", "cli", "training", "losses", "configs", "sources", "backbones", "models", "inputs", "evaluation"),
-    *("guidance", "data", "pages", "vqa", "finetune", "serving", "tuning"),
+    *("guidance", "data", "pages", "vqa", "branches", "answering", "finetune", "serving", "tuning"),
     *("baseline", "app", "compare", "predict", "protocol", "report", "search"),
 )
 PROGRAMS = ("app", "baseline", "compare", "predict", "protocol", "report", "search")
@@ -38,7 +38,12 @@ ONLY = {
     },  # run folders are read through their files alone
     "evaluation.metrics": set(),
     "evaluation.ridge": set(),
-    "vqa": {"storage", "cli", "training", "backbones", "pages", "inputs.transfer"},
+    "vqa": {"storage"},
+    "branches": set(),
+    "answering": {
+        *("storage", "cli", "training", "backbones", "inputs", "evaluation.metrics", "evaluation.ridge"),
+        *("pages", "vqa", "branches"),
+    },
     "guidance.presets": {"cli", "configs"},
 }
 # So that --help, mistakes in flags, and pages answer at once.

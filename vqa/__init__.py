@@ -1,5 +1,5 @@
-"""Questions about images: the second program's own parts.
+"""Questions about images, as data: read, numbered, drawn, and what answers are worth.
 
-In: questions, people's answers and features of regions, as official files have them.
-Out: what a model is trained on, its fine branch, and what answers are worth.
+In: questions, people's answers, scene graphs and features of regions, as official files have them.
+Out: numbers that a model is trained on; measures of what it answers.
 """

@@ -2,7 +2,7 @@
 
 Bilinear attention (Kim, Jun and Zhang, Bilinear Attention Networks, 2018) finds the pairs of words and regions that
 matter, attention on attention (Huang et al., 2019) lets words and regions inform themselves and each other, and
-`vqa.counting` tells how many regions the question is about.
+`branches.counting` tells how many regions the question is about.
 
 Shapes: B batch, N words, M regions, D joint width, G glimpses, A answers. Masks are True where there is something.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from vqa.counting import Counter
+from branches.counting import Counter
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "swish": nn.SiLU}
 ATTENTION_FACTOR = 3  # attention is judged in a space this much wider than the joint one, as by Kim et al.

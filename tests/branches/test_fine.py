@@ -1,4 +1,4 @@
-"""`vqa/fine.py`: against plain loops, and indifferent to padding, company and empty regions."""
+"""`branches/fine.py`: against plain loops, and indifferent to padding, company and empty regions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqa.fine import AttentionOnAttention, BilinearAttention, BilinearPooling, FineBranch, GatedFusion
+from branches.fine import AttentionOnAttention, BilinearAttention, BilinearPooling, FineBranch, GatedFusion
 
 SMALL: dict[str, Any] = {
     "num_words": 20,

@@ -1,4 +1,4 @@
-"""`vqa/counting.py`: exact where the answer is known, and indifferent to what should not matter."""
+"""`branches/counting.py`: exact where the answer is known, and indifferent to what should not matter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqa.counting import Counter, PiecewiseLinear
+from branches.counting import Counter, PiecewiseLinear
 
 CELLS = torch.tensor([[x, y, x + 0.8, y + 0.8] for x in range(4) for y in range(4)])  # 16 boxes, none touching another
 

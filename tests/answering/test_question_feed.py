@@ -1,4 +1,4 @@
-"""`vqa/feed.py`: every question once, little padding, and what a model is given of each."""
+"""`answering/feed.py`: every question once, little padding, and what a model is given of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqa.features import Regions
-from vqa.feed import CHUNK, QuestionFeed, QuestionTable, batch_rows, padded, trimmed
+from answering.feed import CHUNK, QuestionFeed, QuestionTable, batch_rows, padded, trimmed
 
 
 class Images:
