@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard *.py) $(wildcard tools/*.py) $(wildcard bench/*.py) $(dir $(wildcard */__init__.py))
 
-.PHONY: help $(VENV) demo test test-slow test-all torture bench lint audit clean
+.PHONY: help $(VENV) demo demo-vqa test test-slow test-all torture bench bench-vqa lint audit clean
 .DEFAULT_GOAL := help
 
 help:  ## one line
-	@echo "make demo (train and report on real images) | test (5 minutes) | test-all | torture (long versions) | bench | lint | audit | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
+	@echo "make demo (train and report on real images) | demo-vqa (questions about drawn ones) | test (5 minutes) | test-all | torture (long versions) | bench | lint | audit | clean; PYTHON=$(PYTHON) VENV=$(VENV) ARGS=..."
 
 $(VENV): $(STAMP)
 
@@ -29,7 +29,7 @@ $(STAMP): requirements.txt requirements-extra.txt requirements-dev.txt constrain
 	@touch $@
 
 ifneq ($(origin PYTHON),file)  # asked for by name: an environment of another version must not stand in for it
-$(VENV) demo test test-slow torture bench lint audit: same-python
+$(VENV) demo demo-vqa test test-slow torture bench bench-vqa lint audit: same-python
 .PHONY: same-python
 VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 same-python: $(STAMP)
@@ -40,6 +40,9 @@ endif
 
 demo: $(STAMP)
 	$(BIN)/python baseline.py --demo --overwrite --output_dir runs/demo $(ARGS)
+
+demo-vqa: $(STAMP)
+	$(BIN)/python main.py --demo --overwrite --output runs/demo-vqa $(ARGS)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal  # a process per core, each with one thread
 
@@ -56,6 +59,9 @@ torture: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/speed.py $(ARGS)
+
+bench-vqa: $(STAMP)
+	$(BIN)/python bench/vqa_speed.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

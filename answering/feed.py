@@ -10,35 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inputs.transfer import Rows, to_device
-from vqa.features import RegionFiles
+from inputs.transfer import Rows, run_ahead, to_device
+from regions.features import RegionFiles
+from vqa.preprocess import QuestionTable
 from vqa.targets import dense
 
 CHUNK = 50  # batches that are sorted by length together: enough to pad little, few enough to stay shuffled
 
-
-@dataclass(frozen=True)
-class QuestionTable:
-    """All questions of a fold, as numbers."""
-
-    words_QN: NDArray[np.int32]  # 0: none, on the right
-    entities_QE: NDArray[np.int32]
-    images: Sequence[str]  # (Q,) the id of each question's image
-    descriptions: dict[str, NDArray[np.int32]]  # image -> (W,) words that describe it
-    targets_QA: scipy.sparse.csr_array | None  # the accuracy of each answer; None: unknown
-
-    def __len__(self) -> int:
-        return len(self.words_QN)
-
-    @property
-    def lengths_Q(self) -> NDArray[np.int64]:
-        """Words of each question."""
-        return (self.words_QN > 0).sum(axis=1)
+AHEAD = 2  # batches
 
 
 @dataclass(frozen=True)
@@ -98,8 +81,8 @@ class QuestionFeed:
         self.share = share
 
     def batches(self, parts: Sequence[Rows]) -> Iterator[QuestionBatch]:
-        """A batch for each part of the rows."""
-        return map(self.assemble, parts)
+        """A batch for each part of the rows, read while the one before it is computed with."""
+        return run_ahead(self.assemble, parts, AHEAD)
 
     def assemble(self, rows: Rows) -> QuestionBatch:
         """The batch of these rows. Raises ValueError if regions are damaged, KeyError if an image has none."""

@@ -52,7 +52,7 @@ class Counter(nn.Module):
         """Logits (B, M), those of no region being -inf, and x1, y1, x2, y2 (B, M, 4) -> (B, num_objects + 1)."""
         a_BK, boxes_BK4, there_BK = self.most_attended(attention_BM, boxes_BM4)
         there_BKK = there_BK[:, :, None] * there_BK[:, None, :]
-        distance = 1 - torch.stack([box_iou(boxes, boxes) for boxes in boxes_BK4]).nan_to_num()
+        distance = 1 - torch.vmap(box_iou)(boxes_BK4, boxes_BK4).nan_to_num()
         both = a_BK[:, :, None] * a_BK[:, None, :]
         edges = self.f[0](both) * self.f[1](distance)
         likeness = self.likeness(a_BK, self.f[3](both) * self.f[4](distance)) * there_BKK

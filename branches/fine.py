@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from branches.counting import Counter
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "swish": nn.SiLU}
 ATTENTION_FACTOR = 3  # attention is judged in a space this much wider than the joint one, as by Kim et al.
 HEAD_WIDTH = 64
+EMBED_STD = 0.1  # of words without given vectors: small, so that training soon outweighs chance
 
 
 def linear(width_in: int, width_out: int) -> nn.Linear:
@@ -127,6 +129,10 @@ class WordEncoder(nn.Module):
     def __init__(self, num_words: int, embed_dim: int, width: int, *, second: bool, dropout: float) -> None:
         super().__init__()
         self.embed = nn.ModuleList(nn.Embedding(num_words, embed_dim, padding_idx=0) for _ in range(2 if second else 1))
+        for embed in self.embed:
+            weight = cast(nn.Embedding, embed).weight
+            nn.init.normal_(weight, std=EMBED_STD)
+            nn.init.zeros_(weight[0])  # padding
         self.dropout = nn.Dropout(dropout)
         self.read = nn.GRU(embed_dim * len(self.embed), width, batch_first=True)
 
@@ -142,6 +148,10 @@ class WordEncoder(nn.Module):
             if vectors is not None:
                 cast(nn.Embedding, layer).weight.copy_(vectors)
 
+    def first_vectors(self) -> Tensor:
+        """(V, D) of all words, without those of their company."""
+        return cast(nn.Embedding, self.embed[0]).weight
+
     def vectors(self, words_BN: Tensor) -> Tensor:
         """(B, N) -> (B, N, embed_width)."""
         return self.dropout(torch.cat([embed(words_BN) for embed in self.embed], dim=-1))
@@ -154,10 +164,12 @@ class WordEncoder(nn.Module):
 class Layer(nn.Module):
     """Words inform each other, then regions each other, then regions take in the words; all as residuals."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, looks: bool) -> None:
         super().__init__()
-        self.words, self.regions, self.across = (AttentionOnAttention(width) for _ in range(3))
-        self.norm_words, self.norm_regions, self.norm_across = (nn.LayerNorm(width) for _ in range(3))
+        self.words, self.norm_words = AttentionOnAttention(width), nn.LayerNorm(width)
+        if looks:
+            self.regions, self.across = (AttentionOnAttention(width) for _ in range(2))
+            self.norm_regions, self.norm_across = (nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, q: Tensor, v: Tensor | None, q_mask: Tensor, v_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, N, D), (B, M, D) and their masks -> the same; without regions, words alone."""
@@ -207,23 +219,37 @@ class FineBranch(nn.Module):
         super().__init__()
         self.encode = WordEncoder(num_words, embed_dim, width, second=second_embedding, dropout=0.2)
         self.take_entities = GatedFusion(width, self.encode.embed_width, omega_q)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+        self.feature_width = feature_width
+        self.looks = feature_width > 0
+        self.layers = nn.ModuleList(Layer(width, looks=self.looks) for _ in range(layers))
         self.classify = nn.Sequential(
             linear(width, 2 * width),
             ACTIVATIONS[activation](),
             nn.Dropout(dropout),
             linear(2 * width, num_answers),
         )
-        self.looks = feature_width > 0
+        self.recomputes = False  # layers, in the backward pass, instead of keeping what they were computed from
         if not self.looks:
             return
-        self.look = nn.Sequential(nn.LayerNorm(feature_width + 6), nn.Dropout(0.2), nn.Linear(feature_width + 6, width))
+        self.look = nn.Sequential(nn.LayerNorm(feature_width), nn.Dropout(0.2), nn.Linear(feature_width, width))
+        self.place = nn.Linear(6, width)
         self.take_description = GatedFusion(width, width, omega_v)
         self.attend = BilinearAttention(width, width, width, glimpses)
         self.pool = nn.ModuleList(BilinearPooling(width, width, width) for _ in range(glimpses))
         self.project = nn.ModuleList(linear(width, width) for _ in range(glimpses))
         self.counter = Counter(count_objects) if count_objects else None
         self.project_count = nn.Linear(count_objects + 1, width) if count_objects else None
+
+    @torch.no_grad()
+    def expect(self, accuracy_A: Tensor, loss: str) -> None:
+        """Begin with how right each answer is on average, rather than to learn that first.
+
+        Args:
+            loss: "bce", whose logits are those of each answer by itself, or "ce".
+        """
+        prior_A = accuracy_A.float().clamp(1e-6, 1 - 1e-6)
+        bias_A = torch.logit(prior_A) if loss == "bce" else prior_A.log()
+        cast(nn.Linear, self.classify[-1]).bias.copy_(bias_A)
 
     def forward(
         self,
@@ -240,10 +266,13 @@ class FineBranch(nn.Module):
         if self.looks:
             assert features_BMF is not None and boxes_BM4 is not None and description_BW is not None
             v_mask = features_BMF.abs().amax(dim=-1) > 0
-            v = self.look(torch.cat([features_BMF, geometry(boxes_BM4)], dim=-1))
+            v = self.look(features_BMF) + self.place(geometry(boxes_BM4))
             v = self.take_description(v, self.encode(description_BW), v_mask, description_BW > 0)
         for layer in self.layers:
-            q, v = layer(q, v, q_mask, v_mask)
+            if self.recomputes and torch.is_grad_enabled():
+                q, v = checkpoint(layer, q, v, q_mask, v_mask, use_reentrant=False)
+            else:
+                q, v = layer(q, v, q_mask, v_mask)
         if v is not None:
             q = self.look_up(q, v, q_mask, v_mask, boxes_BM4)
         return self.classify((q * q_mask[..., None]).sum(dim=1))

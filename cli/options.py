@@ -95,7 +95,14 @@ class Option:
     @property
     def undo(self) -> str:
         """The switch that brings the default back, which a saved config or the demo has changed."""
-        return "--use_" + self.flag.removeprefix("--no_") if self.default else "--no_" + self.name
+        return self.undoing[0]
+
+    @property
+    def undoing(self) -> list[str]:
+        """All the names of that switch."""
+        if not self.default:
+            return ["--no_" + self.name]
+        return list(dict.fromkeys(("--use_" + self.flag.removeprefix("--no_"), "--" + self.name)))
 
     def add_to(self, parser: argparse._ArgumentGroup) -> None:
         """Add the flag; absent flags leave no trace in the namespace."""
@@ -113,7 +120,7 @@ class Option:
             )
         if self.kind is bool or self.metadata["alone"]:
             parser.add_argument(
-                self.undo,
+                *self.undoing,
                 dest=self.name,
                 action="store_const",
                 const=self.default,

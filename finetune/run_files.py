@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -21,7 +20,7 @@ from finetune.experiment import Experiment
 from finetune.optimisation import compiles, tracker_names
 from sources.examples import SKIPPED, Examples
 from storage import locks, tables
-from storage.atomic import remove_if_empty, write_new
+from storage.atomic import write_new
 from storage.json_files import read_json
 from training import checkpoints, devices, resuming, run_folder, tracking
 
@@ -69,15 +68,14 @@ def find_run(config: TrainingConfig, folder: Path) -> str:
 
 def name_run_folder(config: TrainingConfig) -> Path:
     """--output_dir, or runs/<time>-<short name>, not yet taken."""
-    if config.output_dir:
-        return Path(config.output_dir)
+    return Path(config.output_dir) if config.output_dir else run_folder.free_folder(name_run(config))
+
+
+def name_run(config: TrainingConfig) -> str:
+    """The time and, in short, what is trained."""
     place = config.clip_model.partition(":")[2]
     model = re.sub(r"[^\w.-]+", "-", Path(place).name if place else config.clip_model).lower()
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{config.freezing}"
-    taken = 1
-    while (folder := Path("runs") / (name if taken == 1 else f"{name}-{taken}")).exists():
-        taken += 1
-    return folder
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{config.freezing}"
 
 
 @contextmanager
@@ -87,24 +85,8 @@ def with_folder(config: TrainingConfig) -> Iterator[TrainingConfig]:
         yield config
         return
     runtime = devices.start_runtime(config.device, config.amp, config.deterministic)
-    folder = runtime.of_main(lambda: make_run_folder(config))
-    try:
+    with run_folder.new_folder(name_run(config), runtime) as folder:
         yield replace(config, output_dir=str(folder))
-    finally:
-        for made in (folder, folder.parent) if runtime.is_main else ():
-            remove_if_empty(made)
-
-
-def make_run_folder(config: TrainingConfig) -> Path:
-    """Make the folder that `run_folder` names. Raises OSError."""
-    while True:
-        folder = name_run_folder(config)
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # another run has just taken it; the next name, then, unless there is a file
-            if not folder.is_dir():
-                raise
 
 
 def write_inputs(writer: run_folder.RunFolder, experiment: Experiment) -> None:
@@ -120,7 +102,7 @@ def write_inputs(writer: run_folder.RunFolder, experiment: Experiment) -> None:
         raise ValueError(f"{writer.path}: another process has just finished this run; nothing is left to do")
     if writer.resume:
         before = read_json(writer.path / run_folder.CONFIG_FILE)["provenance"]
-        runtime.say(changes_since(before, writer.path, examples))
+        runtime.say(run_folder.changes_since(before, writer.path, examples.fingerprint))
     else:
         write_config(writer, experiment)
     splits = pd.DataFrame({"name": examples.table["name"], "split": examples.folds})
@@ -166,21 +148,6 @@ def write_config(writer: run_folder.RunFolder, experiment: Experiment) -> None:
         "mos_scales": {task: [scale.low, scale.high] for task, scale in examples.scales.items()},
     }
     writer.json(run_folder.CONFIG_FILE, {**config.to_json(), "provenance": provenance})
-
-
-def changes_since(before: Mapping[str, Any], folder: Path, examples: Examples) -> str:
-    """What is another than when a run began, in words. Raises ValueError if the data is."""
-    if before.get("data_fingerprint") != examples.fingerprint:
-        raise ValueError(
-            f"--resume {folder}: the data has changed since the run began; restore it, or start another run"
-        )
-    now = run_folder.environment()
-    versions = before.get("versions", {})
-    other = [
-        f"{name} {now['versions'][name]}" for name in now["versions"] if versions.get(name) != now["versions"][name]
-    ]
-    other += ["the code"] if before.get("git_revision") != now["git_revision"] else []
-    return f"resume    {folder}" + (f"; since it began has changed: {', '.join(other)}" if other else "")
 
 
 def skipped_writer(

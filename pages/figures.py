@@ -18,6 +18,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from evaluation import metrics
@@ -30,6 +31,8 @@ FADED = 0.45
 RASTER_DPI = 144  # of scattered points, which would make a page of thousands of elements
 PNG_DPI = 150
 LONGEST_LABEL = 22  # characters
+MOST_WITH_NUMBERS = 12  # rows of a heat map whose cells have room for a number
+DARKEST = 0.65  # opacity of a cell, on which a number can still be read
 STYLE = {
     "font.size": 9.5,
     "text.parse_math": False,  # a generator's name may hold dollars
@@ -138,11 +141,16 @@ def chart(lines: Sequence[Line], ylabel: str, *, best: int | None = None, limit:
         note.set_horizontalalignment("right" if at_end else "left")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if max(map(abs, ax.get_ylim())) < 0.01:  # learning rates as 3e-5, without a factor above the axis
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}".replace("e-0", "e-"))
+        ax.yaxis.set_major_formatter(lambda value, _: powers_of_ten(value))
     ax.set(xlabel="epoch", ylabel=ylabel)
     if legend_rows:
         ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.02 if best is None else 1.1), fontsize="small")
     return the_figure(ax)
+
+
+def powers_of_ten(value: float) -> str:
+    """A small number as 3e-5, which takes less room than 0.00003."""
+    return np.format_float_scientific(value, precision=3, trim="-", exp_digits=1) if value else "0"
 
 
 def scatter(pred: np.ndarray, mos: np.ndarray, title: str, *, colour: int = 0) -> Figure:
@@ -225,6 +233,27 @@ def estimates(rows: Sequence[Estimate], xlabel: str, *, zero: bool = False) -> F
         ax.axvline(0, color=INK, alpha=FADED, linewidth=0.8, linestyle="--")
     ax.margins(x=0.06)
     ax.set_xlabel(xlabel)
+    return the_figure(ax)
+
+
+def heat_map(names: Sequence[str], shares: np.ndarray, xlabel: str, ylabel: str) -> Figure:
+    """Shares (n, n) on 0..1 as cells, in per cent, the fuller the larger. `names` are of rows and of columns alike."""
+    short = [shorten(name, 14) for name in names]
+    labels = 0.12 + 0.075 * max(map(len, short))  # inches
+    left, right, bottom = labels + 0.22, 0.12, labels + 0.25
+    cell = min((WIDTH - left - right) / len(names), 0.36)
+    ax = blank(cell * len(names) + 0.1 + bottom, left=left, right=right, top=0.1, bottom=bottom)
+    for row, column in np.argwhere(shares >= 0.005):
+        share = min(float(shares[row, column]), 1.0)
+        place = (column - 0.5, row - 0.5)
+        ax.add_patch(Rectangle(place, 1, 1, color=colour_of(0), alpha=DARKEST * share, linewidth=0))
+        if len(names) <= MOST_WITH_NUMBERS:
+            ax.text(column, row, f"{100 * share:.0f}", fontsize="small", ha="center", va="center")
+    places = range(len(names))
+    ax.set_xticks(places, labels=short, rotation=90, fontsize="small")
+    ax.set_yticks(places, labels=short, fontsize="small")
+    ax.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), xlabel=xlabel, ylabel=ylabel)
+    ax.grid(visible=False)
     return the_figure(ax)
 
 

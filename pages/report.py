@@ -1,14 +1,16 @@
-"""The page of one run folder, or of a folder of repeated runs."""
+"""The page of one run folder, of either program, or of a folder of repeated runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from evaluation import summaries
 from pages import figures
+from pages.answers_page import PROGRAM, answers_content, read_answers_run
 from pages.elements import FIGURES_DIR, Pictures, write_page, write_pictures
 from pages.repeated_page import repeated_content
-from pages.run_data import REPORT_FILE, read_run
+from pages.run_data import REPORT_FILE, read_json, read_run
 from pages.run_page import run_content
 
 
@@ -23,10 +25,18 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     pictures = Pictures()
-    is_repeated = (folder / summaries.PROTOCOL_FILE).exists()
     with figures.style():
-        content = repeated_content(folder, pictures) if is_repeated else run_content(read_run(folder), pictures)
-        template = "repeated.html.j2" if is_repeated else "report.html.j2"
+        template, content = content_of(folder, pictures)
         write_pictures(folder / FIGURES_DIR, pictures.drawn)
         write_page(folder / REPORT_FILE, template, title=folder.resolve().name, **content)  # last: who has it has all
     return folder / REPORT_FILE
+
+
+def content_of(folder: Path, pictures: Pictures) -> tuple[str, dict[str, Any]]:
+    """The template of a folder's page, and what it shows. Raises ValueError."""
+    if (folder / summaries.PROTOCOL_FILE).exists():
+        return "repeated.html.j2", repeated_content(folder, pictures)
+    results = folder / "results.json"
+    if results.exists() and read_json(results, folder).get("program") == PROGRAM:
+        return "answers.html.j2", answers_content(read_answers_run(folder), pictures)
+    return "report.html.j2", run_content(read_run(folder), pictures)

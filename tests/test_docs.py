@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT
 
 import baseline
+from answering import configs as vqa_configs
 from cli.parser import flag_words
 from configs import OPTIONS, TrainingConfig
 from guidance import arguments, presets
@@ -83,6 +84,8 @@ def check_words(script: str, words: list[str]) -> None:
         commands.parse_predict_args(words)
     elif script == "app.py":
         commands.parse_app_args(words)
+    elif script == "main.py":
+        vqa_configs.parse_args(words)
     elif script == "data.py":
         assert words[0] == "describe"
         arguments.parse_args(words[1:])
@@ -169,7 +172,13 @@ def fitted(words: list[str], world: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [command for command in ALL if not command.startswith(SETS_UP) and not command.endswith("...")]
+    "command",
+    [
+        command
+        for command in ALL
+        if not command.startswith((*SETS_UP, "python main.py"))  # tests/answering runs these
+        and not command.endswith("...")
+    ],
 )
 def test_a_command_in_the_docs_works(command: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
@@ -259,7 +268,7 @@ def test_every_flag_in_the_docs_exists() -> None:
     known = {"--with_flags", "--seeds"} | {"--model", "--num_images", "--cases", "--ours_only"}  # of tools/ and bench/
     parsers = (
         *(arguments.build_parser(), space.build_search_parser()),
-        *(commands.build_predict_parser(), commands.build_app_parser()),
+        *(commands.build_predict_parser(), commands.build_app_parser(), vqa_configs.parser()),
     )
     for parser in parsers:
         known |= set(parser._option_string_actions)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from storage.atomic import is_empty_folder, remove_temporaries
+from storage.atomic import is_empty_folder, remove_if_empty, remove_temporaries
 from storage.json_files import read_json, write_json
 from storage.locks import exclusive_folder
 from storage.tables import write_csv
 from training.checkpoints import BEST_DIR, STATE_DIR, save_weights
+from training.devices import Runtime
 
 RESULTS_FILE = "results.json"
 METRICS_FILE = "metrics.csv"
@@ -28,7 +29,7 @@ FAILURE_FILE = "failure.json"
 SKIPPED_FILE = "skipped.csv"
 RUN_FILES = (
     *(CONFIG_FILE, SPLITS_FILE, SKIPPED_FILE, METRICS_FILE, FAILURE_FILE, RESULTS_FILE),
-    *("predictions.csv", "report.html"),
+    *("predictions.csv", "examples.json", "report.html"),
 )
 RUN_FOLDERS = (STATE_DIR, BEST_DIR, "figures", "tensorboard", "wandb")
 PACKAGES = (
@@ -37,23 +38,60 @@ PACKAGES = (
 )
 
 
-def refuse_foreign(folder: Path, what: str, is_ours: Callable[[Path], bool]) -> None:
+def refuse_foreign(folder: Path, what: str, is_ours: Callable[[Path], bool], flag: str = "--output_dir") -> None:
     """Raise ValueError unless a folder is absent, empty, or holds what `is_ours` knows: `what`."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder}: is a file, must be a folder")
+        raise ValueError(f"{flag} {folder}: is a file, must be a folder")
     # Looked at in this order, since the same command may be writing its first file right now.
     if folder.exists() and not is_empty_folder(folder) and not is_ours(folder):
-        raise ValueError(f"--output_dir {folder}: holds other things than {what}; choose a new or empty folder")
+        raise ValueError(f"{flag} {folder}: holds other things than {what}; choose a new or empty folder")
 
 
-def refuse_occupied(folder: Path, *, overwrite: bool) -> None:
-    """Raise ValueError unless a new run may use the folder: absent, empty, or an older run that may be replaced."""
-    refuse_foreign(folder, "a run", is_run)
+def refuse_occupied(folder: Path, *, overwrite: bool, flag: str = "--output_dir") -> None:
+    """Raise ValueError unless a new run may use the folder: absent, empty, or an older run that may be replaced.
+
+    `flag` is what the user has named the folder by.
+    """
+    refuse_foreign(folder, "a run", is_run, flag)
     if is_run(folder) and not overwrite:
         is_finished = (folder / RESULTS_FILE).exists()
         kind = "a finished" if is_finished else "an unfinished"
         ways = "choose another" if is_finished else f"go on with --resume {folder}, choose another"
-        raise ValueError(f"--output_dir {folder}: holds {kind} run; {ways} or pass --overwrite")
+        raise ValueError(f"{flag} {folder}: holds {kind} run; {ways} or pass --overwrite")
+
+
+def free_folder(name: str) -> Path:
+    """runs/NAME or, as long as that is taken, runs/NAME-2, -3, ..."""
+    taken = 1
+    while (folder := Path("runs") / (name if taken == 1 else f"{name}-{taken}")).exists():
+        taken += 1
+    return folder
+
+
+@contextmanager
+def new_folder(name: str, runtime: Runtime) -> Iterator[Path]:
+    """A folder for a run, made now, lest two that start together take one; it goes if it is left empty.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def make() -> Path:
+        while True:
+            folder = free_folder(name)
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:  # another run has just taken it; the next name, then, unless there is a file
+                if not folder.is_dir():
+                    raise
+
+    folder = runtime.of_main(make)
+    try:
+        yield folder
+    finally:
+        for made in (folder, folder.parent) if runtime.is_main else ():
+            remove_if_empty(made)
 
 
 def is_run(folder: Path) -> bool:
@@ -81,9 +119,19 @@ class RunFolder:
 
     Args:
         overwrite, resume: whether an older run may be replaced, or gone on with.
+        flag: what the user has named the folder by.
     """
 
-    def __init__(self, path: Path, *, active: bool = True, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        active: bool = True,
+        overwrite: bool = False,
+        resume: bool = False,
+        flag: str = "--output_dir",
+    ) -> None:
+        self.flag = flag
         self.path = path
         self.active = active
         self.overwrite = overwrite
@@ -94,9 +142,10 @@ class RunFolder:
         """Make the folder, without what an older run left in it. Raises ValueError if another run has it."""
         if self.active:
             with ExitStack() as leaving:
-                leaving.enter_context(exclusive_folder(self.path))
+                leaving.enter_context(exclusive_folder(self.path, f"{self.flag} {self.path}"))
                 if not self.resume:
-                    refuse_occupied(self.path, overwrite=self.overwrite)  # another run may just have ended here
+                    # once more: another run may just have ended here
+                    refuse_occupied(self.path, overwrite=self.overwrite, flag=self.flag)
                     prepare_run_folder(self.path)
                 remove_temporaries(self.path)
                 self.leaving = leaving.pop_all()
@@ -138,6 +187,26 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return {"versions": versions, "git_revision": git_revision()}
+
+
+def changes_since(before: Mapping[str, Any], folder: Path, fingerprint: str) -> str:
+    """What is another than when a run began, in words. Raises ValueError if the data is.
+
+    Args:
+        before: the provenance in the run's config.json.
+        fingerprint: of the data as it is now.
+    """
+    if before.get("data_fingerprint") != fingerprint:
+        raise ValueError(
+            f"--resume {folder}: the data has changed since the run began; restore it, or start another run"
+        )
+    now = environment()
+    versions = before.get("versions", {})
+    other = [
+        f"{name} {now['versions'][name]}" for name in now["versions"] if versions.get(name) != now["versions"][name]
+    ]
+    other += ["the code"] if before.get("git_revision") != now["git_revision"] else []
+    return f"resume    {folder}" + (f"; since it began has changed: {', '.join(other)}" if other else "")
 
 
 def git_revision() -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
@@ -34,6 +35,7 @@ DIGIT_COMMA = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
 
 
+@lru_cache(1 << 18)  # people say the same again and again
 def normalise(answer: str) -> str:
     """An answer as it is compared: lower case, digits, no articles, no punctuation, apostrophes where they belong.
 
@@ -60,9 +62,9 @@ def agreement(matches: int, people: int) -> float:
     return (matches * with_it + (people - matches) * without) / people
 
 
-def soft_targets(answers: Sequence[str]) -> dict[str, float]:
-    """Each distinct answer that people gave, normalised -> its accuracy."""
-    counts = Counter(map(normalise, answers))
+def soft_targets(answers: Sequence[str], spelling: Callable[[str], str] = normalise) -> dict[str, float]:
+    """Each distinct answer that people gave, in the form in which it is compared -> its accuracy."""
+    counts = Counter(map(spelling, answers))
     return {answer: agreement(count, len(answers)) for answer, count in counts.items()}
 
 

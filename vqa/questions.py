@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from storage import tables
 from storage.json_files import schema_mismatch
 from storage.messages import first_five, one_line, quoted
 from storage.plain_files import check_plain_file
+from vqa.answers import accuracy, normalise
 from vqa.gqa_metrics import kinds_of
 
 MOST_BYTES = 4 * 2**30  # of a file of questions; the largest of GQA has 1.5e9
@@ -50,6 +55,26 @@ class Questions:
     def are_answered(self) -> bool:
         """Whether people's answers are known."""
         return any(self.answers)
+
+    @property
+    def spelling(self) -> Callable[[str], str]:
+        """The form in which answers are compared: GQA compares them letter by letter."""
+        return normalise if self.records is None else str
+
+    def score(self, predictions: Sequence[str]) -> NDArray[np.float64]:
+        """(Q,) how right an answer to each question is, by the evaluation of its data set."""
+        if self.records is not None:
+            return np.array([float(given in said) for given, said in zip(predictions, self.answers, strict=True)])
+        return np.array([accuracy(given, said) for given, said in zip(predictions, self.answers, strict=True)])
+
+    def of(self, rows: Iterable[int]) -> Questions:
+        """Some of them, with all records."""
+        kept = list(rows)
+        ids, images, texts = ([values[row] for row in kept] for values in (self.ids, self.images, self.texts))
+        kinds = {key: [values[row] for row in kept] for key, values in self.kinds.items()}
+        return replace(
+            self, ids=ids, images=images, texts=texts, answers=[self.answers[row] for row in kept], kinds=kinds
+        )
 
 
 def read_large_json(path: Path) -> Any:
@@ -123,19 +148,24 @@ def read_gqa(paths: Sequence[Path]) -> Questions:
             raise ValueError(f"{path}: {first_five(repeated)} were in an earlier file already")
         records |= found
     asked = {name: record for name, record in records.items() if record["isBalanced"]} or records
-    are_answered = all("answer" in record for record in asked.values())
-    ids, images = list(asked), [record["imageId"] for record in asked.values()]
-    said = "with answers" if are_answered else "without answers"
     rest = f"; {len(records) - len(asked):,} unbalanced ones are left out" if len(records) > len(asked) else ""
-    kinds = [kinds_of(record) for record in asked.values()] if are_answered else []
+    found = gqa_questions(asked, records)
+    said = "with answers" if found.are_answered else "without answers"
+    return replace(found, source=described(found.ids, found.images, paths[0], said) + rest)
+
+
+def gqa_questions(asked: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]) -> Questions:
+    """Questions made of GQA's records; `records` holds these and others that measures need."""
+    kinds = [kinds_of(record) for record in asked.values() if "answer" in record]
     return Questions(
-        ids,
-        images,
+        list(asked),
+        [record["imageId"] for record in asked.values()],
         [record["question"] for record in asked.values()],
         [(record["answer"],) if "answer" in record else () for record in asked.values()],
-        {key: [kind[key] for kind in kinds] for key in ("answer", "structural", "semantic")} if kinds else {},
-        records if are_answered else None,
-        described(ids, images, paths[0], said) + rest,
+        {key: [kind[key] for kind in kinds] for key in ("answer", "structural", "semantic")}
+        if len(kinds) == len(asked)
+        else {},
+        records,
     )
 
 
@@ -159,6 +189,13 @@ def read_table(path: Path) -> Questions:
     images = list(table["image"])
     said = "with answers" if any(answers) else "without answers"
     return Questions(ids, images, list(table["question"]), answers, source=described(ids, images, path, said))
+
+
+def plain_id(image: str) -> str:
+    """An image's id as all files have it: "COCO_val2014_000000000042" and "42.jpg" are "42"."""
+    stem = image.rpartition("/")[2].partition(".")[0]
+    number = re.fullmatch(r"(?:COCO_\w+_)?0*(\d+)", stem)
+    return number.group(1) if number else stem
 
 
 def described(ids: Sequence[str], images: Sequence[str], path: Path, said: str) -> str:
@@ -213,7 +250,22 @@ def find_gqa(root: Path, fold: str) -> list[Path]:
     raise missing(root, fold, tried, "https://cs.stanford.edu/people/dorarad/gqa/download.html")
 
 
-def missing(root: Path, fold: str, tried: Sequence[Path], where: str) -> ValueError:
+def read_choices(root: Path) -> dict[str, dict[str, list[str]]] | None:
+    """What may be answered to each question of GQA's val fold; None if the file is not there. Raises ValueError."""
+    for folder in (root, root / "choices", root / "eval"):
+        if (path := folder / "val_choices.json").is_file():
+            found = read_large_json(path)
+            if said := schema_mismatch(found, {str: {"valid": [str, ...], "plausible": [str, ...]}}):
+                raise ValueError(f"{path}: {said}")
+            return found
+    return None
+
+
+class NoQuestions(ValueError):
+    """A fold has no files."""
+
+
+def missing(root: Path, fold: str, tried: Sequence[Path], where: str) -> NoQuestions:
     """What to raise for a fold without files."""
     what = "is no folder" if not root.is_dir() else f"has no questions of the {fold} fold, such as {tried[0].name}"
-    return ValueError(f"--data_root {root}: {what}; they are at {where}")
+    return NoQuestions(f"--data_root {root}: {what}; they are at {where}")

@@ -6,7 +6,7 @@ Shapes: Q questions, B questions of a batch, A answers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,7 +32,10 @@ class AnswerList:
         return {answer: number for number, answer in enumerate(self.answers)}
 
 
-def build_answer_list(answers: Sequence[Sequence[str]], *, least: int) -> AnswerList:
+Spelling = Callable[[str], str]  # an answer -> the form in which it is compared
+
+
+def build_answer_list(answers: Sequence[Sequence[str]], *, least: int, spelling: Spelling = normalise) -> AnswerList:
     """The answers that most people gave to at least so many questions, the most frequent first.
 
     Raises:
@@ -41,18 +44,20 @@ def build_answer_list(answers: Sequence[Sequence[str]], *, least: int) -> Answer
     counts: Counter[str] = Counter()
     for said in answers:
         if said:
-            counts[Counter(map(normalise, said)).most_common(1)[0][0]] += 1
+            counts[Counter(map(spelling, said)).most_common(1)[0][0]] += 1
     kept = sorted((answer for answer, count in counts.items() if count >= least), key=lambda key: (-counts[key], key))
     if not kept:
         raise ValueError(f"no answer was given to {least} questions of the training fold; --least_answers 1 takes all")
     return AnswerList(tuple(kept))
 
 
-def target_matrix(answers: Sequence[Sequence[str]], known: AnswerList) -> scipy.sparse.csr_array:
+def target_matrix(
+    answers: Sequence[Sequence[str]], known: AnswerList, spelling: Spelling = normalise
+) -> scipy.sparse.csr_array:
     """(Q, A) the accuracy of each answer to each question; a row of zeros where no known answer was given."""
     rows, columns, values = [], [], []
     for row, said in enumerate(answers):
-        for answer, accuracy in soft_targets(said).items():
+        for answer, accuracy in soft_targets(said, spelling).items():
             if (column := known.number_of.get(answer)) is not None:
                 rows.append(row)
                 columns.append(column)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqa.features import Regions
-from answering.feed import CHUNK, QuestionFeed, QuestionTable, batch_rows, padded, trimmed
+from answering.feed import CHUNK, QuestionFeed, batch_rows, padded, trimmed
+from regions.features import Regions
+from vqa.preprocess import QuestionTable
 
 
 class Images:

@@ -74,7 +74,7 @@ def test_gqa_asks_balanced_questions_and_keeps_the_others_for_its_measures(tmp_p
 def test_gqa_questions_of_a_test_fold_have_no_answers(tmp_path):
     plain = {"question": "Is it?", "imageId": "n5", "isBalanced": False}
     found = read_gqa([write(tmp_path / "q.json", {"q": plain})])
-    assert (found.ids, found.are_answered, found.records) == (["q"], False, None)
+    assert (found.ids, found.are_answered, found.kinds) == (["q"], False, {})
 
 
 def test_official_gqa_files_are_read(vqa_dir):

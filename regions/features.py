@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from regions.pickles import read_plain_pickle
 from storage.json_files import read_json, schema_mismatch
 from storage.messages import first_five, one_line, quoted
 from storage.plain_files import check_plain_file
-from vqa.pickles import read_plain_pickle
+from vqa.questions import plain_id
 
 MARGIN = 0.02  # of a side by which a box may stick out of its image; it is cut there
 MOST_INFO = 2**28  # bytes of GQA's info file; the original has 1.6e7
@@ -50,13 +50,6 @@ class RegionFiles(Protocol):
 
     def read(self, image: str) -> Regions:
         """The regions of one image. Raises KeyError if it is not there, ValueError if it is damaged; one line."""
-
-
-def plain_id(image: str) -> str:
-    """An image's id as all files have it: "COCO_val2014_000000000042" and "42.jpg" are "42"."""
-    stem = image.rpartition("/")[2].partition(".")[0]
-    number = re.fullmatch(r"(?:COCO_\w+_)?0*(\d+)", stem)
-    return number.group(1) if number else stem
 
 
 def checked(where: str, features: Any, boxes: Any) -> Regions:

@@ -1,4 +1,4 @@
-"""`vqa/features.py`: the same regions out of every kind of file, and one line for what is wrong with one."""
+"""`regions/features.py`: the same regions out of every kind of file, and one line for what is wrong with one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import h5py
 import numpy as np
 import pytest
 
-from vqa.features import GqaObjects, NpzRegions, RegionFiles, StackedRegions, TsvRegions, open_features, plain_id
+from regions.features import GqaObjects, NpzRegions, RegionFiles, StackedRegions, TsvRegions, open_features
+from vqa.questions import plain_id
 
 WIDTH, HEIGHT = 200, 100
 COUNTS = {"7": 3, "12": 1, "n5": 2}

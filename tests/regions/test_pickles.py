@@ -1,4 +1,4 @@
-"""`vqa/pickles.py`: plain values are read, and nothing is ever run."""
+"""`regions/pickles.py`: plain values are read, and nothing is ever run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqa.pickles import read_plain_pickle
+from regions.pickles import read_plain_pickle
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 

@@ -1,0 +1,200 @@
+"""A trained run answers: the questions of a fold, with official result files, or one question about one image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from answering import images, outcome, remarks
+from answering.configs import VQAConfig
+from answering.experiment import Experiment, build_fold, number
+from answering.feed import QuestionFeed
+from answering.folds import read_questions, with_regions
+from answering.task import answer
+from branches.fine import FineBranch
+from regions.features import RegionFiles
+from storage.atomic import atomic_write
+from storage.json_files import schema_mismatch
+from training import checkpoints, devices
+from vqa.preprocess import Lexicon, number_questions
+from vqa.questions import Questions, gqa_questions, plain_id
+from vqa.targets import AnswerList
+from vqa.text import Vocabulary
+
+MOST_ANSWERS = 5
+SAVED = {
+    "program": str,
+    "model": dict,
+    "words": [str, ...],
+    "entities": list,
+    "answers": [str, ...],
+    "options": dict,
+}
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A trained model with what it reads and gives."""
+
+    config: VQAConfig  # what was asked for, with the options that the run was trained by
+    runtime: devices.Runtime
+    model: FineBranch
+    lexicon: Lexicon
+
+
+def load(config: VQAConfig) -> Answerer:
+    """The run of --checkpoint. Raises ValueError for what is none, in one line."""
+    folder = Path(str(config.checkpoint))
+    runtime = devices.start_runtime(config.device, config.amp)
+    description = checkpoints.load_description(folder)
+    if said := schema_mismatch(description, SAVED):
+        raise ValueError(f"--checkpoint {folder}: is no run of main.py ({said})")
+    with checkpoints.damage_errors(folder):
+        lexicon = Lexicon(
+            Vocabulary(tuple(description["words"])),
+            frozenset(description["entities"]),
+            AnswerList(tuple(description["answers"])),
+        )
+        options = dict(description["options"])
+        options["features"] = config.features or (images.CLIP if options["features"] == images.CLIP else None)
+        if description["model"]["feature_width"] == 0:
+            options |= {"features": None, "question_only": True}
+        config = replace(config, **options)
+        model = FineBranch(**description["model"])
+        _, weights, _ = checkpoints.load_weights(folder)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(str(error).splitlines()[-1]) from error
+    return Answerer(config, runtime, model.to(runtime.device).eval(), lexicon)
+
+
+def open_for(answerer: Answerer) -> RegionFiles | None:
+    """The regions that a trained model looks at. Raises ValueError if these are others than it was trained on."""
+    wanted = answerer.model.feature_width
+    if wanted == 0:
+        return None
+    if answerer.config.features is None:
+        raise ValueError(
+            "--features PATH: this run was trained on features from files, so it needs those of the images asked about"
+        )
+    known = images.open_regions(answerer.config, answerer.runtime)
+    assert known is not None
+    if known.width != wanted:
+        raise ValueError(
+            f"--features {answerer.config.features}: {known.width} numbers a region; the run was trained on {wanted}"
+        )
+    return known
+
+
+def build(answerer: Answerer, questions: Questions, known: RegionFiles | None) -> Experiment:
+    """What `outcome` measures, with one fold."""
+    config, runtime, lexicon = answerer.config, answerer.runtime, answerer.lexicon
+    images.prepare(known, [questions])
+    table = number(config, questions, lexicon, images.read_graphs(config))
+    fold = build_fold(config, questions, table, known, runtime)
+    return Experiment(config, runtime, {config.fold: fold}, lexicon, known, answerer.model, {}, [])
+
+
+def read(answerer: Answerer, known: RegionFiles | None, *, whole: bool) -> Questions:
+    """The questions of --fold; of GQA the unbalanced ones too where the `whole` file is to be answered."""
+    config, runtime = answerer.config, answerer.runtime
+    questions = read_questions(config, config.fold)
+    runtime.say(f"questions {questions.source}")
+    if whole and questions.records is not None:
+        questions = gqa_questions(questions.records, questions.records)
+    if known is not None:
+        questions, said = with_regions(questions, known.ids, config.bad_images == "skip")
+        if said:
+            runtime.say(f"note      {said}")
+    return questions
+
+
+def evaluate(config: VQAConfig) -> dict[str, Any]:
+    """Answer the questions of --fold and say what the answers are worth. Raises ValueError."""
+    answerer = load(config)
+    known = open_for(answerer)
+    questions = read(answerer, known, whole=False)
+    if not questions.are_answered:
+        raise ValueError(f"--mode evaluate: {questions.source}; --mode predict answers them")
+    experiment = build(answerer, questions, known)
+    answers = answer(experiment, answerer.model, experiment.folds[config.fold])
+    found = outcome.measure(experiment, answerer.model, config.fold, answers)
+    answerer.runtime.say("\n".join(remarks.measured_lines(found)))
+    for note in images.graph_notes(answerer.config):
+        answerer.runtime.say(f"note      {note}")
+    if config.output:
+        write_answers(config, questions, outcome.words_of(experiment, answers["answer"]), answerer.runtime)
+    return found
+
+
+def predict(config: VQAConfig) -> dict[str, Any]:
+    """Answer the questions of --fold and write the file that the evaluation server takes. Raises ValueError."""
+    answerer = load(config)
+    known = open_for(answerer)
+    questions = read(answerer, known, whole=True)
+    experiment = build(answerer, questions, known)
+    answers = answer(experiment, answerer.model, experiment.folds[config.fold])
+    given = outcome.words_of(experiment, answers["answer"])
+    write_answers(config, questions, given, answerer.runtime)
+    return {"answers": len(given)}
+
+
+def write_answers(config: VQAConfig, questions: Questions, given: list[str], runtime: devices.Runtime) -> None:
+    """Write the result file in the form of the data set. Raises ValueError if there is one already."""
+    path = Path(config.output or f"{config.dataset.lower()}-{config.fold}-answers.json")
+    if path.exists() and not config.overwrite:
+        raise ValueError(f"--output {path}: is there already; name another, or pass --overwrite")
+    pairs = zip(questions.ids, given, strict=True)
+    if config.dataset == "VQA":
+        rows: list[dict[str, Any]] = [{"question_id": int(name), "answer": text} for name, text in pairs]
+    elif config.dataset == "GQA":
+        rows = [{"questionId": name, "prediction": text} for name, text in pairs]
+    else:
+        rows = [{"id": name, "answer": text} for name, text in pairs]
+    if runtime.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda temporary: temporary.write_text(json.dumps(rows) + "\n", encoding="utf-8"))
+    runtime.say(f"answers   {len(rows):,} in {path}")
+
+
+def ask(config: VQAConfig) -> dict[str, Any]:
+    """Answer --question about --image with the five most likely answers. Raises ValueError."""
+    answerer = load(config)
+    config, path = answerer.config, Path(str(config.image))
+    if not path.is_file():
+        raise ValueError(f"--image {path}: there is no such file")
+    known: RegionFiles | None
+    if answerer.model.feature_width and config.features == images.CLIP:
+        known, name = images.clip_regions(config, answerer.runtime, {path.name: path}), path.name
+        images.prepare(known, [Questions(["1"], [name], [""], [()])])
+    else:
+        known, name = open_for(answerer), plain_id(path.name)
+        if known is not None and name not in known.ids:
+            raise ValueError(f"--features {config.features}: has no image {name!r}")
+    questions = Questions(["1"], [name], [str(config.question)], [()])
+    table = number_questions(
+        questions,
+        answerer.lexicon,
+        {},
+        question_len=config.question_len,
+        num_stat_word=config.num_stat_word,
+        topk=config.topk,
+    )
+    feed = QuestionFeed(table, known, max_boxes=config.max_boxes, device=answerer.runtime.device)
+    chances, _ = outcome.look(answerer.model, feed, np.array([0]), config.loss)
+    best = np.argsort(-chances[0])[:MOST_ANSWERS]
+    found = {answerer.lexicon.answers.answers[place]: float(chances[0, place]) for place in best}
+    for text, chance in found.items():
+        answerer.runtime.say(f"{chance:6.3f}  {text}")
+    if answerer.model.feature_width == 0:
+        answerer.runtime.say("note      this run looks at no image: trained with --question_only")
+    return found
+
+
+ASKING: Mapping[str, Callable[[VQAConfig], dict[str, Any]]] = {"evaluate": evaluate, "predict": predict, "ask": ask}

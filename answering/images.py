@@ -1,0 +1,121 @@
+"""What is known of images: their regions, from files or from CLIP; their scene graphs; and where they lie."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from answering.configs import VQAConfig
+from backbones.loading import load_backbone
+from regions.clip_regions import PatchRegions
+from regions.demo_set import find_demo_set
+from regions.features import RegionFiles, open_features
+from storage.atomic import atomic_write
+from storage.feature_cache import FeatureCache, key_of
+from storage.messages import one_line
+from training.devices import Runtime
+from vqa.preprocess import SceneGraphs, read_scene_graphs
+from vqa.questions import Questions, plain_id
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
+MOST_CACHE = 100e9  # bytes of regions, of all runs that share --cache_dir
+CLIP = "clip"
+
+
+def open_regions(config: VQAConfig, runtime: Runtime) -> RegionFiles | None:
+    """The regions that --features names; None if no image is looked at. Raises ValueError."""
+    if config.question_only or config.features is None:
+        return None
+    if config.features != CLIP:
+        return open_features(Path(config.features), lambda path: unpacked(path, Path(config.cache_dir)))
+    return clip_regions(config, runtime, index_images(config))
+
+
+def clip_regions(config: VQAConfig, runtime: Runtime, paths: Mapping[str, Path]) -> PatchRegions:
+    """The patches of --clip_model as regions of these images. Raises ValueError."""
+    backbone = load_backbone(config.clip_model, config.clip_pretrained)
+    cache = FeatureCache(Path(config.cache_dir) / "regions", MOST_CACHE)
+    return PatchRegions(backbone, runtime, paths, cache, most=config.max_boxes)
+
+
+def prepare(known: RegionFiles | None, questions: Iterable[Questions]) -> None:
+    """Compute what is missing of the regions of all images that are asked about, where CLIP computes them."""
+    if isinstance(known, PatchRegions):
+        known.fill(list(dict.fromkeys(image for fold in questions for image in fold.images)))
+
+
+def unpacked(path: Path, cache: Path) -> Path:
+    """The TSV file in a ZIP file, unpacked into the cache folder once. Raises ValueError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".tsv")]
+            if len(names) != 1:
+                raise ValueError(f"--features {path}: holds {len(names)} .tsv files; unpack it, and name one")
+            info = archive.getinfo(names[0])
+            target = cache / "unpacked" / f"{key_of(path.resolve(), info.CRC, info.file_size)[:32]}.tsv"
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+
+                def fill(temporary: Path) -> None:
+                    with archive.open(info) as source, temporary.open("wb") as file:
+                        shutil.copyfileobj(source, file, 1 << 20)
+
+                atomic_write(target, fill)
+            return target
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise ValueError(f"--features {path}: cannot be unpacked ({one_line(error)})") from None
+
+
+def image_folder(config: VQAConfig) -> Path | None:
+    """Where the images should lie; None if nobody has said."""
+    folder = config.image_base_dir or config.data_root
+    if folder is None and config.data_csv_path is not None:
+        return Path(config.data_csv_path).parent
+    return None if folder is None else Path(folder)
+
+
+def index_images(config: VQAConfig) -> dict[str, Path]:
+    """Each image in the folder and the folders in it, by the id that questions have. Raises ValueError."""
+    folder = image_folder(config)
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"--image_base_dir {folder}: is no folder")
+    found = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.suffix.lower() in SUFFIXES)
+    if config.dataset == "csv":
+        return {path.relative_to(folder).as_posix(): path for path in found}
+    return {plain_id(path.name): path for path in found}
+
+
+def find_images(config: VQAConfig, names: Sequence[str]) -> dict[str, Path]:
+    """The files of some images, as far as they are there."""
+    folder = image_folder(config)
+    if folder is None or not folder.is_dir():
+        return {}
+    known = index_images(config)
+    return {name: known[name] for name in names if name in known}
+
+
+def read_graphs(config: VQAConfig) -> SceneGraphs:
+    """The scene graphs that --sg_source names; none without it. Raises ValueError."""
+    if config.sg_source == "none":
+        return {}
+    root = Path(str(config.scene_graphs or config.data_root))
+    tiers = [path for folder in (root, root / "sceneGraphs") for path in sorted(folder.glob("*sceneGraphs.json"))]
+    if not tiers:
+        raise ValueError(f"--sg_source {config.sg_source}: {root} holds no *sceneGraphs.json")
+    return read_scene_graphs(tiers)
+
+
+def graph_notes(config: VQAConfig) -> list[str]:
+    """What is to be said beside every number that scene graphs have gone into."""
+    if config.sg_source == "gt":
+        return ["--sg_source gt: people drew these scene graphs, which give answers away; no test image has any"]
+    return []
+
+
+def find_demo(config: VQAConfig, runtime: Runtime) -> VQAConfig:
+    """The options with the paths to the drawn set, which is drawn if it is not there yet. Raises ValueError."""
+    folder, features = find_demo_set(Path(config.cache_dir), config.dataset, runtime)
+    return replace(config, data_root=str(folder), features=config.features or str(features))

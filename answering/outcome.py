@@ -1,0 +1,323 @@
+"""What has come of a run: measured beside floors, with intervals, and what a page shows of it.
+
+Shapes: Q questions, I images, A answers, M regions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+
+from answering import images, remarks
+from answering.configs import NOT_SAVED, OPTIONS
+from answering.experiment import Experiment, build_fold, number
+from answering.task import Answers, answer, probabilities
+from branches.fine import FineBranch
+from pages import report
+from storage.atomic import atomic_write
+from storage.json_files import read_json
+from training import checkpoints, devices, resuming, run_folder
+from vqa import floors, gqa_metrics
+from vqa.questions import Questions, gqa_questions, read_choices
+from vqa.targets import ceiling
+
+RESAMPLES = 1000  # of whole images
+PER_DRAW = 50  # of these at once
+FREQUENT = 10  # answers in the confusion
+NUM_EXAMPLES = 8  # worst, and best, questions
+MOST_ANSWERS = 5  # of an example
+IMAGE_ONLY = 4000  # training images that are read once more for the floor
+
+
+def load_best(experiment: Experiment, trained: FineBranch, folder: Path) -> FineBranch:
+    """The trained model with the weights of the epoch that validation has chosen."""
+    if experiment.runtime.is_main:
+        trained.load_state_dict(checkpoints.load_weights(folder / checkpoints.BEST_DIR)[1])
+    experiment.runtime.copy_weights(trained)
+    return trained
+
+
+def interval(accuracy_Q: NDArray[np.float64], of_image: Sequence[str], seed: int = 0) -> list[float]:
+    """The 95 % interval of the mean accuracy of questions, by a bootstrap of whole images; of one image, nothing."""
+    _, place = np.unique(np.asarray(of_image), return_inverse=True)
+    counts_I = np.bincount(place)
+    if len(counts_I) < 2:
+        return []
+    sums_I = np.bincount(place, weights=accuracy_Q)
+    draw, means = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES // PER_DRAW):
+        drawn = draw.integers(len(counts_I), size=(PER_DRAW, len(counts_I)))
+        means.append(sums_I[drawn].sum(axis=1) / counts_I[drawn].sum(axis=1))
+    return [float(end) for end in np.quantile(np.concatenate(means), (0.025, 0.975))]
+
+
+def by_kind(
+    questions: Questions, accuracy_Q: NDArray[np.float64], floors_Q: Mapping[str, NDArray[np.float64]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Accuracy of every kind of question that the data tells of, with interval, floors and number of questions."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    names = np.array(questions.images)
+    for key, kinds in questions.kinds.items():
+        found[key] = {}
+        for kind, count in Counter(kinds).most_common():
+            are_of_it = np.array([one == kind for one in kinds])
+            own = accuracy_Q[are_of_it]
+            found[key][kind] = {
+                "accuracy": float(own.mean()),
+                "questions": count,
+                "interval": interval(own, names[are_of_it].tolist()),
+                "floors": {name: float(values[are_of_it].mean()) for name, values in floors_Q.items()},
+            }
+    return found
+
+
+def confusion(questions: Questions, given: Sequence[str]) -> dict[str, Any]:
+    """How often each of the most frequent answers of people (rows) was answered with what (columns)."""
+    said = [most_said(people, questions) for people in questions.answers]
+    frequent = [name for name, _ in Counter(said).most_common(FREQUENT)]
+    place = {name: number for number, name in enumerate(frequent)}
+    counts = np.zeros((len(frequent) + 1, len(frequent) + 1), dtype=int)
+    other = len(frequent)
+    for people, own in zip(said, given, strict=True):
+        counts[place.get(people, other), place.get(own, other)] += 1
+    return {"answers": [*frequent, "other"], "counts": counts.tolist()}
+
+
+def most_said(people: Sequence[str], questions: Questions) -> str:
+    """What most people said."""
+    return Counter(map(questions.spelling, people)).most_common(1)[0][0] if people else ""
+
+
+def words_of(experiment: Experiment, numbers_Q: NDArray[Any]) -> list[str]:
+    """Numbers of answers as text."""
+    answers = experiment.lexicon.answers.answers
+    return [answers[int(place)] for place in numbers_Q]
+
+
+def floor_answers(experiment: Experiment, model: FineBranch, fold: str) -> dict[str, NDArray[Any]]:
+    """What much simpler predictors answer to a fold's questions: numbers of answers (Q,) each."""
+    train, asked = experiment.folds["train"], experiment.folds[fold]
+    targets_QA = train.table.targets_QA
+    assert targets_QA is not None
+    num_words = len(experiment.lexicon.words)
+    bags = [floors.bag_of_words(table.words_QN, num_words) for table in (train.table, asked.table)]
+    found = {
+        "most frequent answer": np.full(len(asked.table), floors.most_frequent(targets_QA)),
+        "question only": floors.ridge_answers(bags[0], targets_QA, bags[1]),
+    }
+    if experiment.regions is None:
+        return found
+    read = set(list(dict.fromkeys(train.table.images))[:IMAGE_ONLY])
+    kept = [row for row, image in enumerate(train.table.images) if image in read]
+    seen = [
+        mean_features(experiment, names) for names in ([train.table.images[row] for row in kept], asked.table.images)
+    ]
+    found["image only"] = floors.ridge_answers(seen[0], targets_QA[kept], seen[1])
+    if not experiment.config.shuffle_images:
+        config, runtime = experiment.config, experiment.runtime
+        table = asked.table.shuffled(config.seed)
+        other = build_fold(config, asked.questions, table, experiment.regions, runtime)
+        found["shuffled image"] = answer(experiment, model, other)["answer"].astype(int)
+    return found
+
+
+def mean_features(experiment: Experiment, names: Sequence[str]) -> scipy.sparse.csr_array:
+    """(Q, F) the mean features of each question's image, scaled to a standard deviation near 1."""
+    assert experiment.regions is not None
+    most = experiment.config.max_boxes
+    means = {name: experiment.regions.read(name).features[:most].mean(axis=0) for name in dict.fromkeys(names)}
+    found = np.stack([means[name] for name in names])
+    return scipy.sparse.csr_array(found / max(float(found.std()), 1e-12))
+
+
+def measure(
+    experiment: Experiment,
+    model: FineBranch,
+    fold: str,
+    answers: Answers,
+    floor_answers: Mapping[str, NDArray[Any]] | None = None,
+) -> dict[str, Any]:
+    """What the answers to a fold are worth, as `results.json` has it.
+
+    Args:
+        floor_answers: numbers of the answers (Q,) of simpler predictors.
+    """
+    own = experiment.folds[fold]
+    given = words_of(experiment, answers["answer"])
+    accuracy_Q = own.questions.score(given)
+    floors_Q = {
+        name: own.questions.score(words_of(experiment, numbers)) for name, numbers in (floor_answers or {}).items()
+    }
+    assert own.table.targets_QA is not None
+    measures = {"accuracy": float(accuracy_Q.mean()), "loss": float(answers["loss"].mean())}
+    return {
+        "fold": fold,
+        "measures": measures | gqa_measures(experiment, model, own.questions, given),
+        "interval": interval(accuracy_Q, own.questions.images),
+        "by_kind": by_kind(own.questions, accuracy_Q, floors_Q),
+        "floors": {name: float(values.mean()) for name, values in floors_Q.items()},
+        "ceiling": ceiling(own.table.targets_QA),
+        "confusion": confusion(own.questions, given),
+        "data": {
+            name: {"questions": len(part.questions), "images": len(set(part.questions.images))}
+            for name, part in experiment.folds.items()
+        },
+        "answers": len(experiment.lexicon.answers),
+    }
+
+
+def gqa_measures(
+    experiment: Experiment, model: FineBranch, questions: Questions, given: Sequence[str]
+) -> dict[str, float | None]:
+    """What GQA's evaluation tells beside accuracy; nothing of other data, None for what there is nothing to tell by."""
+    if questions.records is None:
+        return {}
+    predictions = dict(zip(questions.ids, given, strict=True))
+    known = None if experiment.regions is None else experiment.regions.ids
+    entailed = {
+        other: questions.records[other]
+        for name in questions.ids
+        for other in questions.records[name]["entailed"]
+        if other not in predictions and other in questions.records
+        and (known is None or questions.records[other]["imageId"] in known)
+    }  # fmt: skip
+    if entailed:
+        more = gqa_questions(entailed, questions.records)
+        table = number(experiment.config, more, experiment.lexicon, images.read_graphs(experiment.config))
+        fold = build_fold(experiment.config, more, table, experiment.regions, experiment.runtime)
+        told = words_of(experiment, answer(experiment, model, fold)["answer"])
+        predictions |= dict(zip(more.ids, told, strict=True))
+    records = {
+        name: {**questions.records[name], "entailed": [
+            other for other in questions.records[name]["entailed"] if other in predictions
+        ]}
+        for name in predictions
+    }  # fmt: skip
+    found = gqa_metrics.measures(records, predictions, read_choices(Path(str(experiment.config.data_root))))
+    return {name: None if math.isnan(value) else value for name, value in found.items() if name != "accuracy"}
+
+
+def predictions_table(experiment: Experiment, fold: str, answers: Answers) -> pd.DataFrame:
+    """A row for each question of a fold."""
+    questions = experiment.folds[fold].questions
+    given = words_of(experiment, answers["answer"])
+    return pd.DataFrame(
+        {
+            "id": questions.ids,
+            "image": questions.images,
+            "question": questions.texts,
+            "answer": [most_said(people, questions) for people in questions.answers],
+            "prediction": given,
+            "probability": answers["probability"],
+            "accuracy": questions.score(given),
+            **{key.replace(" ", "_"): kinds for key, kinds in questions.kinds.items()},
+        }
+    )
+
+
+@torch.inference_mode()
+def look(model: FineBranch, feed: Any, rows: NDArray[np.int64], kind: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(n, A) probabilities of answers to some questions, and (n, M) the share of attention on each region."""
+    seen: list[torch.Tensor] = []
+    hook = model.attend.register_forward_hook(lambda layer, given, out: seen.append(out[0])) if model.looks else None
+    try:
+        chances = probabilities(model.eval()(**feed.assemble(rows).inputs), kind)
+    finally:
+        if hook is not None:
+            hook.remove()
+    weights = seen[0].float().mean(dim=1).sum(dim=1) if seen else torch.zeros(len(rows), 0)
+    return chances.cpu().numpy(), weights.cpu().numpy()
+
+
+def examples(experiment: Experiment, model: FineBranch, fold: str, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The worst and best questions: those answered wrongly, and rightly, with most certainty."""
+    own = experiment.folds[fold]
+    sure = table["probability"].to_numpy()
+    order = np.argsort(np.where(table["accuracy"] == 0, -sure, 1 + table["accuracy"]), kind="stable")
+    worst = [row for row in order[:NUM_EXAMPLES] if table["accuracy"][row] == 0]
+    order = np.argsort(-(table["accuracy"].to_numpy() + sure), kind="stable")
+    rows = np.array([*worst, *(row for row in order[:NUM_EXAMPLES] if table["accuracy"][row] > 0)], dtype=np.int64)
+    if not len(rows):
+        return []
+    chances_QA, weights_QM = look(model, own.feed, rows, experiment.config.loss)
+    paths = images.find_images(experiment.config, [own.questions.images[row] for row in rows])
+    names = experiment.lexicon.answers.answers
+    found = []
+    for row, chances, weights in zip(rows.tolist(), chances_QA, weights_QM, strict=True):
+        image = own.table.images[row]
+        boxes = [] if experiment.regions is None else experiment.regions.read(image).boxes[: len(weights)].tolist()
+        path = paths.get(image)
+        best = np.argsort(-chances)[:MOST_ANSWERS]
+        found.append(
+            {
+                "id": own.questions.ids[row],
+                "image": str(path or ""),
+                "digest": hashlib.sha256(path.read_bytes()).hexdigest() if path else "",
+                "question": own.questions.texts[row],
+                "answer": list(dict.fromkeys(own.questions.answers[row])),
+                "prediction": [[names[place], float(chances[place])] for place in best],
+                "accuracy": float(table["accuracy"][row]),
+                "boxes": boxes,
+                "weights": weights[: len(boxes)].tolist(),
+            }
+        )
+    return found
+
+
+def conclude(
+    experiment: Experiment, progress: resuming.Progress, measured: Mapping[str, Any], said: Sequence[Mapping[str, str]]
+) -> dict[str, Any]:
+    """What `results.json` holds but for the times: what was measured, and what is to be said of it."""
+    best = progress.best_epoch or 0
+    row = progress.history[best - 1] if best else {}
+    return {
+        "program": "vqa",
+        "best_epoch": best,
+        "epochs": len(progress.history),
+        "val": {"accuracy": max(progress.selection), "loss": row.get("val_loss")},
+        **measured,
+        "defaults": {name: spec.default for name, spec in OPTIONS.items() if name not in NOT_SAVED},
+        "notes": images.graph_notes(experiment.config),
+        "advice": list(said),
+        "diagnosis": remarks.diagnose(progress.history, best, measured, experiment.config),
+        "resumed": progress.resumed,
+    }
+
+
+def timing(progress: resuming.Progress, started: float, ready: float) -> dict[str, float]:
+    """Seconds that the run has taken, and those of this process without loading data."""
+    now = time.perf_counter()
+    return {"seconds": round(progress.seconds + now - started, 3), "seconds_from_first_batch": round(now - ready, 3)}
+
+
+def finished_results(folder: Path, runtime: devices.Runtime) -> dict[str, Any]:
+    """What a run found that `--resume` need not go on with."""
+    runtime.say(f"{folder} is finished; nothing is left to do")
+    return read_json(folder / run_folder.RESULTS_FILE)
+
+
+def write_report(experiment: Experiment, folder: Path) -> None:
+    """Write the page of a finished run, unless it is not wanted."""
+    if experiment.config.report and experiment.runtime.is_main:
+        report.write_report(folder)
+
+
+def write_findings(experiment: Experiment, model: FineBranch, answers: Answers, writer: run_folder.RunFolder) -> None:
+    """Write predictions.csv, and examples.json for the page."""
+    table = predictions_table(experiment, "test", answers)
+    writer.csv("predictions.csv", table)
+    shown = examples(experiment, model, "test", table)
+    if writer.active:
+        atomic_write(writer.path / "examples.json", lambda path: path.write_text(json.dumps(shown, indent=1) + "\n"))

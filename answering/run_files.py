@@ -1,0 +1,185 @@
+"""The folder of a run: found, filled with what the run starts from, and what it keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from torch import Tensor
+
+from answering.configs import VQAConfig
+from answering.experiment import Experiment
+from storage.json_files import read_json
+from training import checkpoints, devices, loop, resuming, run_folder, signals, tracking
+
+SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
+FLAG = "--output"
+
+
+@contextmanager
+def with_folder(config: VQAConfig) -> Iterator[VQAConfig]:
+    """The options with a folder for the run."""
+    if config.output or config.dry_run:
+        yield config
+        return
+    runtime = devices.start_runtime(config.device, config.amp)
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.dataset.lower()}-{config.branches.replace(',', '-')}"
+    with run_folder.new_folder(name, runtime) as folder:
+        yield replace(config, output=str(folder))
+
+
+def start(config: VQAConfig) -> tuple[devices.Runtime, Path, str]:
+    """Join the other processes, if any, and agree on the run folder.
+
+    Returns:
+        runtime, folder, and what `--resume` finds in it: "finished", "interrupted", or "" for nothing.
+
+    Raises:
+        ValueError: for what cannot work.
+    """
+    runtime = devices.start_runtime(config.device, config.amp)
+    if config.dynamic_batch_size and runtime.world > 1:
+        raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
+    tracking.check_installed(tracker_names(config))
+    folder, found = Path(config.output or "runs/dry-run"), ""
+    if config.resume:
+        found = "finished" if (folder / run_folder.RESULTS_FILE).exists() else "interrupted"
+    elif runtime.is_main and config.output:
+        run_folder.refuse_occupied(folder, overwrite=config.overwrite, flag=FLAG)
+    return runtime, *runtime.agree((folder, found))
+
+
+def tracker_names(config: VQAConfig) -> list[str]:
+    """The trackers that are asked for."""
+    return ["tensorboard"] * config.tensorboard + ([config.tracker] if config.tracker else [])
+
+
+def open_folder(experiment: Experiment, folder: Path, *, resume: bool) -> run_folder.RunFolder:
+    """The folder of the run, for the process that writes."""
+    return run_folder.RunFolder(
+        folder,
+        active=experiment.runtime.is_main,
+        overwrite=experiment.config.overwrite,
+        resume=resume,
+        flag=FLAG,
+    )
+
+
+def fingerprint(experiment: Experiment) -> str:
+    """Of all questions, answers and folds."""
+    digest = hashlib.sha256()
+    for name, fold in experiment.folds.items():
+        asked = fold.questions
+        digest.update(json.dumps([name, asked.ids, asked.images, asked.texts, asked.answers]).encode())
+    return digest.hexdigest()
+
+
+def write_inputs(writer: run_folder.RunFolder, experiment: Experiment) -> None:
+    """Write config.json, which makes the folder that of a run; of one that is gone on with, say what has changed.
+
+    Raises:
+        ValueError: that is the data.
+    """
+    runtime, data = experiment.runtime, fingerprint(experiment)
+    if writer.resume:
+        before = read_json(writer.path / run_folder.CONFIG_FILE)["provenance"]
+        runtime.say(run_folder.changes_since(before, writer.path, data))
+        return
+    provenance = {
+        **run_folder.environment(),
+        "machine": runtime.describe(),
+        "resolved": {"device": runtime.device.type, "amp": runtime.precision, "processes": runtime.world},
+        "data_fingerprint": data,
+    }
+    config = replace(experiment.config, output=str(writer.path))
+    writer.json(run_folder.CONFIG_FILE, {**config.to_json(), "provenance": provenance})
+
+
+def keep_best(writer: run_folder.RunFolder, experiment: Experiment) -> checkpoints.DeferredWeights:
+    """What takes the weights of each epoch that is the best so far, and writes them now and then."""
+    lexicon, config = experiment.lexicon, experiment.config
+    description = {
+        "program": "vqa",
+        "model": dict(experiment.arguments),
+        "words": list(lexicon.words.words),
+        "entities": sorted(lexicon.entities),
+        "answers": list(lexicon.answers.answers),
+        "options": {
+            name: getattr(config, name)
+            for name in (
+                *("dataset", "question_len", "num_stat_word", "topk", "max_boxes", "loss", "sg_source", "features"),
+                *("clip_model", "clip_pretrained"),
+            )
+        },
+    }
+
+    def write(state: Mapping[str, Tensor]) -> None:
+        writer.weights(checkpoints.BEST_DIR, state, description, lambda path: None)
+
+    return checkpoints.DeferredWeights(write, every_seconds=SAVE_EVERY_SECONDS, constant=set())
+
+
+def build_saver(
+    experiment: Experiment,
+    state: resuming.TrainState,
+    writer: run_folder.RunFolder,
+    best_weights: checkpoints.DeferredWeights,
+    stop_signals: signals.Signals,
+    started: float,
+) -> resuming.Saver:
+    """What saves the run's state; where an interrupted run is gone on with, that has been loaded."""
+    config, runtime, progress = experiment.config, experiment.runtime, resuming.Progress()
+
+    def tell(error: Exception) -> None:
+        if isinstance(error, loop.NonFiniteLoss):
+            asked = experiment.folds["train"].questions
+            writer.json(
+                run_folder.FAILURE_FILE,
+                {
+                    "error": str(error),
+                    "metric": error.metric,
+                    "value": str(error.value),
+                    "epoch": progress.epoch,
+                    "step": error.step,
+                    "questions": [asked.ids[row] for row in error.samples],
+                    "repeat": shlex.join(["python", "main.py", "--resume", str(writer.path)]),
+                },
+            )
+        runtime.say(f"saved     in {writer.path} as it was before; --resume {writer.path} repeats from there")
+
+    saver = resuming.Saver(
+        checkpoints.StateFolder(writer.path, keep=config.keep_states),
+        progress,
+        state,
+        runtime,
+        steps_per_epoch=experiment.steps_per_epoch,
+        every_seconds=60 * config.save_every_minutes,
+        stop_signals=stop_signals,
+        before=best_weights.flush,
+        dropped=set(),
+        tell=tell,
+        started=started,
+    )
+    if writer.resume:
+        has_state = saver.load()
+        where = f"epoch {progress.epoch} after {progress.record.step} of {experiment.steps_per_epoch} steps"
+        runtime.say(f"resume    {where if has_state else 'no state was saved: from the start'}")
+    return saver
+
+
+def open_trackers(
+    experiment: Experiment, writer: run_folder.RunFolder, progress: resuming.Progress
+) -> tracking.Trackers:
+    """What the scalars of every epoch are sent to, by the process that writes, those of finished epochs at once."""
+    config = experiment.config
+    names = tracker_names(config) if writer.active else []
+    trackers = tracking.Trackers(names, writer.path, config.to_json(), experiment.runtime.say)
+    for row in progress.history:
+        trackers.log(row, int(row["epoch"]))
+    return trackers

@@ -1,0 +1,161 @@
+"""What a run trains and by which steps, as `training.fit` asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from answering.experiment import Experiment, Fold
+from answering.feed import QuestionBatch, batch_rows
+from branches.fine import FineBranch
+from training import micro_batches, optim, resuming
+from training.fit import FitOptions
+
+BAN_WARM_UP = (0.5, 1.0, 1.5, 2.0)  # of --lr in the first epochs; the last stays
+BAN_DECAY = (10, 12, 14, 16, 18)  # epochs done, at each of which a quarter is left
+WARM_UP = 0.1  # share of all steps, of the other schedules
+
+Answers = dict[str, np.ndarray]  # "answer", its number, "probability", "loss": (Q,) each
+
+
+class AnswerTask:
+    """Answers to questions; see `training.fit.Task`."""
+
+    may_leave_unused = False
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.train = experiment.folds["train"]
+
+    @property
+    def num_samples(self) -> int:
+        """Training questions."""
+        return len(self.train.table)
+
+    def enter_epoch(self, epoch: int, saver: resuming.Saver) -> bool:
+        """Nothing thaws here."""
+        return False
+
+    def batches(self, epoch: int, num_done: int) -> Iterable[QuestionBatch]:
+        """The batches of an epoch (from 1), without the first `num_done`."""
+        config = self.experiment.config
+        parts = batch_rows(self.train.table.lengths_Q, config.batch_size, seed=config.seed, number=epoch)
+        return self.train.feed.batches(parts[num_done:])
+
+    def compute_losses(self, model: nn.Module, batch: QuestionBatch) -> dict[str, Tensor]:
+        """The loss of a whole batch, of which this process computes its share."""
+        own = model(**batch.inputs)
+        logits_BA = self.experiment.runtime.gather(own, len(batch))
+        assert batch.targets_BA is not None
+        loss = losses_of(logits_BA, batch.targets_BA, self.experiment.config.loss).mean()
+        return {"loss": loss + 0.0 * own.sum()}  # every process has to have a gradient
+
+    def validate(self, model: FineBranch, before_batch: Callable[[], object]) -> tuple[Answers, dict[str, float]]:
+        """Answers to the validation fold, and what they are worth."""
+        answers = answer(self.experiment, model, self.experiment.folds["val"], before_batch)
+        return answers, {"loss": float(answers["loss"].mean()), "accuracy": self.accuracy("val", answers)}
+
+    def accuracy(self, fold: str, answers: Answers) -> float:
+        """The mean accuracy of answers by the targets of a fold."""
+        targets_QA = self.experiment.folds[fold].table.targets_QA
+        assert targets_QA is not None
+        return float(targets_QA[np.arange(targets_QA.shape[0]), answers["answer"].astype(int)].mean())
+
+    def weights(self, model: FineBranch) -> dict[str, Tensor]:
+        """All weights."""
+        return model.state_dict()
+
+    def epoch_line(self, row: Mapping[str, float]) -> str:
+        """One line on an epoch."""
+        return (
+            f"epoch {row['epoch']:3.0f}/{self.experiment.config.epochs}  loss {row['loss']:.4f}  "
+            f"val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.4f}  "
+            f"{row['images_per_s']:.0f} questions/s  {row['seconds']:.1f} s"
+        )
+
+
+def losses_of(logits_BA: Tensor, targets_BA: Tensor, kind: str) -> Tensor:
+    """(B, A) logits and accuracies of answers -> (B,) losses.
+
+    "bce": binary cross-entropy, summed over answers. "ce": cross-entropy against the accuracies as shares; 0 for a
+    question to which no answer of the list is right.
+    """
+    logits_BA = logits_BA.float()
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(logits_BA, targets_BA, reduction="none").sum(dim=1)
+    sums_B1 = targets_BA.sum(dim=1, keepdim=True)
+    return -(targets_BA / sums_B1.clamp(min=1e-6) * F.log_softmax(logits_BA, dim=1)).sum(dim=1)
+
+
+def probabilities(logits_BA: Tensor, kind: str) -> Tensor:
+    """(B, A) how likely each answer is right; sums to 1 for "ce" only."""
+    return logits_BA.float().sigmoid() if kind == "bce" else logits_BA.float().softmax(dim=1)
+
+
+def answer(
+    experiment: Experiment, model: FineBranch, fold: Fold, before_batch: Callable[[], object] = lambda: None
+) -> Answers:
+    """The answer that a model finds most likely to each question of a fold; its loss too where people's are known."""
+    kind, runtime = experiment.config.loss, experiment.runtime
+
+    def compute(model: FineBranch, batch: QuestionBatch) -> dict[str, Tensor]:
+        logits_BA = model(**batch.inputs)
+        probability, number = probabilities(logits_BA, kind).max(dim=1)
+        found = {"answer": number.double(), "probability": probability}
+        if batch.targets_BA is not None:
+            own = torch.from_numpy(runtime.share(np.arange(len(batch)))).to(batch.targets_BA.device)
+            found["loss"] = losses_of(logits_BA, batch.targets_BA[own], kind)
+        return found
+
+    return fold.predict(model, experiment.config.batch_size, compute, runtime, before_batch=before_batch)
+
+
+def fit_options(experiment: Experiment) -> FitOptions:
+    """How long and by which steps to train."""
+    config = experiment.config
+    return FitOptions(
+        epochs=config.epochs,
+        lr=config.lr,
+        select_by="accuracy",
+        accumulation=config.batches_per_step,
+        max_grad_norm=config.clip_norm,
+        patience=config.early_stopping_patience,
+    )
+
+
+def ban_factor(epoch: int) -> float:
+    """The learning rate of an epoch (from 0), as a share of --lr: that of Kim et al.'s program, whatever --epochs."""
+    return BAN_WARM_UP[min(epoch, len(BAN_WARM_UP) - 1)] * 0.25 ** sum(epoch >= start for start in BAN_DECAY)
+
+
+def build_schedule(experiment: Experiment, optimizer: Optimizer) -> LambdaLR:
+    """The learning-rate schedule, advanced once per optimiser step."""
+    config, steps = experiment.config, experiment.steps_per_epoch
+    if config.scheduler == "ban":
+        return LambdaLR(optimizer, lambda step: ban_factor(step // steps))
+    return optim.build_schedule(optimizer, kind=config.scheduler, num_steps=steps * config.epochs, warmup_ratio=WARM_UP)
+
+
+def build_train_state(experiment: Experiment) -> resuming.TrainState:
+    """All that training changes."""
+    config, model = experiment.config, experiment.model
+    optimizer = optim.build_optimizer(model, lambda name: config.lr, weight_decay=config.weight_decay)
+    return resuming.TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=build_schedule(experiment, optimizer),
+        average=optim.WeightAverage(model, config.ema_decay),
+        micro=micro_batches.MicroBatches(
+            experiment.folds["train"].feed.split,
+            enabled=config.dynamic_batch_size,
+            max_usage=config.max_memory_usage,
+        ),
+        scaler=experiment.runtime.scaler,
+        constant=set(),
+    )
