@@ -643,6 +643,8 @@ def check_checkpoint(path: Path) -> None:
         return build_model(clip, **{**description["model"], "prompt_levels": False})  # which add one number
 
     try:
+        if description.get("program") == "vqa":
+            raise ValueError("it is of a run of main.py, which answers by --mode ask")
         if said := json_files.schema_mismatch(description, DESCRIPTION):
             raise ValueError(said)
         OPTIONS["image_size"].check(description["image_size"])

@@ -36,13 +36,13 @@ BRANCH_OPTIONS = (
 DEMO_SETTINGS: dict[str, Any] = {
     "num_hid": 128,
     "AOA_layers": 1,
-    "epochs": 10,
+    "epochs": 8,
     "batch_size": 64,
     "update_freq": 1,
-    "lr": 2e-3,
+    "lr": 1e-3,
     "scheduler": "cosine",
     "dropout": 0.2,
-    "clip_norm": 1.0,
+    "clip_norm": 5.0,
     "use_counter": True,
     "least_answers": 1,
 }

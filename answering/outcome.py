@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from answering import images, remarks
 from answering.configs import NOT_SAVED, OPTIONS
 from answering.experiment import Experiment, build_fold, number
+from answering.feed import QuestionFeed
 from answering.task import Answers, answer, probabilities
 from branches.fine import FineBranch
 from pages import report
@@ -228,7 +229,9 @@ def predictions_table(experiment: Experiment, fold: str, answers: Answers) -> pd
 
 
 @torch.inference_mode()
-def look(model: FineBranch, feed: Any, rows: NDArray[np.int64], kind: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def look(
+    model: FineBranch, feed: QuestionFeed, rows: NDArray[np.int64], kind: str
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """(n, A) probabilities of answers to some questions, and (n, M) the share of attention on each region."""
     seen: list[torch.Tensor] = []
     hook = model.attend.register_forward_hook(lambda layer, given, out: seen.append(out[0])) if model.looks else None
@@ -251,7 +254,10 @@ def examples(experiment: Experiment, model: FineBranch, fold: str, table: pd.Dat
     rows = np.array([*worst, *(row for row in order[:NUM_EXAMPLES] if table["accuracy"][row] > 0)], dtype=np.int64)
     if not len(rows):
         return []
-    chances_QA, weights_QM = look(model, own.feed, rows, experiment.config.loss)
+    whole = QuestionFeed(
+        own.table, experiment.regions, max_boxes=experiment.config.max_boxes, device=experiment.runtime.device
+    )  # and not the share of one process
+    chances_QA, weights_QM = look(model, whole, rows, experiment.config.loss)
     paths = images.find_images(experiment.config, [own.questions.images[row] for row in rows])
     names = experiment.lexicon.answers.answers
     found = []

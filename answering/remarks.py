@@ -68,7 +68,7 @@ def check_advice(experiment: Experiment) -> list[dict[str, str]]:
             config,
             num_train=len(experiment.folds["train"].questions),
             free_memory=runtime.free_memory() if runtime.device.type != "cpu" else None,
-            bytes_per_question=bytes_per_question(config, experiment.regions is not None),
+            bytes_per_question=bytes_per_question(config, experiment.model.feature_width),
         )
     for one in said:
         runtime.say(
@@ -79,12 +79,16 @@ def check_advice(experiment: Experiment) -> list[dict[str, str]]:
     return said
 
 
-def bytes_per_question(config: VQAConfig, looks: bool) -> float:
-    """About how many bytes training keeps of one question: some 12 vectors a place and layer, 4 where recomputed."""
-    places = config.question_len + (config.max_boxes if looks else 0)
-    kept = 4 if config.memory_efficient_attention else 12
-    pairs = 3 * config.gamma * places  # of the bilinear attention, three times as wide
-    return 4.0 * config.num_hid * (kept * config.AOA_layers * places + pairs)
+def bytes_per_question(config: VQAConfig, feature_width: int) -> float:
+    """About how many bytes the fine branch keeps of one question for the backward pass, in float32.
+
+    Counted with autograd's hooks: 17 vectors for each word and region in each layer, 1 where that is computed again, and
+    some 70 around the layers, 8 more for each glimpse; and each region's features three times.
+    """
+    regions = config.max_boxes if feature_width else 0
+    kept = 1 if config.memory_efficient_attention else 17
+    vectors = kept * config.AOA_layers + 70 + 8 * config.gamma
+    return 4.0 * ((config.question_len + regions) * config.num_hid * vectors + 3 * feature_width * regions)
 
 
 def advise(config: VQAConfig, *, num_train: int, free_memory: float | None, bytes_per_question: float) -> list[dict]:
@@ -107,11 +111,10 @@ def advise(config: VQAConfig, *, num_train: int, free_memory: float | None, byte
     if effective * 10 > num_train:
         found.append(
             remark(
-                "update_freq",
-                config.update_freq,
+                *(("update_freq", config.update_freq) if config.batches_per_step > 1 else ("batch_size", effective)),
                 f"steps of at most {max(1, num_train // 10)} questions",
                 f"{effective} questions a step leave fewer than ten steps an epoch",
-                "--update_freq 1, or a smaller --batch_size",
+                "--update_freq 1" if config.batches_per_step > 1 else "a smaller --batch_size",
             )
         )
     if num_train < FEW_QUESTIONS and config.num_hid > SMALL_WIDTH and not config.demo:

@@ -45,6 +45,8 @@ def read_predictions(folder: Path) -> pd.DataFrame:
         unfinished = "an unfinished run" if (folder / "config.json").exists() else "no run folder"
         raise ValueError(f"{folder}: {unfinished}, {PREDICTIONS_FILE} is missing") from None
     missing = [column for column in ("name", "set", "split", "cluster") if column not in table.columns]
+    if "question" in table.columns:
+        raise ValueError(f"{folder}: is a run of main.py; runs of baseline.py are compared here")
     if missing:
         raise ValueError(f"{path}: no column {missing[0]!r}; run it again with this version")
     if not (table["split"] == "test").any():

@@ -147,6 +147,8 @@ def missing(path: Path, folder: Path) -> str:
 
 def check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     """The same, if it has every part that a page shows. Raises ValueError."""
+    if results.get("program") == "vqa":
+        raise ValueError(f"{path.parent}: is a run of main.py; runs of baseline.py are compared here")
     if said := json_files.schema_mismatch(results, RESULTS):
         raise ValueError(f"{path}: {said}; run it again with this version")
     if not tasks_of(results["val"]):
