@@ -38,7 +38,7 @@ class Fold:
         self, model: FineBranch, batch_size: int, compute: Any, runtime: devices.Runtime, **hooks: Any
     ) -> dict[str, np.ndarray]:
         """What a model computes of all questions, named (Q, ...) arrays; `hooks` are those of `loop.predict`."""
-        parts = batch_rows(self.table.lengths_Q, MORE_AT_ONCE * batch_size)
+        parts = batch_rows(self.feed.sizes_Q, MORE_AT_ONCE * batch_size)
         found = loop.predict(model, self.feed.batches(parts), compute, runtime=runtime, **hooks)
         back = np.argsort(np.concatenate(parts))
         return {name: values[back] for name, values in found.items()}

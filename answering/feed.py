@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,21 +38,21 @@ class QuestionBatch:
 
 
 def batch_rows(
-    lengths_Q: NDArray[np.int64], batch_size: int, *, seed: int | None = None, number: int = 0
+    sizes_Q: NDArray[np.int64], batch_size: int, *, seed: int | None = None, number: int = 0
 ) -> list[Rows]:
-    """Rows of every batch, each row once: questions of like length together.
+    """Rows of every batch, each row once: questions of like size together.
 
     Args:
         seed: shuffles, anew in every pass by its `number`; None: the shortest first.
     """
     if seed is None:
-        order = np.argsort(lengths_Q, kind="stable")
+        order = np.argsort(sizes_Q, kind="stable")
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     draw = np.random.default_rng((seed, number))
-    order, found = draw.permutation(len(lengths_Q)), []
+    order, found = draw.permutation(len(sizes_Q)), []
     for start in range(0, len(order), CHUNK * batch_size):
         chunk = order[start : start + CHUNK * batch_size]
-        chunk = chunk[np.argsort(lengths_Q[chunk], kind="stable")]
+        chunk = chunk[np.argsort(sizes_Q[chunk], kind="stable")]
         found += [chunk[place : place + batch_size] for place in range(0, len(chunk), batch_size)]
     return [found[place] for place in draw.permutation(len(found))]
 
@@ -94,23 +95,29 @@ class QuestionFeed:
         targets = None if table.targets_QA is None else to_device(dense(table.targets_QA, rows), self.device)
         return QuestionBatch(rows, {name: to_device(value, self.device) for name, value in inputs.items()}, targets)
 
+    @cached_property
+    def sizes_Q(self) -> NDArray[np.int64]:
+        """What questions are sorted by, so that little is padded: words, then regions of the image."""
+        lengths_Q = self.table.lengths_Q
+        if self.regions is None:
+            return lengths_Q
+        distinct, place_of = np.unique(self.table.images, return_inverse=True)
+        counts = np.array([min(self.regions.count(str(image)), self.max_boxes) for image in distinct])
+        return lengths_Q * (self.max_boxes + 1) + counts[place_of]
+
     def look(self, files: RegionFiles, images: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Regions and describing words of each question's image."""
-        distinct, place_of = np.unique(images, return_inverse=True)
-        found = [files.read(str(image)) for image in distinct]
+        known = {image: files.read(image) for image in dict.fromkeys(images)}
+        found = [known[image] for image in images]
         most = max(1, min(self.max_boxes, max(len(each.boxes) for each in found)))
-        features = np.zeros((len(distinct), most, files.width), dtype=np.float32)
-        boxes = np.zeros((len(distinct), most, 4), dtype=np.float32)
+        features = np.zeros((len(images), most, files.width), dtype=np.float32)
+        boxes = np.zeros((len(images), most, 4), dtype=np.float32)
         for row, each in enumerate(found):
             count = min(most, len(each.boxes))
             features[row, :count], boxes[row, :count] = each.features[:count], each.boxes[:count]
         none = np.zeros(1, dtype=np.int32)
-        described = padded([self.table.descriptions.get(str(image), none) for image in distinct])
-        return {
-            "features_BMF": features[place_of],
-            "boxes_BM4": boxes[place_of],
-            "description_BW": trimmed(described[place_of]),
-        }
+        described = padded([self.table.descriptions.get(image, none) for image in images])
+        return {"features_BMF": features, "boxes_BM4": boxes, "description_BW": trimmed(described)}
 
     def split(self, batch: QuestionBatch, size: int) -> list[QuestionBatch]:
         """The same batch in parts of at most `size` rows, for one process."""

@@ -82,7 +82,7 @@ def check_advice(experiment: Experiment) -> list[dict[str, str]]:
 def bytes_per_question(config: VQAConfig, feature_width: int) -> float:
     """About how many bytes the fine branch keeps of one question for the backward pass, in float32.
 
-    Counted with autograd's hooks: 17 vectors for each word and region in each layer, 1 where that is computed again, and
+    Counted with autograd's hooks: 17 vectors for each word and region in each layer, 1 where that is computed again;
     some 70 around the layers, 8 more for each glimpse; and each region's features three times.
     """
     regions = config.max_boxes if feature_width else 0

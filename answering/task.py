@@ -45,7 +45,7 @@ class AnswerTask:
     def batches(self, epoch: int, num_done: int) -> Iterable[QuestionBatch]:
         """The batches of an epoch (from 1), without the first `num_done`."""
         config = self.experiment.config
-        parts = batch_rows(self.train.table.lengths_Q, config.batch_size, seed=config.seed, number=epoch)
+        parts = batch_rows(self.train.feed.sizes_Q, config.batch_size, seed=config.seed, number=epoch)
         return self.train.feed.batches(parts[num_done:])
 
     def compute_losses(self, model: nn.Module, batch: QuestionBatch) -> dict[str, Tensor]:

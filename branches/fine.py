@@ -231,7 +231,7 @@ class FineBranch(nn.Module):
         self.recomputes = False  # layers, in the backward pass, instead of keeping what they were computed from
         if not self.looks:
             return
-        self.look = nn.Sequential(nn.LayerNorm(feature_width), nn.Dropout(0.2), nn.Linear(feature_width, width))
+        self.look = nn.Sequential(nn.LayerNorm(feature_width), nn.Linear(feature_width, width), nn.Dropout(0.2))
         self.place = nn.Linear(6, width)
         self.take_description = GatedFusion(width, width, omega_v)
         self.attend = BilinearAttention(width, width, width, glimpses)
@@ -259,13 +259,13 @@ class FineBranch(nn.Module):
         boxes_BM4: Tensor | None = None,
         description_BW: Tensor | None = None,
     ) -> Tensor:
-        """Numbers of words (0: none), vectors of regions (all 0: none) and their boxes on [0, 1] -> (B, A) logits."""
+        """Numbers of words (0: none), vectors of regions and their boxes on [0, 1] (all 0: none) -> (B, A) logits."""
         q_mask, entity_mask = words_BN > 0, entities_BE > 0
         q = self.take_entities(self.encode(words_BN), self.encode.vectors(entities_BE), q_mask, entity_mask)
         v, v_mask = None, q_mask
         if self.looks:
             assert features_BMF is not None and boxes_BM4 is not None and description_BW is not None
-            v_mask = features_BMF.abs().amax(dim=-1) > 0
+            v_mask = (boxes_BM4 > 0).any(dim=-1)
             v = self.look(features_BMF) + self.place(geometry(boxes_BM4))
             v = self.take_description(v, self.encode(description_BW), v_mask, description_BW > 0)
         for layer in self.layers:

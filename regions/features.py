@@ -48,6 +48,9 @@ class RegionFiles(Protocol):
     def ids(self) -> Collection[str]:
         """The images there are."""
 
+    def count(self, image: str) -> int:
+        """About how many regions an image has; 0 where only reading them tells. Raises KeyError if it is not there."""
+
     def read(self, image: str) -> Regions:
         """The regions of one image. Raises KeyError if it is not there, ValueError if it is damaged; one line."""
 
@@ -98,29 +101,34 @@ class GqaObjects:
         for name, entry in self.info.items():
             if schema_mismatch(entry, self.SHAPE):
                 raise ValueError(f"{info}: image {quoted(name)} lacks one of {', '.join(self.SHAPE)}")
-        self.files: dict[int, h5py.File] = {}
-        self.width = int(self.file(next(iter(self.info.values()))["file"])["features"].shape[2]) if self.info else 0
+        self.files: dict[int, tuple[h5py.Dataset, h5py.Dataset]] = {}
+        self.width = int(self.file(next(iter(self.info.values()))["file"])[0].shape[2]) if self.info else 0
 
     @property
     def ids(self) -> Collection[str]:
         """The images there are."""
         return self.info.keys()
 
-    def file(self, number: int) -> h5py.File:
-        """One of the files, opened once."""
+    def file(self, number: int) -> tuple[h5py.Dataset, h5py.Dataset]:
+        """Features and boxes of one of the files, opened once."""
         if number not in self.files:
-            self.files[number] = open_h5(self.folder / f"gqa_objects_{number}.h5", "features", "bboxes")
+            file = open_h5(self.folder / f"gqa_objects_{number}.h5", "features", "bboxes")
+            self.files[number] = file["features"], file["bboxes"]
         return self.files[number]
+
+    def count(self, image: str) -> int:
+        """See `RegionFiles`."""
+        return self.info[image]["objectsNum"]
 
     def read(self, image: str) -> Regions:
         """See `RegionFiles`."""
         entry = self.info[image]
-        file, count = self.file(entry["file"]), entry["objectsNum"]
-        where = f"{file.filename}: image {quoted(image)}"
-        if not (0 <= entry["idx"] < len(file["features"]) and 0 <= count <= file["features"].shape[1]):
+        (features, boxes), count = self.file(entry["file"]), entry["objectsNum"]
+        where = f"{features.file.filename}: image {quoted(image)}"
+        if not (0 <= entry["idx"] < len(features) and 0 <= count <= features.shape[1]):
             raise ValueError(f"{where}: is not where {self.INFO} says")
         size = np.array([entry["width"], entry["height"]] * 2, dtype=np.float32)
-        return checked(where, file["features"][entry["idx"], :count], file["bboxes"][entry["idx"], :count] / size)
+        return checked(where, features[entry["idx"], :count], boxes[entry["idx"], :count] / size)
 
 
 class StackedRegions:
@@ -136,7 +144,13 @@ class StackedRegions:
         self.starts = self.file["pos_boxes"][:]
         if len(self.starts) <= max(self.places.values(), default=-1):
             raise ValueError(f"{index}: has places beyond the {len(self.starts):,} images of {path.name}")
-        self.width = int(self.file["image_features"].shape[1])
+        self.features, self.boxes = self.file["image_features"], self.file["spatial_features"]
+        self.width = int(self.features.shape[1])
+
+    def count(self, image: str) -> int:
+        """See `RegionFiles`."""
+        start, end = self.starts[self.places[image]]
+        return int(end - start)
 
     @property
     def ids(self) -> Collection[str]:
@@ -146,8 +160,8 @@ class StackedRegions:
     def read(self, image: str) -> Regions:
         """See `RegionFiles`."""
         start, end = (int(place) for place in self.starts[self.places[image]])
-        boxes = self.file["spatial_features"][start:end, :4]  # already as shares; width and height follow
-        return checked(f"{self.file.filename}: image {quoted(image)}", self.file["image_features"][start:end], boxes)
+        boxes = self.boxes[start:end, :4]  # already as shares; width and height follow
+        return checked(f"{self.file.filename}: image {quoted(image)}", self.features[start:end], boxes)
 
 
 @dataclass(frozen=True)
@@ -156,6 +170,7 @@ class Line:
 
     start: int
     length: int
+    count: int  # of regions; 0 if that cannot be read
 
 
 class TsvRegions:
@@ -185,13 +200,20 @@ class TsvRegions:
         start = 0
         for line in self.file:
             if line.strip():
-                yield plain_id(line.partition(b"\t")[0].decode("utf-8", "replace")), Line(start, len(line))
+                name, *rest = line.split(b"\t")
+                said = rest[-3] if len(rest) > 2 else b""
+                count = int(said) if said.isdigit() and len(said) < 6 else 0
+                yield plain_id(name.decode("utf-8", "replace")), Line(start, len(line), count)
             start += len(line)
 
     @property
     def ids(self) -> Collection[str]:
         """The images there are."""
         return self.lines.keys()
+
+    def count(self, image: str) -> int:
+        """See `RegionFiles`."""
+        return self.lines[image].count
 
     def read(self, image: str) -> Regions:
         """See `RegionFiles`."""
@@ -225,6 +247,10 @@ class NpzRegions:
     def ids(self) -> Collection[str]:
         """The images there are."""
         return self.paths.keys()
+
+    def count(self, image: str) -> int:
+        """See `RegionFiles`."""
+        return 0
 
     def read(self, image: str) -> Regions:
         """See `RegionFiles`."""
