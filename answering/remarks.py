@@ -83,12 +83,12 @@ def bytes_per_question(config: VQAConfig, feature_width: int) -> float:
     """About how many bytes the fine branch keeps of one question for the backward pass, in float32.
 
     Counted with autograd's hooks: 17 vectors for each word and region in each layer, 1 where that is computed again;
-    some 70 around the layers, 8 more for each glimpse; and each region's features three times.
+    some 65 around the layers, 8 more for each glimpse; and each region's features twice.
     """
     regions = config.max_boxes if feature_width else 0
     kept = 1 if config.memory_efficient_attention else 17
-    vectors = kept * config.AOA_layers + 70 + 8 * config.gamma
-    return 4.0 * ((config.question_len + regions) * config.num_hid * vectors + 3 * feature_width * regions)
+    vectors = kept * config.AOA_layers + 65 + 8 * config.gamma
+    return 4.0 * ((config.question_len + regions) * config.num_hid * vectors + 2 * feature_width * regions)
 
 
 def advise(config: VQAConfig, *, num_train: int, free_memory: float | None, bytes_per_question: float) -> list[dict]:

@@ -2,14 +2,15 @@
 
 The whole image, squeezed to a square, is looked at: what a question is about may lie at its edge.
 
-Shapes: B images, S pixels per side, R rows and columns of patches, K = R x R regions, F numbers that describe one.
+Shapes: B images, R rows and columns of patches, K = R x R regions, F numbers that describe one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +18,44 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from backbones import towers
 from backbones.loading import Backbone
 from inputs import frozen_cache
-from inputs.decoding import as_tensor, decode
-from inputs.transfer import chunks
+from inputs.batches import DroppedRows
+from inputs.image_store import ImageStore
+from inputs.transfer import Rows, chunks, run_ahead
 from inputs.views import Views
 from regions.features import Regions
-from storage.feature_cache import FeatureCache, FeatureSet
-from storage.image_files import read_file
+from storage.feature_cache import FeatureCache
+from storage.image_files import check_images
 from storage.messages import first_five
 from training.devices import Runtime
 
-AT_ONCE = 32  # images through the tower
+AT_ONCE = 32  # images that are decoded and looked at together
+FLAG = "--features clip"
 
 
 class PatchRegions:
-    """Regions of images, computed by a CLIP once and kept in a cache folder.
-
-    Args:
-        paths: image -> its file.
-        most: regions of an image; a finer grid of patches is averaged to one that has no more.
-    """
+    """Regions of images, computed by a CLIP once and kept in a cache folder; see `features.RegionFiles`."""
 
     def __init__(
         self, backbone: Backbone, runtime: Runtime, paths: Mapping[str, Path], cache: FeatureCache, *, most: int
     ) -> None:
-        """Raises ValueError for a tower that cannot be taken apart."""
+        """Nothing is computed yet, see `fill`.
+
+        Args:
+            paths: image -> its file.
+            most: regions of an image; a finer grid of patches is averaged to one that has no more.
+
+        Raises:
+            ValueError: the tower cannot be taken apart.
+        """
         self.visual: Any = backbone.clip.visual.to(runtime.device).eval()
-        blocks = towers.staged_blocks(self.visual)
-        if not blocks:
-            raise ValueError("--features clip: this CLIP's image tower has no patches that can be read; choose another")
-        # The last block of a transformer may compute its pooled token alone.
-        self.num_stages = len(blocks) if towers.convolutions(self.visual) else len(blocks) - 1
-        self.runtime, self.paths, self.cache = runtime, paths, cache
+        num_stages = stages_with_patches(self.visual)
+        self.runtime, self.paths = runtime, paths
         preprocess = backbone.config["preprocess_cfg"]
         self.views = Views(
             image_size=backbone.image_size,
@@ -63,78 +65,115 @@ class PatchRegions:
             resize_mode="squash",
             interpolation=preprocess.get("interpolation", "bicubic"),
         )
-        self.most_rows = max(1, int(most**0.5))
+        self.encode = frozen_cache.image_encoder(self.visual, num_stages, runtime, with_statistics=False)
         black = torch.zeros(3, backbone.image_size, backbone.image_size, dtype=torch.uint8)
-        self.width = self.look([black]).shape[2]
+        _, self.width, side, _ = self.maps([black]).shape
+        self.rows = max(1, min(side, math.isqrt(most)))
         self.boxes = grid(self.rows)
-        self.digests: dict[str, str] = {}
-        recipe = {
-            **frozen_cache.identity(backbone.config, runtime),
-            "what": "patches",
-            "weights": frozen_cache.fingerprint(self.visual, self.num_stages),
-            "stages": self.num_stages,
-            "image_size": backbone.image_size,
-        }
-        self.kept: FeatureSet = cache.open(recipe, (self.rows**2, self.width), torch.float16)
+        self.caching = frozen_cache.Caching(
+            cache=cache,
+            runtime=runtime,
+            dtype="fp16",
+            identity=frozen_cache.identity(backbone.config, runtime),
+            batch_size=AT_ONCE,
+            reserve=0,
+            keep_decoded=False,
+            fingerprint=frozen_cache.fingerprint,
+            dropping=DroppedRows(),
+        )
+        self.kept = self.caching.open(
+            num_stages,
+            (self.rows**2, self.width),
+            torch.float16,
+            input="patches",
+            weights=frozen_cache.fingerprint(self.visual, num_stages),
+            regions=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        )
+        self.digests: dict[str, str] = {}  # of the images that were asked for: the content of their files
 
     @property
     def ids(self) -> Collection[str]:
         """The images there are."""
         return self.paths.keys()
 
-    @torch.inference_mode()
-    def look(self, images: Sequence[Tensor]) -> Tensor:
-        """Decoded images -> (B, K, F) float32."""
-        with self.runtime.autocast():
-            pixels = self.views(images, [""] * len(images), None)
-            x, _ = towers.run_observed(self.visual, pixels, 0, self.num_stages, with_statistics=False)
+    def count(self, image: str) -> int:
+        """See `features.RegionFiles`."""
+        return len(self.boxes)
+
+    def maps(self, images: Sequence[Tensor]) -> Tensor:
+        """Decoded images -> (B, F, rows, columns), what leaves the tower's last stage that has patches."""
+        x, _ = self.encode(self.views(images, [""] * len(images), None))
         if x.ndim == 3:  # tokens, the class token first
-            side = round((x.shape[1] - 1) ** 0.5)
+            side = math.isqrt(x.shape[1] - 1)
             x = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        self.rows = min(x.shape[2], self.most_rows)
-        return F.adaptive_avg_pool2d(x.float(), self.rows).flatten(2).transpose(1, 2)
+        return x
+
+    def look(self, images: Sequence[Tensor]) -> Tensor:
+        """Decoded images -> (B, K, F) float16. Raises ValueError for numbers that this cannot hold."""
+        x = F.adaptive_avg_pool2d(self.maps(images).float(), self.rows).flatten(2).transpose(1, 2).half()
+        if not x.isfinite().all():
+            raise ValueError(f"{FLAG}: this CLIP's patches are not finite in half precision; choose another")
+        return x
 
     def fill(self, images: Iterable[str]) -> None:
-        """Compute what is missing of these images. Raises ValueError for files that cannot be read."""
-        names, wrong = list(images), []
-        for name in names:
-            try:
-                self.digests[name] = hashlib.sha256(read_file(self.paths[name])).hexdigest()
-            except OSError as error:
-                wrong.append(f"{self.paths[name]} ({error})")
-        if wrong:
-            raise ValueError(f"--features clip: {len(wrong)} image(s) cannot be read: {first_five(wrong)}")
-        runtime, kept = self.runtime, self.kept
-        keys = {self.digests[name]: name for name in names}
-        room = len(kept.missing(list(keys))) * kept.row_bytes
-        with self.cache.alone([kept]) if runtime.is_main and room else nullcontext():
-            if not runtime.of_main(lambda: not room or self.cache.make_room(room)):
-                raise ValueError(f"--cache_dir {self.cache.folder}: has no room for {room / 1e9:.1f} GB of regions")
-            if runtime.is_main:
-                self.compute(keys)
-        runtime.barrier()
-        kept.refresh()
+        """Compute what is missing of these images, all processes together; `read` has them from then on.
 
-    def compute(self, keys: Mapping[str, str]) -> None:
-        """Add the regions of images (content -> name) that are missing."""
-        order = list(keys)
-        todo = [order[place] for place in self.kept.missing(order)]
-        with tqdm(total=len(todo), unit="img", leave=False, disable=self.runtime.hide_progress) as bar:
-            for part in chunks(np.array(todo), AT_ONCE):
-                images = []
-                for key in part:
-                    path = self.paths[keys[key]]
-                    try:
-                        images.append(as_tensor(decode(read_file(path), self.views.decode_size)))
-                    except OSError as error:
-                        raise ValueError(f"--features clip: {path}: cannot be read ({error})") from None
-                self.kept.add(part.tolist(), self.look(images))
-                bar.update(len(part))
+        Raises:
+            ValueError: files are missing or damaged, or the cache folder has no room.
+            OSError: files have changed since they were checked.
+        """
+        names, kept = list(images), self.kept
+        if unknown := [name for name in names if name not in self.paths]:
+            raise ValueError(f"{FLAG}: {len(unknown)} of {len(names)} images are not there: {first_five(unknown)}")
+        num_threads = self.runtime.num_threads
+        files = check_images([self.paths[name] for name in names], num_threads=num_threads)
+        distinct = {file.digest: file for file in files}
+        keys = list(distinct)
+        store = ImageStore(list(distinct.values()), image_size=self.views.decode_size, num_threads=num_threads)
+        self.visual.to(self.runtime.device)
+        is_filled = self.caching.fill(
+            [kept],
+            lambda: len(kept.missing(keys)) * kept.row_bytes,
+            lambda: np.array(kept.missing(keys), dtype=int),
+            partial(self.compute, store),
+        )
+        self.visual.cpu()  # training needs the GPU's memory
+        if not is_filled:
+            needed = len(kept.missing(keys)) * kept.row_bytes / 1e9
+            raise ValueError(f"--cache_dir {kept.folder.parent}: has no room for {needed:.1f} GB of regions")
+        self.digests |= {name: file.digest for name, file in zip(names, files, strict=True)}
+
+    def compute(self, store: ImageStore, rows: Rows) -> None:
+        """Add the regions of some of the store's images. Raises as `fill` does."""
+
+        def load(part: Rows) -> tuple[list[str], list[Tensor]]:
+            return [store.files[row].digest for row in part], store.load(part, keep=False)
+
+        with tqdm(total=len(rows), unit="img", leave=False, disable=self.runtime.hide_progress) as bar:
+            for keys, decoded in run_ahead(load, chunks(rows, AT_ONCE), self.runtime.num_ahead):
+                self.kept.add(keys, self.look(decoded))
+                bar.update(len(keys))
         self.kept.flush()
 
     def read(self, image: str) -> Regions:
-        """See `features.RegionFiles`."""
+        """See `features.RegionFiles`; an image that `fill` was not asked for is not there."""
         return Regions(self.kept.stack([self.digests[image]])[0].float().numpy(), self.boxes)
+
+
+def stages_with_patches(visual: Any) -> int:
+    """How many stages of an image tower lead to its patches: all, or all but the last if that keeps their number.
+
+    Being followed by pooling, the last block of a transformer or an EfficientNet has let go of where things are, and
+    may compute the pooled token alone. That of a ResNet or ConvNeXt halves the grid, and adds much to what it knows.
+
+    Raises ValueError for a tower that cannot be taken apart, or has too few blocks.
+    """
+    blocks = towers.staged_blocks(visual)
+    parts = [part for block in blocks[-1:] for part in block.modules() if isinstance(part, (nn.Conv2d, nn.AvgPool2d))]
+    num = len(blocks) - all(part.stride in (1, (1, 1)) for part in parts)
+    if num < 1:
+        raise ValueError(f"{FLAG}: this CLIP's image tower has no patches that can be read; choose another")
+    return num
 
 
 def grid(rows: int) -> NDArray[np.float32]:

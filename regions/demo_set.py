@@ -8,7 +8,6 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from torchvision.transforms.v2 import functional as F
 from backbones import towers
 from backbones.loading import Backbone, load_backbone
 from inputs.decoding import as_tensor, decode
-from storage.atomic import temporary_name
+from regions.features import GqaObjects
+from storage.atomic import sync, temporary_name, write_errors
 from storage.json_files import write_json
 from storage.locks import locked
 from training.devices import Runtime
-from vqa.drawn import DrawnImage, draw
+from vqa.drawn import DrawnImage, draw, remove_left, say_that_it_waits
 
 CLIP = ("lite", "assets")
 STAGES = 4  # of its seven; later ones see things that are no coloured shapes
@@ -34,7 +34,7 @@ NUM_IMAGES = 960
 CROP = 48  # pixels per side that a region is seen at
 MARGIN = 0.1  # of a box's sides that are seen around it
 CROPS_AT_ONCE = 64
-MOST_OBJECTS = 100  # of an image in GQA's files
+FEATURES = {"GQA": "objects", "VQA": "trainval.hdf5"}  # form -> where they lie in the folder
 VERSION = 1  # of what is drawn and computed; another one is drawn anew
 
 
@@ -45,38 +45,49 @@ def find_demo_set(cache: Path, form: str, runtime: Runtime) -> tuple[Path, Path]
         OSError: it cannot be written.
     """
     folder = cache / f"drawn-{form.lower()}-{VERSION}"
-    features = folder / "objects" if form == "GQA" else folder / "trainval.hdf5"
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
-            held.enter_context(locked(cache, wait=lambda: print("note      another run draws the set: waiting")))
+        with locked(cache, wait=say_that_it_waits) as is_locked:
+            if is_locked:
+                remove_left(folder)
             if not folder.is_dir():
                 make_demo_set(folder, form, runtime)
-    return folder, features
+    return folder, folder / FEATURES[form]
 
 
 def make_demo_set(folder: Path, form: str, runtime: Runtime) -> None:
-    """Draw the set and compute its features; the folder appears when it is whole."""
+    """Draw the set and compute its features; the folder appears when it is whole. Raises OSError."""
     runtime.say(f"drawing   scenes and questions in {folder}, once")
     temporary = temporary_name(folder)
+    whole = temporary / folder.name  # in a folder of its own, for what `draw` puts beside it
+    write = write_gqa_objects if form == "GQA" else write_stacked
     try:
-        images = draw(temporary, form, num_images=NUM_IMAGES)
+        images = draw(whole, form, num_images=NUM_IMAGES)
         features = box_features(load_backbone(*CLIP), runtime, images)
-        if form == "GQA":
-            write_gqa_objects(temporary / "objects", images, features)
-        else:
-            write_stacked(temporary / "trainval.hdf5", images, features)
-        temporary.rename(folder)
+        with write_errors(folder):
+            write(whole / FEATURES[form], images, features)
+            for path in (*whole.rglob("*"), whole):  # see `drawn.put`
+                sync(path)
+            try:
+                whole.rename(folder)
+            except OSError:  # another process was quicker, where folders cannot be locked
+                if not folder.is_dir():
+                    raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@torch.inference_mode()
 def box_features(backbone: Backbone, runtime: Runtime, images: Sequence[DrawnImage]) -> list[NDArray[np.float32]]:
-    """(K, F) for each image: mean and deviation of what a CLIP's first stages make of the pixels in each box.
+    """(K, F) for each image: what `describe` gives, of mean 0 and standard deviation 1 over the training fold."""
+    features = describe(backbone, runtime, images)
+    are_trained = torch.tensor([image.fold == "train" for image in images for _ in image.boxes])
+    std, mean = torch.std_mean(features[are_trained], dim=0)
+    counts = [len(image.boxes) for image in images]
+    return [part.numpy() for part in ((features - mean) / (std + 1e-6)).split(counts)]
 
-    Scaled to mean 0 and standard deviation 1 over the training fold.
-    """
+
+@torch.inference_mode()
+def describe(backbone: Backbone, runtime: Runtime, images: Sequence[DrawnImage]) -> Tensor:
+    """(boxes of all images, F): mean and deviation of what a CLIP's first stages make of the pixels in each box."""
     visual = backbone.clip.visual.to(runtime.device).eval()
     mean, std = (torch.tensor(backbone.config["preprocess_cfg"][name])[:, None, None] for name in ("mean", "std"))
     crops = torch.stack([crop for image in images for crop in crops_of(image)])
@@ -84,11 +95,7 @@ def box_features(backbone: Backbone, runtime: Runtime, images: Sequence[DrawnIma
     for part in crops.split(CROPS_AT_ONCE):
         x = ((part.float() / 255 - mean) / std).to(runtime.device)
         found.append(towers.run_observed(visual, x, 0, STAGES)[1].float().cpu())
-    counts = [len(image.boxes) for image in images]
-    are_trained = torch.tensor([image.fold == "train" for image in images for _ in image.boxes])
-    features = torch.cat(found)
-    std, mean = torch.std_mean(features[are_trained], dim=0)
-    return [part.numpy() for part in ((features - mean) / (std + 1e-6)).split(counts)]
+    return torch.cat(found)
 
 
 def crops_of(image: DrawnImage) -> list[Tensor]:
@@ -103,18 +110,18 @@ def crops_of(image: DrawnImage) -> list[Tensor]:
 
 
 def write_gqa_objects(folder: Path, images: Sequence[DrawnImage], features: Sequence[NDArray[np.float32]]) -> None:
-    """Features in the form of GQA's object files."""
-    folder.mkdir(parents=True)
-    width = features[0].shape[1]
+    """Features in the form of GQA's object files, with room for no more objects than there are."""
+    folder.mkdir()
+    most, width = max(map(len, features)), features[0].shape[1]
     info: dict[str, Any] = {}
     with h5py.File(folder / "gqa_objects_0.h5", "w") as file:
-        all_features = file.create_dataset("features", (len(images), MOST_OBJECTS, width), dtype="f4")
-        all_boxes = file.create_dataset("bboxes", (len(images), MOST_OBJECTS, 4), dtype="f4")
+        all_features = file.create_dataset("features", (len(images), most, width), dtype="f4")
+        all_boxes = file.create_dataset("bboxes", (len(images), most, 4), dtype="f4")
         for place, (image, own) in enumerate(zip(images, features, strict=True)):
             all_features[place, : len(own)], all_boxes[place, : len(own)] = own, np.array(image.boxes)
             size = {"width": image.width, "height": image.height}
             info[image.id] = {"file": 0, "idx": place, "objectsNum": len(own), **size}
-    write_json(folder / "gqa_objects_info.json", info)
+    write_json(folder / GqaObjects.INFO, info)
 
 
 def write_stacked(path: Path, images: Sequence[DrawnImage], features: Sequence[NDArray[np.float32]]) -> None:
