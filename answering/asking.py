@@ -27,13 +27,17 @@ from vqa.targets import AnswerList
 from vqa.text import Vocabulary
 
 MOST_ANSWERS = 5
-SAVED = {
+SAVED: dict[str, Any] = {
     "program": str,
     "model": dict,
     "words": [str, ...],
     "entities": list,
     "answers": [str, ...],
-    "options": dict,
+    "options": {
+        **dict.fromkeys(("dataset", "loss", "sg_source", "clip_model", "clip_pretrained"), str),
+        **dict.fromkeys(("question_len", "num_stat_word", "topk", "max_boxes"), int),
+        "features": (str, type(None)),
+    },
 }
 
 
@@ -54,17 +58,13 @@ def load(config: VQAConfig) -> Answerer:
     description = checkpoints.load_description(folder)
     if said := schema_mismatch(description, SAVED):
         raise ValueError(f"--checkpoint {folder}: is no run of main.py ({said})")
+    config = replace(config, **trained_options(config, description))
     with checkpoints.damage_errors(folder):
         lexicon = Lexicon(
             Vocabulary(tuple(description["words"])),
             frozenset(description["entities"]),
             AnswerList(tuple(description["answers"])),
         )
-        options = dict(description["options"])
-        options["features"] = config.features or (images.CLIP if options["features"] == images.CLIP else None)
-        if description["model"]["feature_width"] == 0:
-            options |= {"features": None, "question_only": True}
-        config = replace(config, **options)
         model = FineBranch(**description["model"])
         _, weights, _ = checkpoints.load_weights(folder)
         try:
@@ -72,6 +72,25 @@ def load(config: VQAConfig) -> Answerer:
         except RuntimeError as error:
             raise ValueError(str(error).splitlines()[-1]) from error
     return Answerer(config, runtime, model.to(runtime.device).eval(), lexicon)
+
+
+def trained_options(config: VQAConfig, description: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a run answers by as it was trained. Raises ValueError for those asked for that it cannot."""
+    options = {name: description["options"][name] for name in SAVED["options"]}
+    looks, by_clip = description["model"].get("feature_width") != 0, options["features"] == images.CLIP
+    if looks and config.question_only:
+        raise ValueError("--question_only: this run was trained to look at images; drop it")
+    options |= {"question_only": not looks, "features": None}
+    if looks:
+        options["features"] = config.features or (images.CLIP if by_clip else None)
+    if config.sg_source not in ("none", options["sg_source"]):
+        raise ValueError(f"--sg_source {config.sg_source}: this run was trained with {options['sg_source']}; drop it")
+    if options["sg_source"] == "predicted" and not config.scene_graphs and config.mode != "ask":
+        raise ValueError(
+            "--sg_source predicted --scene_graphs DIR: this run was trained with such scene graphs, so it needs those "
+            "of the images asked about"
+        )
+    return options
 
 
 def open_for(answerer: Answerer) -> RegionFiles | None:
@@ -118,6 +137,7 @@ def read(answerer: Answerer, known: RegionFiles | None, *, whole: bool) -> Quest
 def evaluate(config: VQAConfig) -> dict[str, Any]:
     """Answer the questions of --fold and say what the answers are worth. Raises ValueError."""
     answerer = load(config)
+    path = answers_path(answerer.config) if config.output else None
     known = open_for(answerer)
     questions = read(answerer, known, whole=False)
     if not questions.are_answered:
@@ -128,28 +148,35 @@ def evaluate(config: VQAConfig) -> dict[str, Any]:
     answerer.runtime.say("\n".join(remarks.measured_lines(found)))
     for note in images.graph_notes(answerer.config):
         answerer.runtime.say(f"note      {note}")
-    if config.output:
-        write_answers(config, questions, outcome.words_of(experiment, answers["answer"]), answerer.runtime)
+    if path:
+        write_answers(path, answerer, questions, outcome.words_of(experiment, answers["answer"]))
     return found
 
 
 def predict(config: VQAConfig) -> dict[str, Any]:
     """Answer the questions of --fold and write the file that the evaluation server takes. Raises ValueError."""
     answerer = load(config)
+    path = answers_path(answerer.config)
     known = open_for(answerer)
     questions = read(answerer, known, whole=True)
     experiment = build(answerer, questions, known)
     answers = answer(experiment, answerer.model, experiment.folds[config.fold])
     given = outcome.words_of(experiment, answers["answer"])
-    write_answers(config, questions, given, answerer.runtime)
+    write_answers(path, answerer, questions, given)
     return {"answers": len(given)}
 
 
-def write_answers(config: VQAConfig, questions: Questions, given: list[str], runtime: devices.Runtime) -> None:
-    """Write the result file in the form of the data set. Raises ValueError if there is one already."""
+def answers_path(config: VQAConfig) -> Path:
+    """Where the answers are to be written. Raises ValueError if there is something already."""
     path = Path(config.output or f"{config.dataset.lower()}-{config.fold}-answers.json")
     if path.exists() and not config.overwrite:
         raise ValueError(f"--output {path}: is there already; name another, or pass --overwrite")
+    return path
+
+
+def write_answers(path: Path, answerer: Answerer, questions: Questions, given: list[str]) -> None:
+    """Write the result file in the form of the data set."""
+    config, runtime = answerer.config, answerer.runtime
     pairs = zip(questions.ids, given, strict=True)
     if config.dataset == "VQA":
         rows: list[dict[str, Any]] = [{"question_id": int(name), "answer": text} for name, text in pairs]
@@ -178,10 +205,11 @@ def ask(config: VQAConfig) -> dict[str, Any]:
         if known is not None and name not in known.ids:
             raise ValueError(f"--features {config.features}: has no image {name!r}")
     questions = Questions(["1"], [name], [str(config.question)], [()])
+    graph = images.read_graphs(config).get(plain_id(path.name)) if config.scene_graphs else None
     table = number_questions(
         questions,
         answerer.lexicon,
-        {},
+        {} if graph is None else {name: graph},
         question_len=config.question_len,
         num_stat_word=config.num_stat_word,
         topk=config.topk,
@@ -194,6 +222,8 @@ def ask(config: VQAConfig) -> dict[str, Any]:
         answerer.runtime.say(f"{chance:6.3f}  {text}")
     if answerer.model.feature_width == 0:
         answerer.runtime.say("note      this run looks at no image: trained with --question_only")
+    if config.sg_source != "none" and graph is None:
+        answerer.runtime.say("note      this run was trained with scene graphs; of this image there is none")
     return found
 
 

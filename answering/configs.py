@@ -280,7 +280,7 @@ class VQAConfig(Config):
             check_answering(self)
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite starts again: drop one")
-        if self.sg_source == "predicted" and not self.scene_graphs:
+        if self.sg_source == "predicted" and not self.scene_graphs and self.mode != "ask":
             raise ValueError("--sg_source predicted: needs --scene_graphs, the folder of their files")
         if self.scene_graphs and self.sg_source == "none":
             raise ValueError("--scene_graphs: say by --sg_source whether they are gt (people's) or predicted")

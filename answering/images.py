@@ -118,4 +118,5 @@ def graph_notes(config: VQAConfig) -> list[str]:
 def find_demo(config: VQAConfig, runtime: Runtime) -> VQAConfig:
     """The options with the paths to the drawn set, which is drawn if it is not there yet. Raises ValueError."""
     folder, features = find_demo_set(Path(config.cache_dir), config.dataset, runtime)
-    return replace(config, data_root=str(folder), features=config.features or str(features))
+    looked_at = None if config.question_only else config.features or str(features)
+    return replace(config, data_root=str(folder), features=looked_at)

@@ -181,8 +181,8 @@ def measure(
 
 def gqa_measures(
     experiment: Experiment, model: FineBranch, questions: Questions, given: Sequence[str]
-) -> dict[str, float | None]:
-    """What GQA's evaluation tells beside accuracy; nothing of other data, None for what there is nothing to tell by."""
+) -> dict[str, float]:
+    """What GQA's evaluation tells beside accuracy; nothing of other data, nor where there is nothing to tell it by."""
     if questions.records is None:
         return {}
     predictions = dict(zip(questions.ids, given, strict=True))
@@ -206,8 +206,11 @@ def gqa_measures(
         ]}
         for name in predictions
     }  # fmt: skip
-    found = gqa_metrics.measures(records, predictions, read_choices(Path(str(experiment.config.data_root))))
-    return {name: None if math.isnan(value) else value for name, value in found.items() if name != "accuracy"}
+    choices = read_choices(Path(str(experiment.config.data_root)))
+    if choices is not None and not choices.keys() >= set(gqa_metrics.balanced(records)):
+        choices = None  # they are of another fold
+    found = gqa_metrics.measures(records, predictions, choices)
+    return {name: value for name, value in found.items() if name != "accuracy" and not math.isnan(value)}
 
 
 def predictions_table(experiment: Experiment, fold: str, answers: Answers) -> pd.DataFrame:
@@ -223,7 +226,7 @@ def predictions_table(experiment: Experiment, fold: str, answers: Answers) -> pd
             "prediction": given,
             "probability": answers["probability"],
             "accuracy": questions.score(given),
-            **{key.replace(" ", "_"): kinds for key, kinds in questions.kinds.items()},
+            **{f"{key.removesuffix(' type').replace(' ', '_')}_type": kinds for key, kinds in questions.kinds.items()},
         }
     )
 

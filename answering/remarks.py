@@ -243,8 +243,7 @@ def measured_lines(found: Mapping[str, Any]) -> list[str]:
     lines.append(f"{'best answer of the list':<28}{found['ceiling']:7.3f}")
     more = {name: value for name, value in found["measures"].items() if name not in ("accuracy", "loss")}
     if more:
-        told = (f"{name} {value:.3f}" for name, value in more.items() if value is not None)
-        lines.append(", ".join(told))
+        lines.append(", ".join(f"{name} {value:.3f}" for name, value in more.items()))
     return lines
 
 

@@ -38,6 +38,7 @@ WIDTH = 2048  # of a region's features, as bottom-up attention has
 SHORTEST, LONGEST = 3, 12  # words of a question
 FEWEST, MOST = 10, 50  # regions of an image
 NUM_WORDS, NUM_ANSWERS = 3000, 1500
+MOST_OBJECTS = 8  # of a scene graph
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 def in_process(flags: list[str], side: str, folder: str) -> dict[str, Any]:
     """Run one side by itself."""
     command = [sys.executable, __file__, *flags, "--run", side, folder]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def draw(folder: Path, num_questions: int, num_images: int) -> None:
@@ -87,6 +88,7 @@ def draw(folder: Path, num_questions: int, num_images: int) -> None:
         for number, length in enumerate(lengths)
     }
     write_json(folder / "train_balanced_questions.json", records)
+    write_json(folder / "train_sceneGraphs.json", {str(image): drawn_graph(draw) for image in range(num_images)})
     counts = draw.integers(FEWEST, MOST + 1, num_images)
     with h5py.File(folder / "gqa_objects_0.h5", "w") as file:
         features = file.create_dataset("features", (num_images, 100, WIDTH), dtype="f2")
@@ -102,11 +104,31 @@ def draw(folder: Path, num_questions: int, num_images: int) -> None:
     write_json(folder / "gqa_objects_info.json", info)
 
 
+def drawn_graph(draw: np.random.Generator) -> dict[str, Any]:
+    """A scene graph, from which words on the image are taken."""
+    words = draw.integers(NUM_WORDS, size=(MOST_OBJECTS, 3))
+    named = [[f"w{word}" for word in row] for row in words[: draw.integers(3, MOST_OBJECTS + 1)]]
+    box = {"x": 0, "y": 0, "w": 1, "h": 1}
+    return {
+        "objects": {
+            str(place): {
+                "name": name,
+                **box,
+                "attributes": [attribute],
+                "relations": [{"name": relation, "object": "0"}],
+            }
+            for place, (name, attribute, relation) in enumerate(named)
+        }
+    }
+
+
 def run(args: argparse.Namespace, side: str, folder: str) -> dict[str, float]:
     """One epoch of one side: seconds, mean loss, and the most memory."""
     config = VQAConfig(
         data_root=folder,
         features=folder,
+        sg_source="predicted",
+        scene_graphs=folder,
         num_hid=args.num_hid,
         AOA_layers=args.AOA_layers,
         update_freq=1,
@@ -158,13 +180,16 @@ class Samples(Dataset):
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, ...]:
         place = self.place[self.table.images[row]]
+        words = torch.zeros(self.config.num_stat_word, dtype=torch.int32)
+        known = torch.from_numpy(self.table.descriptions[self.table.images[row]])
+        words[: len(known)] = known
         assert self.table.targets_QA is not None
         return (
             torch.from_numpy(self.table.words_QN[row]),
             torch.from_numpy(self.table.entities_QE[row]),
             self.features[place],
             self.boxes[place],
-            torch.zeros(self.config.num_stat_word, dtype=torch.int32),
+            words,
             torch.from_numpy(self.table.targets_QA[[row]].toarray()[0]),
         )
 
