@@ -37,9 +37,7 @@ class QuestionBatch:
         return len(self.rows)
 
 
-def batch_rows(
-    sizes_Q: NDArray[np.int64], batch_size: int, *, seed: int | None = None, number: int = 0
-) -> list[Rows]:
+def batch_rows(sizes_Q: NDArray[np.int64], batch_size: int, *, seed: int | None = None, number: int = 0) -> list[Rows]:
     """Rows of every batch, each row once: questions of like size together.
 
     Args:

@@ -164,7 +164,7 @@ def stages_with_patches(visual: Any) -> int:
     """How many stages of an image tower lead to its patches: all, or all but the last if that keeps their number.
 
     Being followed by pooling, the last block of a transformer or an EfficientNet has let go of where things are, and
-    may compute the pooled token alone. That of a ResNet or ConvNeXt halves the grid, and adds much to what it knows.
+    may compute the pooled token alone. That of a ResNet or ConvNeXt halves the grid, and is looked at.
 
     Raises ValueError for a tower that cannot be taken apart, or has too few blocks.
     """
