@@ -11,34 +11,21 @@ from typing import Any
 import numpy as np
 
 from answering import images, outcome, remarks
-from answering.configs import VQAConfig
+from answering.configs import CLIP, VQAConfig
 from answering.experiment import Experiment, build_fold, number
 from answering.feed import QuestionFeed
 from answering.folds import read_questions, with_regions
+from answering.run_files import DESCRIPTION
 from answering.task import answer
 from branches.fine import FineBranch
 from regions.features import RegionFiles
 from storage.atomic import atomic_write
 from storage.json_files import schema_mismatch
 from training import checkpoints, devices
-from vqa.preprocess import Lexicon, number_questions
+from vqa.preprocess import Lexicon
 from vqa.questions import Questions, gqa_questions, plain_id
 from vqa.targets import AnswerList
 from vqa.text import Vocabulary
-
-MOST_ANSWERS = 5
-SAVED: dict[str, Any] = {
-    "program": str,
-    "model": dict,
-    "words": [str, ...],
-    "entities": list,
-    "answers": [str, ...],
-    "options": {
-        **dict.fromkeys(("dataset", "loss", "sg_source", "clip_model", "clip_pretrained"), str),
-        **dict.fromkeys(("question_len", "num_stat_word", "topk", "max_boxes"), int),
-        "features": (str, type(None)),
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -56,7 +43,7 @@ def load(config: VQAConfig) -> Answerer:
     folder = Path(str(config.checkpoint))
     runtime = devices.start_runtime(config.device, config.amp)
     description = checkpoints.load_description(folder)
-    if said := schema_mismatch(description, SAVED):
+    if said := schema_mismatch(description, DESCRIPTION):
         raise ValueError(f"--checkpoint {folder}: is no run of main.py ({said})")
     config = replace(config, **trained_options(config, description))
     with checkpoints.damage_errors(folder):
@@ -76,13 +63,13 @@ def load(config: VQAConfig) -> Answerer:
 
 def trained_options(config: VQAConfig, description: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a run answers by as it was trained. Raises ValueError for those asked for that it cannot."""
-    options = {name: description["options"][name] for name in SAVED["options"]}
-    looks, by_clip = description["model"].get("feature_width") != 0, options["features"] == images.CLIP
+    options = {name: description["options"][name] for name in DESCRIPTION["options"]}
+    looks, by_clip = description["model"].get("feature_width") != 0, options["features"] == CLIP
     if looks and config.question_only:
         raise ValueError("--question_only: this run was trained to look at images; drop it")
     options |= {"question_only": not looks, "features": None}
     if looks:
-        options["features"] = config.features or (images.CLIP if by_clip else None)
+        options["features"] = config.features or (CLIP if by_clip else None)
     if config.sg_source not in ("none", options["sg_source"]):
         raise ValueError(f"--sg_source {config.sg_source}: this run was trained with {options['sg_source']}; drop it")
     if options["sg_source"] == "predicted" and not config.scene_graphs and config.mode != "ask":
@@ -115,9 +102,9 @@ def build(answerer: Answerer, questions: Questions, known: RegionFiles | None) -
     """What `outcome` measures, with one fold."""
     config, runtime, lexicon = answerer.config, answerer.runtime, answerer.lexicon
     images.prepare(known, [questions])
-    table = number(config, questions, lexicon, images.read_graphs(config))
-    fold = build_fold(config, questions, table, known, runtime)
-    return Experiment(config, runtime, {config.fold: fold}, lexicon, known, answerer.model, {}, [])
+    graphs = images.read_graphs(config)
+    fold = build_fold(config, questions, number(config, questions, lexicon, graphs), known, runtime)
+    return Experiment(config, runtime, {config.fold: fold}, lexicon, graphs, known, answerer.model, {}, [])
 
 
 def read(answerer: Answerer, known: RegionFiles | None, *, whole: bool) -> Questions:
@@ -197,7 +184,7 @@ def ask(config: VQAConfig) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--image {path}: there is no such file")
     known: RegionFiles | None
-    if answerer.model.feature_width and config.features == images.CLIP:
+    if answerer.model.feature_width and config.features == CLIP:
         known, name = images.clip_regions(config, answerer.runtime, {path.name: path}), path.name
         images.prepare(known, [Questions(["1"], [name], [""], [()])])
     else:
@@ -206,17 +193,12 @@ def ask(config: VQAConfig) -> dict[str, Any]:
             raise ValueError(f"--features {config.features}: has no image {name!r}")
     questions = Questions(["1"], [name], [str(config.question)], [()])
     graph = images.read_graphs(config).get(plain_id(path.name)) if config.scene_graphs else None
-    table = number_questions(
-        questions,
-        answerer.lexicon,
-        {} if graph is None else {name: graph},
-        question_len=config.question_len,
-        num_stat_word=config.num_stat_word,
-        topk=config.topk,
+    table = number(
+        replace(config, shuffle_images=False), questions, answerer.lexicon, {} if graph is None else {name: graph}
     )
     feed = QuestionFeed(table, known, max_boxes=config.max_boxes, device=answerer.runtime.device)
     chances, _ = outcome.look(answerer.model, feed, np.array([0]), config.loss)
-    best = np.argsort(-chances[0])[:MOST_ANSWERS]
+    best = np.argsort(-chances[0])[: outcome.MOST_ANSWERS]
     found = {answerer.lexicon.answers.answers[place]: float(chances[0, place]) for place in best}
     for text, chance in found.items():
         answerer.runtime.say(f"{chance:6.3f}  {text}")

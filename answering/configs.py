@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cli.options import Config, option, options_of, split_list
-from cli.parser import OneLineParser, build_parser, load_options, parse_flags
+from cli.parser import OneLineParser, build_parser, load_options, parse_flags, refuse_another_run
 
 DATASET_NAMES = ("GQA", "VQA", "csv")
 BRANCHES = ("fine", "coarse", "graph")
+CLIP = "clip"  # of --features: no files, but the patches of a CLIP
 MODES = ("train", "evaluate", "predict", "ask")
 
 GROUPS = {
@@ -375,9 +376,5 @@ def resumed_config(flags: Mapping[str, Any]) -> VQAConfig:
     if not (folder / "config.json").is_file():
         raise ValueError(f"--resume {folder}: there is no run in it")
     saved = load_options(folder / "config.json", OPTIONS, not_saved=NOT_SAVED, flag="--resume")
-    for name, value in flags.items():
-        if name not in (*FREE, "resume") and value != saved.get(name, OPTIONS[name].default):
-            raise ValueError(
-                f"--resume {folder}: {OPTIONS[name].flag} would make it another run; drop it, or start a new one"
-            )
+    refuse_another_run(folder, flags, saved, OPTIONS, free=FREE, instead="start a new one")
     return VQAConfig(**{**saved, **flags, "output": str(folder)})

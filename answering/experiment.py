@@ -17,7 +17,7 @@ from answering.folds import read_folds
 from branches.fine import FineBranch
 from regions.features import RegionFiles
 from training import devices, loop, optim
-from vqa.preprocess import Lexicon, QuestionTable, build_lexicon, number_questions
+from vqa.preprocess import Lexicon, QuestionTable, SceneGraphs, build_lexicon, number_questions
 from vqa.questions import Questions
 from vqa.text import cooccurrence, read_glove
 
@@ -52,6 +52,7 @@ class Experiment:
     runtime: devices.Runtime
     folds: Mapping[str, Fold]  # "train", "val", which chooses the epoch, and "test"
     lexicon: Lexicon
+    graphs: SceneGraphs
     regions: RegionFiles | None
     model: FineBranch
     arguments: Mapping[str, Any]  # that `FineBranch` builds the model again from
@@ -86,10 +87,10 @@ def build_experiment(config: VQAConfig, runtime: devices.Runtime) -> Experiment:
     model, arguments, said = build_model(config, lexicon, folds["train"].table, width)
     model.recomputes = config.memory_efficient_attention
     notes = data.notes + said + images.graph_notes(config)
-    return Experiment(config, runtime, folds, lexicon, known, model.to(runtime.device), arguments, notes)
+    return Experiment(config, runtime, folds, lexicon, graphs, known, model.to(runtime.device), arguments, notes)
 
 
-def number(config: VQAConfig, questions: Questions, lexicon: Lexicon, graphs: Any) -> QuestionTable:
+def number(config: VQAConfig, questions: Questions, lexicon: Lexicon, graphs: SceneGraphs) -> QuestionTable:
     """A fold as numbers; with --shuffle_images, each of its images in another one's place."""
     found = number_questions(
         questions,

@@ -21,7 +21,6 @@ from vqa.preprocess import QuestionTable
 from vqa.targets import dense
 
 CHUNK = 50  # batches that are sorted by length together: enough to pad little, few enough to stay shuffled
-
 AHEAD = 2  # batches
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from answering.configs import VQAConfig
+from answering.configs import CLIP, VQAConfig
 from storage.messages import first_five
 from vqa.questions import NoQuestions, Questions, find_gqa, find_vqa, plain_id, read_gqa, read_table, read_vqa
 
@@ -26,7 +26,7 @@ def read_questions(config: VQAConfig, fold: str) -> Questions:
     if config.dataset == "csv":
         found = read_table(Path(str(config.data_csv_path)))
         # files of features know images by number or stem, CLIP by their files
-        return found if config.features == "clip" else replace(found, images=[plain_id(name) for name in found.images])
+        return found if config.features == CLIP else replace(found, images=[plain_id(name) for name in found.images])
     root = Path(str(config.data_root))
     return read_vqa(*find_vqa(root, fold)) if config.dataset == "VQA" else read_gqa(find_gqa(root, fold))
 

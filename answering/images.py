@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from answering.configs import VQAConfig
+from answering.configs import CLIP, VQAConfig
 from backbones.loading import load_backbone
 from regions.clip_regions import PatchRegions
 from regions.demo_set import find_demo_set
@@ -22,7 +22,6 @@ from vqa.questions import Questions, plain_id
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
 MOST_CACHE = 100e9  # bytes of regions, of all runs that share --cache_dir
-CLIP = "clip"
 
 
 def open_regions(config: VQAConfig, runtime: Runtime) -> RegionFiles | None:

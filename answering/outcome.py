@@ -71,9 +71,9 @@ def by_kind(
     found: dict[str, dict[str, dict[str, Any]]] = {}
     names = np.array(questions.images)
     for key, kinds in questions.kinds.items():
-        found[key] = {}
+        found[key], of_each = {}, np.array(kinds)
         for kind, count in Counter(kinds).most_common():
-            are_of_it = np.array([one == kind for one in kinds])
+            are_of_it = of_each == kind
             own = accuracy_Q[are_of_it]
             found[key][kind] = {
                 "accuracy": float(own.mean()),
@@ -196,7 +196,7 @@ def gqa_measures(
     }  # fmt: skip
     if entailed:
         more = gqa_questions(entailed, questions.records)
-        table = number(experiment.config, more, experiment.lexicon, images.read_graphs(experiment.config))
+        table = number(experiment.config, more, experiment.lexicon, experiment.graphs)
         fold = build_fold(experiment.config, more, table, experiment.regions, experiment.runtime)
         told = words_of(experiment, answer(experiment, model, fold)["answer"])
         predictions |= dict(zip(more.ids, told, strict=True))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +20,18 @@ from training import checkpoints, devices, loop, resuming, run_folder, signals, 
 
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
 FLAG = "--output"
+DESCRIPTION: dict[str, Any] = {  # what a checkpoint says of itself, as `json_files.schema_mismatch` checks it
+    "program": str,
+    "model": dict,
+    "words": [str, ...],
+    "entities": list,
+    "answers": [str, ...],
+    "options": {
+        **dict.fromkeys(("dataset", "loss", "sg_source", "clip_model", "clip_pretrained"), str),
+        **dict.fromkeys(("question_len", "num_stat_word", "topk", "max_boxes"), int),
+        "features": (str, type(None)),
+    },
+}
 
 
 @contextmanager
@@ -57,7 +69,7 @@ def start(config: VQAConfig) -> tuple[devices.Runtime, Path, str]:
 
 def tracker_names(config: VQAConfig) -> list[str]:
     """The trackers that are asked for."""
-    return ["tensorboard"] * config.tensorboard + ([config.tracker] if config.tracker else [])
+    return tracking.names_of(config.tensorboard, config.tracker)
 
 
 def open_folder(experiment: Experiment, folder: Path, *, resume: bool) -> run_folder.RunFolder:
@@ -110,13 +122,7 @@ def keep_best(writer: run_folder.RunFolder, experiment: Experiment) -> checkpoin
         "words": list(lexicon.words.words),
         "entities": sorted(lexicon.entities),
         "answers": list(lexicon.answers.answers),
-        "options": {
-            name: getattr(config, name)
-            for name in (
-                *("dataset", "question_len", "num_stat_word", "topk", "max_boxes", "loss", "sg_source", "features"),
-                *("clip_model", "clip_pretrained"),
-            )
-        },
+        "options": {name: getattr(config, name) for name in DESCRIPTION["options"]},
     }
 
     def write(state: Mapping[str, Tensor]) -> None:
@@ -138,19 +144,9 @@ def build_saver(
 
     def tell(error: Exception) -> None:
         if isinstance(error, loop.NonFiniteLoss):
-            asked = experiment.folds["train"].questions
-            writer.json(
-                run_folder.FAILURE_FILE,
-                {
-                    "error": str(error),
-                    "metric": error.metric,
-                    "value": str(error.value),
-                    "epoch": progress.epoch,
-                    "step": error.step,
-                    "questions": [asked.ids[row] for row in error.samples],
-                    "repeat": shlex.join(["python", "main.py", "--resume", str(writer.path)]),
-                },
-            )
+            asked = [experiment.folds["train"].questions.ids[row] for row in error.samples]
+            found = resuming.failure(error, progress, {"questions": asked}, "main.py", writer.path)
+            writer.json(run_folder.FAILURE_FILE, found)
         runtime.say(f"saved     in {writer.path} as it was before; --resume {writer.path} repeats from there")
 
     saver = resuming.Saver(
@@ -167,9 +163,7 @@ def build_saver(
         started=started,
     )
     if writer.resume:
-        has_state = saver.load()
-        where = f"epoch {progress.epoch} after {progress.record.step} of {experiment.steps_per_epoch} steps"
-        runtime.say(f"resume    {where if has_state else 'no state was saved: from the start'}")
+        saver.go_on()
     return saver
 
 
@@ -179,7 +173,4 @@ def open_trackers(
     """What the scalars of every epoch are sent to, by the process that writes, those of finished epochs at once."""
     config = experiment.config
     names = tracker_names(config) if writer.active else []
-    trackers = tracking.Trackers(names, writer.path, config.to_json(), experiment.runtime.say)
-    for row in progress.history:
-        trackers.log(row, int(row["epoch"]))
-    return trackers
+    return tracking.Trackers(names, writer.path, config.to_json(), experiment.runtime.say, progress.history)

@@ -59,11 +59,11 @@ class AnswerTask:
     def validate(self, model: FineBranch, before_batch: Callable[[], object]) -> tuple[Answers, dict[str, float]]:
         """Answers to the validation fold, and what they are worth."""
         answers = answer(self.experiment, model, self.experiment.folds["val"], before_batch)
-        return answers, {"loss": float(answers["loss"].mean()), "accuracy": self.accuracy("val", answers)}
+        return answers, {"loss": float(answers["loss"].mean()), "accuracy": self.accuracy(answers)}
 
-    def accuracy(self, fold: str, answers: Answers) -> float:
-        """The mean accuracy of answers by the targets of a fold."""
-        targets_QA = self.experiment.folds[fold].table.targets_QA
+    def accuracy(self, answers: Answers) -> float:
+        """The mean accuracy of answers by the targets of the validation fold."""
+        targets_QA = self.experiment.folds["val"].table.targets_QA
         assert targets_QA is not None
         return float(targets_QA[np.arange(targets_QA.shape[0]), answers["answer"].astype(int)].mean())
 

@@ -220,7 +220,6 @@ class FineBranch(nn.Module):
         self.encode = WordEncoder(num_words, embed_dim, width, second=second_embedding, dropout=0.2)
         self.take_entities = GatedFusion(width, self.encode.embed_width, omega_q)
         self.feature_width = feature_width
-        self.looks = feature_width > 0
         self.layers = nn.ModuleList(Layer(width, looks=self.looks) for _ in range(layers))
         self.classify = nn.Sequential(
             linear(width, 2 * width),
@@ -239,6 +238,11 @@ class FineBranch(nn.Module):
         self.project = nn.ModuleList(linear(width, width) for _ in range(glimpses))
         self.counter = Counter(count_objects) if count_objects else None
         self.project_count = nn.Linear(count_objects + 1, width) if count_objects else None
+
+    @property
+    def looks(self) -> bool:
+        """Whether images are looked at."""
+        return self.feature_width > 0
 
     @torch.no_grad()
     def expect(self, accuracy_A: Tensor, loss: str) -> None:

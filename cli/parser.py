@@ -75,6 +75,27 @@ def load_options(
     }
 
 
+def refuse_another_run(
+    folder: Path,
+    flags: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    options: Mapping[str, Option],
+    *,
+    free: Collection[str],
+    instead: str,
+) -> None:
+    """Raise ValueError if flags would change more of the run in a folder, whose options are saved, than is `free`.
+
+    Args:
+        instead: what to do where that is wished for.
+    """
+    for name, value in flags.items():
+        if name not in (*free, "resume") and value != saved.get(name, options[name].default):
+            raise ValueError(
+                f"--resume {folder}: {options[name].flag} would make it another run; drop it, or {instead}"
+            )
+
+
 def flag_words(values: Mapping[str, Any], options: Mapping[str, Option], base: Mapping[str, Any]) -> list[str]:
     """Flags and values of the options that differ from `base` or, where that has none, from the default."""
     words: list[str] = []

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import shlex
 import shutil
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -91,7 +88,8 @@ def build_saver(
     def tell(error: Exception) -> None:
         if isinstance(error, loop.NonFiniteLoss):
             names = experiment.examples.table["name"].iloc[error.samples].tolist()
-            writer.json(run_folder.FAILURE_FILE, failure(error, progress, names, writer.path))
+            found = resuming.failure(error, progress, {"images": names}, "baseline.py", writer.path)
+            writer.json(run_folder.FAILURE_FILE, found)
         runtime.say(f"saved     in {writer.path} as it was before; --resume {writer.path} repeats from there")
 
     saver = resuming.Saver(
@@ -108,28 +106,13 @@ def build_saver(
         started=started,
     )
     if writer.resume:
-        has_state = saver.load()
-        where = f"epoch {progress.epoch} after {progress.record.step} of {experiment.steps_per_epoch} steps"
-        runtime.say(f"resume    {where if has_state else 'no state was saved: from the start'}")
+        saver.go_on()
     return saver
-
-
-def failure(error: loop.NonFiniteLoss, progress: resuming.Progress, names: list[str], folder: Path) -> dict[str, Any]:
-    """What failure.json holds: what broke training, and how to see it again."""
-    return {
-        "error": str(error),
-        "metric": error.metric,
-        "value": str(error.value),
-        "epoch": progress.epoch,
-        "step": error.step,
-        "images": names,
-        "repeat": shlex.join(["python", "baseline.py", "--resume", str(folder)]),
-    }
 
 
 def tracker_names(config: TrainingConfig) -> list[str]:
     """The trackers that are asked for."""
-    return ["tensorboard"] * config.tensorboard + ([config.tracker] if config.tracker else [])
+    return tracking.names_of(config.tensorboard, config.tracker)
 
 
 def open_trackers(
@@ -138,10 +121,7 @@ def open_trackers(
     """What the scalars of every epoch are sent to, by the process that writes, those of finished epochs at once."""
     config = experiment.config
     names = tracker_names(config) if writer.active else []
-    trackers = tracking.Trackers(names, writer.path, config.to_json(), experiment.runtime.say)
-    for row in progress.history:
-        trackers.log(row, int(row["epoch"]))
-    return trackers
+    return tracking.Trackers(names, writer.path, config.to_json(), experiment.runtime.say, progress.history)
 
 
 def compiles(config: TrainingConfig, examples: Examples, runtime: devices.Runtime) -> bool:

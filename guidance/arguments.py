@@ -80,10 +80,5 @@ def resumed_config(flags: Mapping[str, Any]) -> TrainingConfig:
     if not files:
         raise ValueError(one_line(f"--resume {folder}: there is no run in it"))
     saved = load_options(files[0], "--resume")
-    for name, value in flags.items():
-        if name not in (*FREE, "resume") and value != saved.get(name, OPTIONS[name].default):
-            raise ValueError(
-                f"--resume {folder}: {OPTIONS[name].flag} would make it another run; drop it, or start one with "
-                f"--config {files[0]}"
-            )
+    parser.refuse_another_run(folder, flags, saved, OPTIONS, free=FREE, instead=f"start one with --config {files[0]}")
     return TrainingConfig(**{**saved, **flags, "output_dir": str(folder)})

@@ -26,7 +26,7 @@ from pages.elements import (
     truncate,
     value_text,
 )
-from pages.run_data import Run, read_csv, read_json
+from pages.run_data import Run, read_epochs, read_json
 from pages.run_page import curves, notes, provenance_table, remarks, timing_table
 from storage.json_files import NUMBER, parse_json, schema_mismatch
 from storage.messages import one_line
@@ -126,11 +126,7 @@ def read_answers_run(folder: Path) -> AnswersRun:
     """Read a finished run. Raises ValueError."""
     options = read_json(folder / "config.json", folder)
     results = check_results(read_json(folder / "results.json", folder), folder / "results.json")
-    epochs = read_csv(folder / "metrics.csv", folder, ["epoch"])
-    try:
-        epochs = epochs.astype(float)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'metrics.csv'}: cannot be read ({truncate(one_line(error), 200)})") from None
+    epochs = read_epochs(folder)
     provenance = options.pop("provenance", {})
     return AnswersRun(
         folder=folder,

@@ -90,11 +90,7 @@ def read_run(folder: Path) -> Run:
     """Read a finished run. Raises ValueError."""
     options = read_json(folder / "config.json", folder)
     results = check_results(read_json(folder / "results.json", folder), folder / "results.json")
-    epochs = read_csv(folder / "metrics.csv", folder, ["epoch"])
-    try:
-        epochs = epochs.astype(float)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'metrics.csv'}: cannot be read ({truncate(one_line(error), 200)})") from None
+    epochs = read_epochs(folder)
     predictions = read_csv(
         folder / comparison.PREDICTIONS_FILE, folder, ["name", "set", "split", "prompt", "generator"]
     )
@@ -112,6 +108,15 @@ def read_run(folder: Path) -> Run:
         predictions=predictions,
         files=dict(zip(splits["name"], zip(paths, splits["digest"], strict=True), strict=True)),
     )
+
+
+def read_epochs(folder: Path) -> pd.DataFrame:
+    """The numbers of every epoch. Raises ValueError."""
+    epochs = read_csv(folder / "metrics.csv", folder, ["epoch"])
+    try:
+        return epochs.astype(float)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'metrics.csv'}: cannot be read ({truncate(one_line(error), 200)})") from None
 
 
 def read_json(path: Path, folder: Path) -> dict[str, Any]:

@@ -7,11 +7,13 @@ of them and of the untrained model. Which batches are left in the epoch follows 
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,26 @@ class Progress:
         """Go on as the progress whose `state_dict` this is."""
         vars(self).update({**state, "record": self.record})
         self.record.load_state_dict(state["record"])
+
+
+def failure(
+    error: loop.NonFiniteLoss, progress: Progress, samples: Mapping[str, Sequence[str]], program: str, folder: Path
+) -> dict[str, Any]:
+    """What failure.json holds: what broke training, and how to see it again.
+
+    Args:
+        samples: what they are called -> names of those of the step.
+        program: that is run again.
+    """
+    return {
+        "error": str(error),
+        "metric": error.metric,
+        "value": str(error.value),
+        "epoch": progress.epoch,
+        "step": error.step,
+        **samples,
+        "repeat": shlex.join(["python", program, "--resume", str(folder)]),
+    }
 
 
 @dataclass
@@ -217,6 +239,12 @@ class Saver:
             raise ValueError(f"--resume: the saved state is of another version of this program ({error!r})") from error
         self.progress.resumed.append({"epoch": self.progress.epoch, "step": self.progress.record.step})
         return True
+
+    def go_on(self) -> None:
+        """Go on from the newest state, and say from where. Raises ValueError if it is of something else."""
+        has_state = self.load()
+        where = f"epoch {self.progress.epoch} after {self.progress.record.step} of {self.steps_per_epoch} steps"
+        self.runtime.say(f"resume    {where if has_state else 'no state was saved: from the start'}")
 
     def check(self) -> None:
         """Save if it is time to. To be called between two optimiser steps.

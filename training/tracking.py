@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -106,6 +106,11 @@ def check_installed(names: list[str]) -> None:
             raise ValueError(f"{flag}: {name} is not installed; pip install {name}, or drop the flag")
 
 
+def names_of(tensorboard: bool, tracker: str | None) -> list[str]:
+    """The trackers that --tensorboard and --tracker ask for."""
+    return ["tensorboard"] * tensorboard + ([tracker] if tracker else [])
+
+
 class Trackers:
     """All trackers that were asked for, which may be none, closed when the block is left.
 
@@ -113,13 +118,19 @@ class Trackers:
 
     Args:
         say: prints a line.
+        history: rows of the epochs that are finished already, which are sent at once.
 
     Raises:
         ValueError: a tracker cannot be opened.
     """
 
     def __init__(
-        self, names: list[str], folder: Path, settings: Mapping[str, Any], say: Callable[[str], object] = print
+        self,
+        names: list[str],
+        folder: Path,
+        settings: Mapping[str, Any],
+        say: Callable[[str], object] = print,
+        history: Iterable[Mapping[str, float]] = (),
     ) -> None:
         self.say = say
         self.trackers: list[Tracker] = []
@@ -129,6 +140,8 @@ class Trackers:
             except ValueError:
                 self.close(failed=True)
                 raise
+        for row in history:
+            self.log(row, int(row["epoch"]))
 
     def __enter__(self) -> Trackers:
         return self

@@ -5,11 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from conftest import ROOT
 from small_vqa import differences, error_of, read, table, tiny_flags, trained_weights_kept
 from stopped_runs import OF_TIME
 from torch import Tensor
+from two_processes import session
 
 import main
 from answering.configs import parse_args
@@ -68,31 +65,13 @@ def runs(tmp_path_factory) -> Runs:
     (place / "job.json").write_text(json.dumps(job))
     (place / "user").mkdir()
     program = str(Path(__file__).with_name("both_vqa.py"))
-    with session([sys.executable, program, str(place), str(place / "job.json")], place / "user") as started:
+    path = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'finetune'}"
+    command = [sys.executable, program, str(place), str(place / "job.json")]
+    with session(command, place / "user", PYTHONPATH=path) as started:
         _, err = started.communicate(timeout=300)
     assert started.returncode == 0, err
     said = [(place / f"said{rank}.txt").read_text() for rank in range(2)]
     return Runs(place, place / "user", (said[0], said[1]), alone.getvalue())
-
-
-@contextlib.contextmanager
-def session(command: list[str], cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a program that starts others; whatever is left of them when the block is left is killed."""
-    tests = ROOT / "tests"
-    started = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{tests}:{tests / 'finetune'}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield started
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
 
 
 def told_by_gradients(folder: Path) -> dict[str, Tensor]:

@@ -11,11 +11,8 @@ printed of `main`.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 import torch
 from stopped_runs import StopsAt
 from torch import Tensor, nn
+from two_processes import fork_both
 
 import baseline
 from guidance.arguments import parse_args
@@ -87,28 +85,6 @@ def main(folder: Path, job: dict[str, Any]) -> None:
         baseline.main(job["main"])
 
 
-def fork_both(folder: Path, job: dict[str, Any]) -> int:
-    """Run `main` in two processes; the exit code of the first one that has failed, or 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(2):
-        if pid := os.fork():
-            started.append(pid)
-            continue
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="127.0.0.1")
-        code = 1
-        try:
-            main(folder, job)
-            code = 0
-        finally:
-            if code:
-                traceback.print_exc()
-            os._exit(code)
-    return next(filter(None, (os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started)), 0)
-
-
 if __name__ == "__main__":
-    raise SystemExit(fork_both(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())))
+    job = json.loads(Path(sys.argv[2]).read_text())
+    raise SystemExit(fork_both(lambda rank: main(Path(sys.argv[1]), job)))

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from stopped_runs import OF_TIME, differences
 from torch import Tensor
+from two_processes import session
 
 import baseline
 from training import devices
@@ -41,25 +41,6 @@ CASES = {
 }
 # Each process has generators of its own, which drop out other rows.
 DROPOUT = f"{TINY} --dropout 0.3 --freeze_clip --epochs 2 --lr 1e-3 --batch_size 5"
-
-
-@contextlib.contextmanager
-def session(command: list[str], cwd: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a program that starts others; whatever is left of them when the block is left is killed."""
-    started = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield started
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
 
 
 def job(*arguments: str, cwd: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
