@@ -14,8 +14,7 @@ from pathlib import Path
 
 from cli.options import Config, option, options_of, split_list
 
-LOSS_NAMES = ("mse", "l1", "huber", "plcc", "rank", "fidelity", "kl", "thurstone")
-SPREAD_LOSSES = ("kl", "thurstone")  # need the standard deviation of the opinions behind each score
+LOSS_NAMES = ("mse", "l1", "huber", "plcc", "fidelity")
 
 # As sources/labels.py reads them.
 DATASET_NAMES = (
@@ -270,7 +269,7 @@ class TrainingConfig(Config):
     loss: str = option(
         "mse+plcc",
         "loss",
-        f"of {', '.join(LOSS_NAMES)}; several as in mse+0.5*plcc (kl and thurstone use the opinions' std)",
+        f"of {', '.join(LOSS_NAMES)}; several as in mse+0.5*plcc",
         metavar="EXPR",
     )
 
@@ -474,11 +473,6 @@ class TrainingConfig(Config):
     def folds_read(self) -> list[str]:
         """The folds that scores are measured on."""
         return ["val", "test"] if self.test else ["val"]
-
-    @property
-    def uses_spreads(self) -> bool:
-        """Whether the loss needs the standard deviation of the opinions behind each score."""
-        return any(name in SPREAD_LOSSES for _, name in self.loss_terms)
 
     @property
     def is_protocol(self) -> bool:

@@ -68,6 +68,7 @@ def trained_options(config: VQAConfig, description: Mapping[str, Any]) -> dict[s
     if looks and config.question_only:
         raise ValueError("--question_only: this run was trained to look at images; drop it")
     options |= {"question_only": not looks, "features": None}
+    options["shuffle_images"] |= config.shuffle_images
     if looks:
         options["features"] = config.features or (CLIP if by_clip else None)
     if config.sg_source not in ("none", options["sg_source"]):
@@ -192,10 +193,8 @@ def ask(config: VQAConfig) -> dict[str, Any]:
         if known is not None and name not in known.ids:
             raise ValueError(f"--features {config.features}: has no image {name!r}")
     questions = Questions(["1"], [name], [str(config.question)], [()])
-    graph = images.read_graphs(config).get(plain_id(path.name)) if config.scene_graphs else None
-    table = number(
-        replace(config, shuffle_images=False), questions, answerer.lexicon, {} if graph is None else {name: graph}
-    )
+    graphs = images.read_graphs(config) if config.scene_graphs else {}
+    table = number(replace(config, shuffle_images=False), questions, answerer.lexicon, graphs)
     feed = QuestionFeed(table, known, max_boxes=config.max_boxes, device=answerer.runtime.device)
     chances, _ = outcome.look(answerer.model, feed, np.array([0]), config.loss)
     best = np.argsort(-chances[0])[: outcome.MOST_ANSWERS]
@@ -204,7 +203,7 @@ def ask(config: VQAConfig) -> dict[str, Any]:
         answerer.runtime.say(f"{chance:6.3f}  {text}")
     if answerer.model.feature_width == 0:
         answerer.runtime.say("note      this run looks at no image: trained with --question_only")
-    if config.sg_source != "none" and graph is None:
+    if config.sg_source != "none" and plain_id(name) not in graphs:
         answerer.runtime.say("note      this run was trained with scene graphs; of this image there is none")
     return found
 

@@ -109,7 +109,7 @@ class VQAConfig(Config):
     bad_images: str = option(
         "error",
         "data",
-        "questions on images that --features has not: refuse to train, or leave them out, which is counted",
+        "questions on images that --features has not, or cannot read: refuse, or leave them out, which is counted",
         choices=("error", "skip"),
     )
     question_only: bool = option(False, "data", "look at no image: a floor")

@@ -12,12 +12,12 @@ import torch
 
 from answering import images
 from answering.configs import VQAConfig
-from answering.feed import QuestionFeed, batch_rows
+from answering.feed import QuestionFeed
 from answering.folds import read_folds
 from branches.fine import FineBranch
 from regions.features import RegionFiles
 from training import devices, loop, optim
-from vqa.preprocess import Lexicon, QuestionTable, SceneGraphs, build_lexicon, number_questions
+from vqa.preprocess import Lexicon, QuestionTable, SceneGraphs, number_questions, prepare
 from vqa.questions import Questions
 from vqa.text import cooccurrence, read_glove
 
@@ -38,7 +38,7 @@ class Fold:
         self, model: FineBranch, batch_size: int, compute: Any, runtime: devices.Runtime, **hooks: Any
     ) -> dict[str, np.ndarray]:
         """What a model computes of all questions, named (Q, ...) arrays; `hooks` are those of `loop.predict`."""
-        parts = batch_rows(self.feed.sizes_Q, MORE_AT_ONCE * batch_size)
+        parts = self.feed.parts(MORE_AT_ONCE * batch_size)
         found = loop.predict(model, self.feed.batches(parts), compute, runtime=runtime, **hooks)
         back = np.argsort(np.concatenate(parts))
         return {name: values[back] for name, values in found.items()}
@@ -78,9 +78,16 @@ def build_experiment(config: VQAConfig, runtime: devices.Runtime) -> Experiment:
     data = read_folds(config, None if known is None else known.ids)
     images.prepare(known, data.questions.values())
     graphs = images.read_graphs(config)
-    lexicon = build_lexicon(data.questions["train"], graphs, least_answers=config.num_answered, topk=config.topk)
+    with runtime.main_first():
+        lexicon, tables = prepare(
+            data.questions,
+            graphs,
+            Path(config.cache_dir) / "questions",
+            least_answers=config.num_answered,
+            **table_sizes(config),
+        )
     folds = {
-        name: build_fold(config, questions, number(config, questions, lexicon, graphs), known, runtime)
+        name: build_fold(config, questions, shuffled(config, tables[name]), known, runtime)
         for name, questions in data.questions.items()
     }
     width = 0 if known is None else known.width
@@ -90,17 +97,19 @@ def build_experiment(config: VQAConfig, runtime: devices.Runtime) -> Experiment:
     return Experiment(config, runtime, folds, lexicon, graphs, known, model.to(runtime.device), arguments, notes)
 
 
+def table_sizes(config: VQAConfig) -> dict[str, int]:
+    """How much of each question and image is read."""
+    return {"question_len": config.question_len, "num_stat_word": config.num_stat_word, "topk": config.topk}
+
+
+def shuffled(config: VQAConfig, table: QuestionTable) -> QuestionTable:
+    """With --shuffle_images, each image of a fold in another one's place."""
+    return table.shuffled(config.seed) if config.shuffle_images else table
+
+
 def number(config: VQAConfig, questions: Questions, lexicon: Lexicon, graphs: SceneGraphs) -> QuestionTable:
-    """A fold as numbers; with --shuffle_images, each of its images in another one's place."""
-    found = number_questions(
-        questions,
-        lexicon,
-        graphs,
-        question_len=config.question_len,
-        num_stat_word=config.num_stat_word,
-        topk=config.topk,
-    )
-    return found.shuffled(config.seed) if config.shuffle_images else found
+    """More questions as numbers."""
+    return shuffled(config, number_questions(questions, lexicon, graphs, **table_sizes(config)))
 
 
 def build_fold(

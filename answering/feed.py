@@ -1,11 +1,11 @@
-"""Questions as batches: those of like length together, each image's regions read once, padded to the longest there is.
+"""Questions as batches: those of an image together, and those of like size, padded to the longest there is.
 
-Shapes: Q questions, I images, B questions of a batch, N words, E entities, W describing words, M regions, F features.
+Shapes: Q questions, B of a batch, I images of these, N words, E entities, W describing words, M regions, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inputs.transfer import Rows, run_ahead, to_device
+from inputs.transfer import Rows, chunks, run_ahead, to_device
 from regions.features import RegionFiles
 from vqa.preprocess import QuestionTable
 from vqa.targets import dense
 
-CHUNK = 50  # batches that are sorted by length together: enough to pad little, few enough to stay shuffled
+CHUNK = 100  # batches that are sorted by size together: enough to pad little, few enough to stay shuffled
+TOGETHER = 8  # questions of an image in one batch: its regions are read, and seen, once for all of them
 AHEAD = 2  # batches
+PER_IMAGE = ("features_IMF", "boxes_IM4", "description_IW")  # inputs of the model; the others are for each question
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,45 @@ class QuestionBatch:
         return len(self.rows)
 
 
-def batch_rows(sizes_Q: NDArray[np.int64], batch_size: int, *, seed: int | None = None, number: int = 0) -> list[Rows]:
-    """Rows of every batch, each row once: questions of like size together.
+def batch_rows(
+    lengths_Q: NDArray[np.int64],
+    images_Q: NDArray[np.int64],
+    regions_Q: NDArray[np.int64],
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    number: int = 0,
+) -> list[Rows]:
+    """Rows of every batch, each row once: questions of an image together, then those of like size.
 
     Args:
-        seed: shuffles, anew in every pass by its `number`; None: the shortest first.
+        images_Q: the number of each question's image.
+        regions_Q: how many regions that has.
+        seed: shuffles, anew in every pass by its `number`; None: the smallest first, an image after the other.
     """
     if seed is None:
-        order = np.argsort(sizes_Q, kind="stable")
-        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        return list(chunks(np.lexsort((lengths_Q, images_Q, regions_Q)), batch_size))
     draw = np.random.default_rng((seed, number))
-    order, found = draw.permutation(len(sizes_Q)), []
-    for start in range(0, len(order), CHUNK * batch_size):
-        chunk = order[start : start + CHUNK * batch_size]
-        chunk = chunk[np.argsort(sizes_Q[chunk], kind="stable")]
-        found += [chunk[place : place + batch_size] for place in range(0, len(chunk), batch_size)]
+    groups_Q = draw_groups(images_Q, draw)
+    longest_G = np.zeros(groups_Q.max(initial=-1) + 1, dtype=np.int64)
+    np.maximum.at(longest_G, groups_Q, lengths_Q)
+    order = np.argsort(draw.permutation(len(longest_G))[groups_Q], kind="stable")
+    found: list[Rows] = []
+    for rows in chunks(order, CHUNK * batch_size):
+        groups = groups_Q[rows]
+        found += chunks(rows[np.lexsort((groups, longest_G[groups], regions_Q[rows]))], batch_size)
     return [found[place] for place in draw.permutation(len(found))]
+
+
+def draw_groups(images_Q: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
+    """The number of the group of each question: by chance, up to TOGETHER that ask about the same image."""
+    order = draw.permutation(len(images_Q))
+    order = order[np.argsort(images_Q[order], kind="stable")]
+    ordered = images_Q[order]
+    rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)  # among the questions about the image
+    groups_Q = np.empty(len(order), dtype=np.int64)
+    groups_Q[order] = np.cumsum(rank % TOGETHER == 0) - 1
+    return groups_Q
 
 
 class QuestionFeed:
@@ -92,40 +117,53 @@ class QuestionFeed:
         targets = None if table.targets_QA is None else to_device(dense(table.targets_QA, rows), self.device)
         return QuestionBatch(rows, {name: to_device(value, self.device) for name, value in inputs.items()}, targets)
 
+    def parts(self, batch_size: int, *, seed: int | None = None, number: int = 0) -> list[Rows]:
+        """Rows of every batch, as `batch_rows` has them."""
+        return batch_rows(self.table.lengths_Q, *self.images_and_regions, batch_size, seed=seed, number=number)
+
     @cached_property
-    def sizes_Q(self) -> NDArray[np.int64]:
-        """What questions are sorted by, so that little is padded: words, then regions of the image."""
-        lengths_Q = self.table.lengths_Q
+    def images_and_regions(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(Q,) the number of each question's image, and of its regions; where none is looked at, an image each."""
         if self.regions is None:
-            return lengths_Q
-        distinct, place_of = np.unique(self.table.images, return_inverse=True)
-        counts = np.array([min(self.regions.count(str(image)), self.max_boxes) for image in distinct])
-        return lengths_Q * (self.max_boxes + 1) + counts[place_of]
+            return np.arange(len(self.table)), np.zeros(len(self.table), dtype=np.int64)
+        distinct, images_Q = np.unique(self.table.images, return_inverse=True)
+        counts = np.array([min(self.regions.count(str(image)), self.max_boxes) for image in distinct], dtype=np.int64)
+        return images_Q, counts[images_Q]
 
     def look(self, files: RegionFiles, images: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Regions and describing words of each question's image."""
-        known = {image: files.read(image) for image in dict.fromkeys(images)}
-        found = [known[image] for image in images]
+        """Regions and describing words of each image, and which of these each question is about."""
+        place_of = {image: place for place, image in enumerate(dict.fromkeys(images))}
+        found = [files.read(image) for image in place_of]
         most = max(1, min(self.max_boxes, max(len(each.boxes) for each in found)))
-        features = np.zeros((len(images), most, files.width), dtype=np.float32)
-        boxes = np.zeros((len(images), most, 4), dtype=np.float32)
-        for row, each in enumerate(found):
+        features = np.zeros((len(found), most, files.width), dtype=np.float32)
+        boxes = np.zeros((len(found), most, 4), dtype=np.float32)
+        for place, each in enumerate(found):
             count = min(most, len(each.boxes))
-            features[row, :count], boxes[row, :count] = each.features[:count], each.boxes[:count]
+            features[place, :count], boxes[place, :count] = each.features[:count], each.boxes[:count]
         none = np.zeros(1, dtype=np.int32)
-        described = padded([self.table.descriptions.get(image, none) for image in images])
-        return {"features_BMF": features, "boxes_BM4": boxes, "description_BW": trimmed(described)}
+        described = trimmed(padded([self.table.descriptions.get(image, none) for image in place_of]))
+        own = {"images_B": np.array([place_of[image] for image in images])}
+        return dict(zip(PER_IMAGE, (features, boxes, described), strict=True)) | own
 
     def split(self, batch: QuestionBatch, size: int) -> list[QuestionBatch]:
         """The same batch in parts of at most `size` rows, for one process."""
         return [
             QuestionBatch(
                 batch.rows[part],
-                {name: value[part] for name, value in batch.inputs.items()},
+                part_of(batch.inputs, part),
                 None if batch.targets_BA is None else batch.targets_BA[part],
             )
             for part in (slice(start, start + size) for start in range(0, len(batch), size))
         ]
+
+
+def part_of(inputs: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
+    """The inputs of some questions, with the images that these are about."""
+    found = {name: value[part] for name, value in inputs.items() if name not in PER_IMAGE}
+    if "images_B" in inputs:
+        used, found["images_B"] = found["images_B"].unique(return_inverse=True)
+        found |= {name: inputs[name][used] for name in PER_IMAGE}
+    return found
 
 
 def trimmed(words: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -15,7 +15,8 @@ from regions.demo_set import find_demo_set
 from regions.features import RegionFiles, open_features
 from storage.atomic import atomic_write
 from storage.feature_cache import FeatureCache, key_of
-from storage.messages import one_line
+from storage.image_files import try_images
+from storage.messages import first_five, one_line
 from training.devices import Runtime
 from vqa.preprocess import SceneGraphs, read_scene_graphs
 from vqa.questions import Questions, plain_id
@@ -36,8 +37,19 @@ def open_regions(config: VQAConfig, runtime: Runtime) -> RegionFiles | None:
 def clip_regions(config: VQAConfig, runtime: Runtime, paths: Mapping[str, Path]) -> PatchRegions:
     """The patches of --clip_model as regions of these images. Raises ValueError."""
     backbone = load_backbone(config.clip_model, config.clip_pretrained)
+    if config.bad_images == "skip":
+        paths = readable(paths, runtime)
     cache = FeatureCache(Path(config.cache_dir) / "regions", MOST_CACHE)
     return PatchRegions(backbone, runtime, paths, cache, most=config.max_boxes)
+
+
+def readable(paths: Mapping[str, Path], runtime: Runtime) -> dict[str, Path]:
+    """The images that can be read; says how many cannot, and why."""
+    results = try_images(list(paths.values()), num_threads=runtime.num_threads)
+    found = {name: paths[name] for name, item in zip(paths, results, strict=True) if not isinstance(item, str)}
+    if broken := [f"{name} ({item})" for name, item in zip(paths, results, strict=True) if isinstance(item, str)]:
+        runtime.say(f"note      {len(broken)} of {len(paths)} images cannot be read: {first_five(broken)}")
+    return found
 
 
 def prepare(known: RegionFiles | None, questions: Iterable[Questions]) -> None:

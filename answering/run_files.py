@@ -19,6 +19,7 @@ from storage.json_files import read_json
 from training import checkpoints, devices, loop, resuming, run_folder, signals, tracking
 
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
+MOST_CHECKED = 100  # images of a fold whose regions are compared when a run is gone on with
 FLAG = "--output"
 DESCRIPTION: dict[str, Any] = {  # what a checkpoint says of itself, as `json_files.schema_mismatch` checks it
     "program": str,
@@ -29,6 +30,7 @@ DESCRIPTION: dict[str, Any] = {  # what a checkpoint says of itself, as `json_fi
     "options": {
         **dict.fromkeys(("dataset", "loss", "sg_source", "clip_model", "clip_pretrained"), str),
         **dict.fromkeys(("question_len", "num_stat_word", "topk", "max_boxes"), int),
+        "shuffle_images": bool,
         "features": (str, type(None)),
     },
 }
@@ -84,11 +86,16 @@ def open_folder(experiment: Experiment, folder: Path, *, resume: bool) -> run_fo
 
 
 def fingerprint(experiment: Experiment) -> str:
-    """Of all questions, answers and folds."""
-    digest = hashlib.sha256()
+    """Of all questions, answers and folds, and of the regions of some of their images."""
+    digest, known = hashlib.sha256(), experiment.regions
     for name, fold in experiment.folds.items():
         asked = fold.questions
         digest.update(json.dumps([name, asked.ids, asked.images, asked.texts, asked.answers]).encode())
+        if known is not None:
+            names = sorted(set(asked.images))
+            for name in names[:: 1 + len(names) // MOST_CHECKED]:
+                found = known.read(name)
+                digest.update(found.features.tobytes() + found.boxes.tobytes())
     return digest.hexdigest()
 
 
@@ -100,7 +107,7 @@ def write_inputs(writer: run_folder.RunFolder, experiment: Experiment) -> None:
     """
     runtime, data = experiment.runtime, fingerprint(experiment)
     if writer.resume:
-        before = read_json(writer.path / run_folder.CONFIG_FILE)["provenance"]
+        before = read_json(writer.path / run_folder.CONFIG_FILE).get("provenance") or {}
         runtime.say(run_folder.changes_since(before, writer.path, data))
         return
     provenance = {

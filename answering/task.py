@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from answering.experiment import Experiment, Fold
-from answering.feed import QuestionBatch, batch_rows
+from answering.feed import QuestionBatch
 from branches.fine import FineBranch
 from training import micro_batches, optim, resuming
 from training.fit import FitOptions
@@ -45,7 +45,7 @@ class AnswerTask:
     def batches(self, epoch: int, num_done: int) -> Iterable[QuestionBatch]:
         """The batches of an epoch (from 1), without the first `num_done`."""
         config = self.experiment.config
-        parts = batch_rows(self.train.feed.sizes_Q, config.batch_size, seed=config.seed, number=epoch)
+        parts = self.train.feed.parts(config.batch_size, seed=config.seed, number=epoch)
         return self.train.feed.batches(parts[num_done:])
 
     def compute_losses(self, model: nn.Module, batch: QuestionBatch) -> dict[str, Tensor]:
@@ -155,6 +155,7 @@ def build_train_state(experiment: Experiment) -> resuming.TrainState:
             experiment.folds["train"].feed.split,
             enabled=config.dynamic_batch_size,
             max_usage=config.max_memory_usage,
+            remedies="add --memory_efficient_attention, or lower --max_boxes or --num_hid",
         ),
         scaler=experiment.runtime.scaler,
         constant=set(),

@@ -4,7 +4,8 @@ Bilinear attention (Kim, Jun and Zhang, Bilinear Attention Networks, 2018) finds
 matter, attention on attention (Huang et al., 2019) lets words and regions inform themselves and each other, and
 `branches.counting` tells how many regions the question is about.
 
-Shapes: B batch, N words, M regions, D joint width, G glimpses, A answers. Masks are True where there is something.
+Shapes: B questions, I images, N words, M regions, D joint width, G glimpses, A answers. Masks are True where there is
+something.
 """
 
 from __future__ import annotations
@@ -152,13 +153,19 @@ class WordEncoder(nn.Module):
         """(V, D) of all words, without those of their company."""
         return cast(nn.Embedding, self.embed[0]).weight
 
-    def vectors(self, words_BN: Tensor) -> Tensor:
-        """(B, N) -> (B, N, embed_width)."""
-        return self.dropout(torch.cat([embed(words_BN) for embed in self.embed], dim=-1))
+    def vectors(self, *words: Tensor) -> list[Tensor]:
+        """Numbers of words, in several tensors of shape (...) -> their vectors (..., embed_width) for each of these.
 
-    def forward(self, words_BN: Tensor) -> Tensor:
-        """(B, N) numbers of words, padded on the right -> (B, N, D)."""
-        return self.read(self.vectors(words_BN))[0]
+        All are looked up at once, because every look-up has a gradient as large as the vocabulary.
+        """
+        numbers = torch.cat([each.flatten() for each in words])
+        found = self.dropout(torch.cat([embed(numbers) for embed in self.embed], dim=-1))
+        parts = found.split([each.numel() for each in words])
+        return [part.view(*each.shape, -1) for part, each in zip(parts, words, strict=True)]
+
+    def forward(self, vectors_BND: Tensor) -> Tensor:
+        """(B, N, embed_width) vectors of words, padded on the right -> (B, N, D)."""
+        return self.read(vectors_BND)[0]
 
 
 class Layer(nn.Module):
@@ -171,14 +178,24 @@ class Layer(nn.Module):
             self.regions, self.across = (AttentionOnAttention(width) for _ in range(2))
             self.norm_regions, self.norm_across = (nn.LayerNorm(width) for _ in range(2))
 
-    def forward(self, q: Tensor, v: Tensor | None, q_mask: Tensor, v_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, N, D), (B, M, D) and their masks -> the same; without regions, words alone."""
+    def among_regions(self, v: Tensor, v_mask: Tensor) -> Tensor:
+        """(I, M, D) and its mask -> the same: regions inform each other, whatever is asked."""
+        known = self.norm_regions(v)
+        return v + self.regions(known, known, v_mask)
+
+    def forward(
+        self, q: Tensor, v: Tensor | None, q_mask: Tensor, v_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D), (B, M, D) and their masks -> the same; without regions, words alone.
+
+        Without a mask of the regions, they have informed each other before.
+        """
         known = self.norm_words(q)
         q = q + self.words(known, known, q_mask)
         if v is None:
             return q, None
-        known = self.norm_regions(v)
-        v = v + self.regions(known, known, v_mask)
+        if v_mask is not None:
+            v = self.among_regions(v, v_mask)
         return q, v + self.across(self.norm_across(v), q, q_mask)
 
 
@@ -259,25 +276,38 @@ class FineBranch(nn.Module):
         self,
         words_BN: Tensor,
         entities_BE: Tensor,
-        features_BMF: Tensor | None = None,
-        boxes_BM4: Tensor | None = None,
-        description_BW: Tensor | None = None,
+        features_IMF: Tensor | None = None,
+        boxes_IM4: Tensor | None = None,
+        description_IW: Tensor | None = None,
+        images_B: Tensor | None = None,
     ) -> Tensor:
-        """Numbers of words (0: none), vectors of regions and their boxes on [0, 1] (all 0: none) -> (B, A) logits."""
-        q_mask, entity_mask = words_BN > 0, entities_BE > 0
-        q = self.take_entities(self.encode(words_BN), self.encode.vectors(entities_BE), q_mask, entity_mask)
-        v, v_mask = None, q_mask
+        """Numbers of words (0: none), vectors of regions and their boxes on [0, 1] (all 0: none) -> (B, A) logits.
+
+        images_B tells which of the images each question is about; without it, each is about its own. What does not
+        depend on the question is computed once for each image.
+        """
+        words = [each for each in (words_BN, entities_BE, description_IW) if each is not None]
+        words_BND, entities_BED, *description = self.encode.vectors(*words)
+        q_mask = words_BN > 0
+        q = self.take_entities(self.encode(words_BND), entities_BED, q_mask, entities_BE > 0)
+        v, v_mask, boxes_BM4 = None, None, boxes_IM4
         if self.looks:
-            assert features_BMF is not None and boxes_BM4 is not None and description_BW is not None
-            v_mask = (boxes_BM4 > 0).any(dim=-1)
-            v = self.look(features_BMF) + self.place(geometry(boxes_BM4))
-            v = self.take_description(v, self.encode(description_BW), v_mask, description_BW > 0)
-        for layer in self.layers:
+            assert features_IMF is not None and boxes_IM4 is not None and description_IW is not None
+            v_mask = (boxes_IM4 > 0).any(dim=-1)
+            v = self.look(features_IMF) + self.place(geometry(boxes_IM4))
+            v = self.take_description(v, self.encode(description[0]), v_mask, description_IW > 0)
+            if len(self.layers):
+                v = cast(Layer, self.layers[0]).among_regions(v, v_mask)
+            if images_B is not None:
+                v, v_mask, boxes_BM4 = (each.index_select(0, images_B) for each in (v, v_mask, boxes_IM4))
+        for number, layer in enumerate(self.layers):
+            inputs = (q, v, q_mask, v_mask if number else None)  # the first layer's have been, once for each image
             if self.recomputes and torch.is_grad_enabled():
-                q, v = checkpoint(layer, q, v, q_mask, v_mask, use_reentrant=False)
+                q, v = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                q, v = layer(q, v, q_mask, v_mask)
+                q, v = layer(*inputs)
         if v is not None:
+            assert v_mask is not None
             q = self.look_up(q, v, q_mask, v_mask, boxes_BM4)
         return self.classify((q * q_mask[..., None]).sum(dim=1))
 

@@ -92,12 +92,6 @@ def check_examples(config: TrainingConfig, examples: Examples) -> None:
     stopped = config.task_gradients.removeprefix("stop_")
     if stopped in TASKS and set(examples.scales) == {stopped}:
         raise ValueError(f"--task_gradients {config.task_gradients}: the data has no other scores to train CLIP by")
-    if config.uses_spreads and set(examples.spreads) & set(examples.scales) != set(examples.scales):
-        lacking = next(task for task in examples.scales if task not in examples.spreads)
-        way = "which --extra_scores do not have"
-        if lacking in TASKS:
-            way = "name its column with --quality_std_column, --consistency_std_column"
-        raise ValueError(f"--loss {config.loss}: needs the opinions' std on {title_of(lacking)}; {way}")
     if config.strict_splits and (leaks := leakage_notes(examples)):
         raise ValueError(f"--strict_splits: {'; '.join(leaks)}")
     if config.use_explanations and (examples.table["prompt"] == "").all():

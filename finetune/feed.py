@@ -70,11 +70,10 @@ def build_feed(
         test_crops=config.num_test_crops,
         global_view=config.global_view,
     )
-    spreads = {f"{task}_std": values for task, values in examples.spreads.items()} if config.uses_spreads else {}
     feed = batches.Feed(
         pixels=image_sources.PixelSource(store, views),
         device=runtime.device,
-        targets={**examples.unit_targets, **spreads},
+        targets=examples.unit_targets,
         prompts=prompts,
         rationales=(rationales, (examples.table["explanation"] != "").to_numpy()) if rationales else None,
         share=runtime.share,

@@ -41,7 +41,10 @@ def build_train_state(experiment: Experiment) -> resuming.TrainState:
         schedule=schedule,
         average=optim.WeightAverage(model, config.ema_decay),
         micro=micro_batches.MicroBatches(
-            experiment.feed.split, enabled=config.dynamic_batch_size, max_usage=config.max_memory_usage
+            experiment.feed.split,
+            enabled=config.dynamic_batch_size,
+            max_usage=config.max_memory_usage,
+            remedies="add --gradient_checkpointing, freeze more layers, or --no_cache",
         ),
         scaler=experiment.runtime.scaler,
         constant=never_trained(model, optimizer),

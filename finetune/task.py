@@ -108,7 +108,6 @@ def score_terms(
         smoothing=config.label_smoothing,
         means=examples.train_means,
         labelled=labelled,
-        spreads={task: targets[f"{task}_std"] for task in examples.scales if f"{task}_std" in targets},
     )
 
 
@@ -119,6 +118,5 @@ def evaluate(
     rows = examples.rows(fold)
     tensors = {task: torch.from_numpy(values) for task, values in scores.items()}
     targets = {task: torch.from_numpy(values[rows]) for task, values in examples.unit_targets.items()}
-    targets |= {f"{task}_std": torch.from_numpy(values[rows]) for task, values in examples.spreads.items()}
     terms = {name: float(value) for name, value in score_terms(tensors, targets, config, examples).items()}
     return {**terms, **agreement.agreements(agreement.in_mos_units(scores, examples), fold, examples)}

@@ -205,7 +205,7 @@ class FeatureSet:
 def unwritable(folder: Path, error: Exception) -> ValueError:
     """What to tell the user."""
     reason = (isinstance(error, OSError) and error.strerror) or error
-    return ValueError(f"--cache_dir {folder}: cannot be written ({reason}); choose another folder or --no_cache")
+    return ValueError(f"--cache_dir {folder}: cannot be written ({reason}); choose another folder")
 
 
 def size_of(folder: Path) -> int:

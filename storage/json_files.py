@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +96,38 @@ def schema_mismatch(found: object, shape: Any, name: str = "") -> str:
             [shape, ...] with an ellipsis for one of any number but none.
         name: what the value is called.
     """
-    what = repr(name) if name else "it"
+    misfit = first_misfit(found, shape)
+    if misfit is None:
+        return ""
+    keys, said = misfit
+    what = ".".join(filter(None, (name, *keys)))
+    return f"{repr(what) if what else 'it'} {said}"
+
+
+def first_misfit(found: object, shape: Any) -> tuple[tuple[str, ...], str] | None:
+    """Where in a JSON value, as keys, the first part is that is not of its shape, and what is wrong with it."""
     if isinstance(shape, dict):
         if not isinstance(found, dict):
-            return f"{what} is no object"
-        absent = [key for key in shape if key is not str and key not in found]
-        parts = [
-            (found[key], shape.get(key, shape.get(str)), str(key)) for key in found if key in shape or str in shape
-        ]
-        return f"{what} has no {absent[0]!r}" if absent else first_schema_mismatch(parts, name)
+            return (), "is no object"
+        for key in shape:
+            if key is not str and key not in found:
+                return (), f"has no {key!r}"
+        rest = shape.get(str)
+        return first_of((key, part, shape.get(key, rest)) for key, part in found.items())
     if isinstance(shape, list):
         if not isinstance(found, list) or not found or (shape[-1] is not ... and len(found) != len(shape)):
-            return f"{what} is no list of {'any' if shape[-1] is ... else len(shape)}"
-        return first_schema_mismatch([(part, shape[0], str(place)) for place, part in enumerate(found)], name)
+            return (), f"is no list of {'any' if shape[-1] is ... else len(shape)}"
+        return first_of((place, part, shape[0]) for place, part in enumerate(found))
     if not isinstance(found, shape) or (isinstance(found, float) and not math.isfinite(found)):
-        return f"{what} is no number" if shape == NUMBER or shape is int else f"{what} is of another kind"
-    return ""
+        return (), "is no number" if shape == NUMBER or shape is int else "is of another kind"
+    return None
 
 
-def first_schema_mismatch(parts: Sequence[tuple[object, Any, str]], name: str) -> str:
-    """The first of `mismatch` of the parts of an object or a list: value, shape, name."""
-    said = (schema_mismatch(part, shape, f"{name}.{key}" if name else key) for part, shape, key in parts)
-    return next(filter(None, said), "")
+def first_of(parts: Iterable[tuple[object, object, Any]]) -> tuple[tuple[str, ...], str] | None:
+    """The first misfit among the parts of an object or a list: key, value, and the shape, if it has one."""
+    for key, part, shape in parts:
+        if shape is None or (shape is part.__class__ and shape is not float):  # as nearly all are: millions in a file
+            continue
+        if (misfit := first_misfit(part, shape)) is not None:
+            return (str(key), *misfit[0]), misfit[1]
+    return None

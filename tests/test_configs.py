@@ -258,7 +258,7 @@ def test_options_that_look_like_a_contradiction_but_are_none_are_accepted(argv):
     [
         ("mse", ((1.0, "mse"),)),
         ("mse+0.5*plcc", ((1.0, "mse"), (0.5, "plcc"))),
-        (" 2 * huber + rank ", ((2.0, "huber"), (1.0, "rank"))),
+        (" 2 * huber + fidelity ", ((2.0, "huber"), (1.0, "fidelity"))),
         ("1e+2*mse+1e-3*l1", ((100.0, "mse"), (0.001, "l1"))),
         (".5*fidelity", ((0.5, "fidelity"),)),
     ],

@@ -7,15 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import integrate, stats
+from scipy import stats
 from torch.autograd import gradcheck
 
 import losses
 
-NAMES = ["mse", "l1", "huber", "plcc", "rank", "fidelity"]
-SPREAD_NAMES = ["kl", "thurstone"]
+NAMES = ["mse", "l1", "huber", "plcc", "fidelity"]
 ALL_TERMS = [(float(weight), name) for weight, name in enumerate(NAMES, start=1)]
 
 label = st.integers(0, 20).map(lambda twentieths: twentieths / 20)
@@ -46,9 +45,6 @@ def naive(name: str, pred: np.ndarray, target: np.ndarray) -> float:
         return float(np.mean([e**2 / 2 if e < 0.1 else 0.1 * (e - 0.05) for e in errors]))
     if name == "plcc":
         return (1 - stats.pearsonr(pred, target)[0]) / 2
-    if name == "rank":
-        ordered = [(i, j) if target[i] > target[j] else (j, i) for i, j in index_pairs if target[i] != target[j]]
-        return float(np.mean([max(0.0, (target[i] - target[j]) - (pred[i] - pred[j])) for i, j in ordered]))
     values = []
     for i, j in index_pairs:
         p = 0.5 if target[i] == target[j] else float(target[i] > target[j])
@@ -59,7 +55,6 @@ def naive(name: str, pred: np.ndarray, target: np.ndarray) -> float:
 
 def test_the_tables_name_every_loss():
     assert list(losses.LOSSES) == NAMES
-    assert list(losses.SPREAD_LOSSES) == SPREAD_NAMES
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -95,7 +90,7 @@ def test_the_order_of_the_batch_does_not_matter(name, rows, seed):
 def test_loss_and_gradient_are_finite_whatever_ties_there_are(name, rows):
     pred, target = torch.tensor(rows, dtype=torch.float32).T
     loss = losses.LOSSES[name]
-    assert -1e-6 <= loss(pred, target).item() <= 1 + 1e-6 or name == "rank"
+    assert -1e-6 <= loss(pred, target).item() <= 1 + 1e-6
     assert gradient(loss, pred, target).isfinite().all()
 
 
@@ -137,19 +132,6 @@ def test_a_perfect_prediction_costs_nothing(name):
     assert losses.LOSSES[name](1 - target, target).item() > 0.03
 
 
-def test_rank_loss_in_closed_form():
-    target = torch.tensor([0.2, 0.8])
-    for pred, expected in ([0.1, 0.7], 0.0), ([0.0, 1.0], 0.0), ([0.5, 0.5], 0.6), ([0.8, 0.2], 1.2):
-        assert losses.rank_loss(torch.tensor(pred), target).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_rank_loss_of_tied_labels_is_0():
-    pred = torch.tensor([0.1, 0.9, 0.4])
-    assert losses.rank_loss(pred, torch.full((3,), 0.5)).item() == 0.0
-    one_tie = losses.rank_loss(pred, torch.tensor([0.5, 0.5, 0.3])).item()
-    assert one_tie == pytest.approx((max(0, 0.2 - (0.1 - 0.4)) + max(0, 0.2 - (0.9 - 0.4))) / 2, abs=1e-6)
-
-
 def test_fidelity_of_tied_labels_is_least_where_predictions_tie():
     target = torch.tensor([0.5, 0.5])
     assert losses.fidelity_loss(torch.tensor([0.3, 0.3]), target).item() == pytest.approx(0, abs=1e-6)
@@ -174,7 +156,7 @@ def test_empty_batches_cost_exactly_0_and_can_be_differentiated(name):
     assert empty.grad.shape == (0,)
 
 
-@pytest.mark.parametrize("name", ["plcc", "rank", "fidelity"])
+@pytest.mark.parametrize("name", ["plcc", "fidelity"])
 def test_one_item_has_no_order(name):
     single = torch.tensor([0.3])
     assert losses.LOSSES[name](single, torch.tensor([0.9])).item() == 0.0
@@ -196,203 +178,6 @@ def test_half_precision_is_computed_in_float32_under_autocast_too(name):
 def test_shapes_that_would_broadcast_are_refused(name):
     with pytest.raises(ValueError, match="shapes must agree"):
         losses.LOSSES[name](torch.zeros(4, 1), torch.zeros(4))
-
-
-# -- labels with a spread of opinions
-
-
-spread = st.integers(0, 10).map(lambda twentieths: twentieths / 20)
-spread_batches = st.lists(st.tuples(label, label, spread), min_size=1, max_size=12)
-
-
-def draw_std(seed: int, n: int = 9) -> torch.Tensor:
-    return torch.tensor(np.random.default_rng((seed, 1)).uniform(0.03, 0.3, n))
-
-
-def naive_spread(name: str, pred: np.ndarray, target: np.ndarray, std: np.ndarray) -> float:
-    """The definitions: divergences by integration, preferences pair by pair."""
-    if name == "kl":
-        divergences = []
-        for p, t, s in zip(pred, target, std, strict=True):
-            people, model = stats.norm(t, s), stats.norm(p, s)
-
-            def excess(x, people=people, model=model):
-                return people.pdf(x) * (people.logpdf(x) - model.logpdf(x))
-
-            divergences.append(integrate.quad(excess, t - 12 * s, t + 12 * s, epsabs=1e-12)[0])
-        return float(np.mean(divergences) / np.mean(0.5 / std**2))
-    values = []
-    for i, j in itertools.combinations(range(len(pred)), 2):
-        p = stats.norm.cdf((target[i] - target[j]) / np.sqrt(std[i] ** 2 + std[j] ** 2))
-        p_hat = stats.norm.cdf((pred[i] - pred[j]) / np.sqrt(2) / 0.1)
-        values.append(1 - np.sqrt(p * p_hat) - np.sqrt((1 - p) * (1 - p_hat)))
-    return float(np.mean(values))
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", SPREAD_NAMES)
-def test_losses_of_label_distributions_match_the_naive_definition(name, seed):
-    (pred, target), std = draw(seed), draw_std(seed)
-    found = losses.SPREAD_LOSSES[name](pred, target, std)
-    assert found.shape == () and found.dtype == torch.float64
-    expected = naive_spread(name, pred.numpy(), target.numpy(), std.numpy())
-    assert found.item() == pytest.approx(expected, abs=1e-8)
-
-
-@pytest.mark.parametrize("name", SPREAD_NAMES)
-def test_gradients_of_label_distributions_match_finite_differences(name):
-    (pred, target), std = draw(5), draw_std(5)
-    assert gradcheck(losses.SPREAD_LOSSES[name], (pred.requires_grad_(), target, std))
-    assert gradient(losses.SPREAD_LOSSES[name], pred.detach(), target, std).abs().sum() > 0
-
-
-@pytest.mark.parametrize("name", SPREAD_NAMES)
-@settings(max_examples=40)
-@given(rows=spread_batches, seed=st.integers(0, 999))
-@example(rows=[(0.0, 0.0, 0.0), (0.0, 0.55, 0.1)], seed=1)  # almost certain
-def test_losses_of_label_distributions_are_finite_at_least_0_and_know_no_order(name, rows, seed):
-    """Even where all opinions agree, and the spread is 0."""
-    pred, target, std = torch.tensor(rows, dtype=torch.float32).T
-    loss = losses.SPREAD_LOSSES[name]
-    value, slope = loss(pred, target, std).item(), gradient(loss, pred, target, std)
-    assert -1e-6 <= value <= 1 + 1e-6
-    assert slope.isfinite().all()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    assert loss(pred[order], target[order], std[order]).item() == pytest.approx(value, abs=1e-5)
-    torch.testing.assert_close(gradient(loss, pred[order], target[order], std[order]), slope[order], atol=1e-5, rtol=0)
-
-
-@settings(max_examples=40)
-@given(rows=batches, std=st.floats(0, 2))
-def test_kl_is_the_squared_error_where_all_opinions_spread_alike(rows, std):
-    pred, target = torch.tensor(rows, dtype=torch.float64).T
-    spreads = torch.full_like(pred, std)
-    assert losses.kl_loss(pred, target, spreads).item() == pytest.approx(losses.mse_loss(pred, target).item())
-    torch.testing.assert_close(gradient(losses.kl_loss, pred, target, spreads), gradient(losses.mse_loss, pred, target))
-
-
-def test_kl_counts_errors_by_the_precision_of_the_opinions():
-    pred, target, std = torch.tensor([0.3, 0.3]), torch.tensor([0.2, 0.5]), torch.tensor([0.1, 0.2])
-    weights = (1.6, 0.4)  # 100 and 25 over their mean
-    assert losses.kl_loss(pred, target, std).item() == pytest.approx((weights[0] * 0.01 + weights[1] * 0.04) / 2)
-
-
-def test_opinions_that_agree_by_chance_are_not_taken_for_certain():
-    (pred, target), std = draw(3), draw_std(3)
-    std[::2] = torch.tensor([0.0, 0.001, 0.01, 0.0199, 0.02])
-    for loss in losses.SPREAD_LOSSES.values():
-        assert loss(pred, target, std).equal(loss(pred, target, std.clamp(min=losses.MIN_OPINION_STD)))
-        assert not loss(pred, target, std).equal(loss(pred, target, std.clamp(min=0.05)))
-
-
-@settings(max_examples=40)
-@given(st.lists(st.tuples(st.floats(-0.5, 1.5), st.integers(0, 4)), min_size=1, max_size=10))
-def test_preferences_are_an_order_where_labels_lie_far_apart_or_tie_and_opinions_agree(rows):
-    """A quarter of the scale is 9 standard deviations of the difference of two opinions that agree."""
-    pred = torch.tensor([row[0] for row in rows], dtype=torch.float64)
-    target = torch.tensor([row[1] / 4 for row in rows], dtype=torch.float64)
-    found = losses.thurstone_loss(pred, target, torch.zeros_like(pred))
-    assert found.item() == pytest.approx(losses.fidelity_loss(pred, target).item(), abs=1e-6)
-
-
-def test_preferences_between_labels_that_lie_close_are_no_order_whatever_the_opinions():
-    target, agreed = torch.tensor([0.5, 0.52]), torch.zeros(2)
-    assert losses.fidelity_loss(target, target).item() > losses.thurstone_loss(target, target, agreed).item() + 0.05
-
-
-def test_a_perfect_prediction_costs_nothing_where_opinions_spread_as_the_model_of_predictions():
-    _, target = draw(4)
-    std = torch.full_like(target, losses.THURSTONE_SIGMA)
-    assert losses.thurstone_loss(target, target, std).item() == pytest.approx(0, abs=1e-12)
-    assert gradient(losses.thurstone_loss, target, target, std).abs().max() < 1e-6
-    assert losses.kl_loss(target, target, draw_std(4)).item() == 0
-
-
-@pytest.mark.parametrize(("one", "other"), [(0.05, 0.1), (0.2, 0.02), (0.3, 0.3)])
-def test_preferences_pull_a_pair_as_far_apart_as_people_see_it(one, other):
-    target, std = torch.tensor([0.6, 0.4], dtype=torch.float64), torch.tensor([one, other])
-    apart = 0.2 * np.sqrt(2) * losses.THURSTONE_SIGMA / np.hypot(one, other)
-    least = losses.thurstone_loss(torch.tensor([0.5 + apart / 2, 0.5 - apart / 2], dtype=torch.float64), target, std)
-    assert least.item() == pytest.approx(0, abs=1e-7)
-    for wrong in (0.9 * apart, 1.1 * apart, -apart):
-        pred = torch.tensor([0.5 + wrong / 2, 0.5 - wrong / 2], dtype=torch.float64)
-        assert losses.thurstone_loss(pred, target, std).item() > 1e-5
-
-
-@pytest.mark.parametrize("apart", [0.0, 1.0, 30.0, 1e20])
-@pytest.mark.parametrize("target", [(0.0, 1.0), (1.0, 0.0), (0.5, 0.5)])
-def test_gradients_of_preferences_are_finite_where_probabilities_underflow(target, apart):
-    pred, std = torch.tensor([0.0, apart]), torch.zeros(2)
-    assert gradient(losses.thurstone_loss, pred, torch.tensor(target), std).isfinite().all()
-
-
-@pytest.mark.parametrize("name", SPREAD_NAMES)
-def test_losses_of_label_distributions_of_nothing_and_of_one_item(name):
-    loss, empty = losses.SPREAD_LOSSES[name], torch.zeros(0, requires_grad=True)
-    value = loss(empty, torch.zeros(0), torch.zeros(0))
-    assert value.item() == 0.0 and value.shape == () and value.requires_grad
-    value.backward()
-    assert empty.grad.shape == (0,)
-    single = (torch.tensor([0.3]), torch.tensor([0.9]), torch.tensor([0.1]))
-    assert loss(*single).item() == pytest.approx(0.36 if name == "kl" else 0)
-
-
-@pytest.mark.parametrize("name", SPREAD_NAMES)
-def test_losses_of_label_distributions_are_computed_in_float32_under_autocast_too(name):
-    (pred, target), std = draw(6), draw_std(6)
-    pred = pred.bfloat16()
-    expected = losses.SPREAD_LOSSES[name](pred.double(), target, std).item()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = losses.SPREAD_LOSSES[name](pred, target, std)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("name", SPREAD_NAMES)
-def test_spreads_that_would_broadcast_are_refused(name):
-    for target, std in ((torch.zeros(4), torch.ones(1)), (torch.zeros(4), torch.ones(4, 1)), (torch.zeros(1), None)):
-        with pytest.raises(ValueError, match="shapes must agree"):
-            losses.SPREAD_LOSSES[name](torch.zeros(4), target, torch.ones(4) if std is None else std)
-
-
-@pytest.mark.parametrize("name", SPREAD_NAMES)
-def test_a_diverged_prediction_is_not_hidden_by_spreads(name):
-    pred, target = torch.tensor([0.1, float("nan"), 0.3]), torch.tensor([0.1, 0.2, 0.3])
-    assert losses.SPREAD_LOSSES[name](pred, target, torch.full((3,), 0.1)).isnan()
-
-
-@pytest.mark.parametrize("places", [False, True])
-@pytest.mark.parametrize("name", SPREAD_NAMES)
-def test_missing_labels_are_as_if_their_spreads_were_not_there_either(name, places):
-    (pred, target), std = draw(8), draw_std(8)
-    missing = torch.zeros(len(pred), dtype=torch.bool)
-    missing[[1, 4, 5]] = True
-    kept = (pred[~missing], target[~missing], std[~missing])
-    pred[missing] = target[missing] = std[missing] = float("nan")
-    labelled = (~missing).nonzero()[:, 0] if places else None
-
-    def combined(pred_B):
-        return losses.combined_loss([(2.0, name)], pred_B, target, labelled, std)
-
-    loss = losses.SPREAD_LOSSES[name]
-    assert combined(pred).item() == pytest.approx(2 * loss(*kept).item())
-    found = gradient(combined, pred)
-    assert (found[missing] == 0).all()
-    torch.testing.assert_close(found[~missing], 2 * gradient(loss, *kept))
-
-
-def test_losses_with_and_without_spreads_add_up():
-    (pred, target), std = draw(7), draw_std(7)
-    found = losses.combined_loss([(0.5, "kl"), (2.0, "mse"), (3.0, "thurstone")], pred, target, std_B=std)
-    kl, thurstone = (naive_spread(name, pred.numpy(), target.numpy(), std.numpy()) for name in SPREAD_NAMES)
-    assert found.item() == pytest.approx(0.5 * kl + 2 * naive("mse", pred.numpy(), target.numpy()) + 3 * thurstone)
-
-
-@pytest.mark.parametrize("name", SPREAD_NAMES)
-def test_losses_of_label_distributions_without_them_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=rf"the loss {name} needs the standard deviation") as error:
-        losses.combined_loss([(1.0, "mse"), (1.0, name)], torch.zeros(2), torch.zeros(2))
-    assert "\n" not in str(error.value)
 
 
 # -- losses together
@@ -440,7 +225,7 @@ def test_a_diverged_prediction_is_not_hidden():
 
 
 def test_an_unknown_loss_is_named():
-    with pytest.raises(ValueError, match=r"'mae'.*mse, l1.*fidelity, kl, thurstone"):
+    with pytest.raises(ValueError, match=r"'mae'.*mse, l1.*fidelity"):
         losses.combined_loss([(1.0, "mae")], torch.zeros(2), torch.zeros(2))
 
 
@@ -486,7 +271,7 @@ def scores(**changes):
     pred = {"q": torch.tensor([0.1, 0.5, 0.7]), "c": torch.tensor([0.3, 0.1, 0.6])}
     options = {
         "weights": {"q": 2.0, "c": 0.5},
-        "terms": [(1.0, "mse"), (0.3, "rank")],
+        "terms": [(1.0, "mse"), (0.3, "fidelity")],
         "smoothing": 0.2,
         "means": {"q": 0.6, "c": 0.4},
     }
@@ -500,7 +285,7 @@ def test_score_losses_are_named_unweighted_and_summed_with_weights():
     target_c = [0.8 * t + 0.2 * 0.4 for t in (0.5, 0.1, 0.3)]
     for key, pred, target in ("loss_q", [0.1, 0.7], target_q), ("loss_c", [0.3, 0.1, 0.6], target_c):
         assert found[key].item() == pytest.approx(
-            naive("mse", pred, target) + 0.3 * naive("rank", pred, target), abs=1e-6
+            naive("mse", pred, target) + 0.3 * naive("fidelity", pred, target), abs=1e-6
         )
     assert found["loss"].item() == pytest.approx(2 * found["loss_q"].item() + 0.5 * found["loss_c"].item())
     assert found["loss"].shape == ()
@@ -518,19 +303,3 @@ def test_score_losses_backpropagate_to_labelled_rows_only():
     pred = {"q": torch.tensor([0.1, 0.5, 0.7], requires_grad=True)}
     scores(pred=pred)["loss"].backward()
     assert pred["q"].grad[1] == 0 and (pred["q"].grad[[0, 2]] != 0).all()
-
-
-def test_score_losses_give_each_task_its_own_spreads():
-    spreads = {"q": torch.tensor([0.1, float("nan"), 0.3]), "c": torch.tensor([0.2, 0.05, 0.1])}
-    terms = [(1.0, "kl"), (0.5, "thurstone")]
-    found = scores(terms=terms, spreads=spreads)
-    target_q = [0.8 * 0.2 + 0.2 * 0.6, 0.8 * 0.9 + 0.2 * 0.6]
-    target_c = [0.8 * t + 0.2 * 0.4 for t in (0.5, 0.1, 0.3)]
-    of_task = {"q": ([0.1, 0.7], target_q, [0.1, 0.3]), "c": ([0.3, 0.1, 0.6], target_c, [0.2, 0.05, 0.1])}
-    for task, rows in of_task.items():
-        kl, thurstone = (naive_spread(name, *map(np.array, rows)) for name in SPREAD_NAMES)
-        assert found[f"loss_{task}"].item() == pytest.approx(kl + 0.5 * thurstone, abs=1e-6)
-    assert found["loss"].item() == pytest.approx(2 * found["loss_q"].item() + 0.5 * found["loss_c"].item())
-    assert scores(spreads=spreads)["loss"].equal(scores()["loss"]), "of no use to the others"
-    with pytest.raises(ValueError, match="the loss kl needs"):
-        scores(terms=terms, spreads={"q": spreads["q"]})

@@ -34,7 +34,7 @@ class NonFiniteLoss(RuntimeError):
     """
 
     def __init__(self, metric: str, value: float, *, step: int, samples: Sequence[int] = ()) -> None:
-        ways = "lower --lr, set --max_grad_norm 1, or use --amp off"
+        ways = "lower --lr, clip the gradient, or train without mixed precision"
         super().__init__(f"{metric} is {value} at step {step} of this epoch: {ways}")
         self.metric, self.value, self.step, self.samples = metric, value, step, list(samples)
 

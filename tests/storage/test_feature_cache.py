@@ -494,7 +494,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_with_the_way_out(tmp_path):
     rows.add(keys(0, 2), values(keys(0, 2)))
     with pytest.raises(ValueError, match="--cache_dir") as error:
         rows.flush()
-    assert "--no_cache" in str(error.value) and "\n" not in str(error.value)
+    assert "choose another folder" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_disk_that_is_full_leaves_no_piece_of_a_segment(tmp_path, monkeypatch):
@@ -505,7 +505,7 @@ def test_a_disk_that_is_full_leaves_no_piece_of_a_segment(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("storage.feature_cache.save_file", full)
-    with pytest.raises(ValueError, match=r"No space left on device.*--no_cache"):
+    with pytest.raises(ValueError, match=r"No space left on device.*choose another folder"):
         put(rows, keys(1, 2))
     assert not list(tmp_path.rglob("*.tmp")) and len(segments(tmp_path)) == 1
     assert_holds(open_set(tmp_path), keys(0, 1))

@@ -95,16 +95,17 @@ def test_what_a_failed_attempt_left_in_the_gradients_does_not_count():
 def test_running_out_of_memory_is_an_error_that_names_the_flag_unless_batches_may_be_cut(capsys):
     model = linear()
     before = weights(model)
+    micro = micro_batches.MicroBatches(split, enabled=False, remedies="buy more")
     with pytest.raises(
-        micro_batches.OutOfMemory, match=r"^out of memory with 4 images at once: add .*--dynamic_batch_size"
+        micro_batches.OutOfMemory, match=r"^out of memory with 4 samples at once: .*--dynamic_batch_size .*, buy more$"
     ):
-        train(model, batches_of([2, 4]), forgetful(3), accumulation=2)
+        train(model, batches_of([2, 4]), forgetful(3), accumulation=2, micro=micro)
     assert torch.equal(weights(model), before)
     assert capsys.readouterr().out == ""
 
 
 def test_a_single_sample_that_does_not_fit_is_an_error(capsys):
-    with pytest.raises(micro_batches.OutOfMemory, match="with a single image at once: add --gradient_checkpointing"):
+    with pytest.raises(micro_batches.OutOfMemory, match="with a single sample at once: use a smaller model"):
         train(linear(), batches_of([8]), forgetful(0), micro=micro_batches.MicroBatches(split, enabled=True))
     assert len(capsys.readouterr().out.splitlines()) == len(sizes_tried(8, 1))
 

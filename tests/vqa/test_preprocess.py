@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vqa.preprocess import build_lexicon, number_questions, read_scene_graphs, words_on_image
+from vqa import preprocess
+from vqa.preprocess import (
+    QuestionTable,
+    build_lexicon,
+    number_questions,
+    prepare,
+    read_scene_graphs,
+    words_on_image,
+)
 from vqa.questions import Questions
 
 
@@ -111,3 +120,68 @@ def test_the_real_scene_graphs_are_read(vqa_dir):
     graphs = read_scene_graphs([vqa_dir / "gqa" / "sceneGraphs.json"])
     assert len(graphs) == 4
     assert all(words_on_image(graph, 6) for graph in graphs.values())
+
+
+FOLDS = {"train": ASKED.of([0, 0, 1, 2]), "test": ASKED.of([2, 0])}
+SIZES = {"least_answers": 1, "question_len": 5, "num_stat_word": 6, "topk": 2}
+
+
+def same(first: QuestionTable, second: QuestionTable) -> bool:
+    arrays = [np.array_equal(getattr(first, name), getattr(second, name)) for name in ("words_QN", "entities_QE")]
+    assert first.targets_QA is not None and second.targets_QA is not None
+    described = json.dumps({name: row.tolist() for name, row in first.descriptions.items()}) == json.dumps(
+        {name: row.tolist() for name, row in second.descriptions.items()}
+    )
+    targets = np.array_equal(first.targets_QA.toarray(), second.targets_QA.toarray())
+    return all(arrays) and described and targets and first.images == second.images
+
+
+def test_numbers_are_computed_once_and_found_again(tmp_path, monkeypatch):
+    lexicon, tables = prepare(FOLDS, {"7": GRAPH}, tmp_path / "new", **SIZES)
+    expected = number_questions(FOLDS["test"], lexicon, {"7": GRAPH}, **NUMBERED)
+    assert same(tables["test"], expected) and lexicon == build_lexicon(
+        FOLDS["train"], {"7": GRAPH}, least_answers=1, topk=2
+    )
+    monkeypatch.setattr(preprocess, "build_lexicon", None)  # cannot be called
+    again, found = prepare(FOLDS, {"7": GRAPH}, tmp_path / "new", **SIZES)
+    assert again == lexicon and all(same(found[name], table) for name, table in tables.items())
+    assert found["test"].descriptions["7"].dtype == tables["test"].descriptions["7"].dtype
+
+
+@pytest.mark.parametrize(
+    ("folds", "graph", "sizes"),
+    [
+        (FOLDS | {"test": replace(ASKED, texts=["Why?", *ASKED.texts[1:]])}, GRAPH, SIZES),
+        (FOLDS | {"test": replace(ASKED, images=["7", "8", "8"])}, GRAPH, SIZES),
+        (FOLDS | {"test": replace(ASKED, answers=[("blue",), *ASKED.answers[1:]])}, GRAPH, SIZES),
+        (FOLDS, {"objects": {"1": thing("zebra")}}, SIZES),
+        *((FOLDS, GRAPH, SIZES | {name: value + 1}) for name, value in SIZES.items()),
+    ],
+)
+def test_other_content_has_another_file(folds, graph, sizes, tmp_path):
+    prepare(FOLDS, {"7": GRAPH}, tmp_path, **SIZES)
+    prepare(folds, {"7": graph}, tmp_path, **sizes)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_images_named_by_their_files_have_the_scene_graphs_of_their_ids():
+    asked = replace(ASKED, images=["a/7.jpg", "COCO_val2014_000000000007.jpg", "8.jpg"])
+    lexicon = build_lexicon(asked, {"7": GRAPH}, least_answers=1, topk=2)
+    table = number_questions(asked, lexicon, {"7": GRAPH}, **NUMBERED)
+    assert lexicon.entities == {"cup", "dog"} and set(table.descriptions) == set(asked.images[:2])
+
+
+def test_a_damaged_file_is_made_again_and_the_oldest_give_way(tmp_path):
+    lexicon, _ = prepare(FOLDS, {}, tmp_path, **SIZES)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"nonsense")
+    assert prepare(FOLDS, {}, tmp_path, **SIZES)[0] == lexicon and path.stat().st_size > 100
+    for length in range(6, 6 + preprocess.MOST_KEPT):
+        prepare(FOLDS, {}, tmp_path, **SIZES | {"question_len": length})
+    assert len(list(tmp_path.iterdir())) == preprocess.MOST_KEPT and not path.exists()
+
+
+def test_questions_without_answers_are_kept_too(tmp_path):
+    folds = {"train": ASKED, "test": replace(ASKED, answers=[()] * 3)}
+    for _ in range(2):
+        assert prepare(folds, {}, tmp_path, **SIZES)[1]["test"].targets_QA is None
