@@ -20,8 +20,9 @@ from regions.features import RegionFiles
 from vqa.preprocess import QuestionTable
 from vqa.targets import dense
 
-CHUNK = 100  # batches that are sorted by size together: enough to pad little, few enough to stay shuffled
+CHUNK = 200  # batches that are sorted by size together: enough to pad little, few enough to stay shuffled
 TOGETHER = 8  # questions of an image in one batch: its regions are read, and seen, once for all of them
+LIKE_LENGTH = 2  # words by which the questions of an image are taken in another order than that of their lengths
 AHEAD = 2  # batches
 PER_IMAGE = ("features_IMF", "boxes_IM4", "description_IW")  # inputs of the model; the others are for each question
 
@@ -57,7 +58,7 @@ def batch_rows(
     if seed is None:
         return list(chunks(np.lexsort((lengths_Q, images_Q, regions_Q)), batch_size))
     draw = np.random.default_rng((seed, number))
-    groups_Q = draw_groups(images_Q, draw)
+    groups_Q = draw_groups(lengths_Q, images_Q, draw)
     longest_G = np.zeros(groups_Q.max(initial=-1) + 1, dtype=np.int64)
     np.maximum.at(longest_G, groups_Q, lengths_Q)
     order = np.argsort(draw.permutation(len(longest_G))[groups_Q], kind="stable")
@@ -68,10 +69,11 @@ def batch_rows(
     return [found[place] for place in draw.permutation(len(found))]
 
 
-def draw_groups(images_Q: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
-    """The number of the group of each question: by chance, up to TOGETHER that ask about the same image."""
-    order = draw.permutation(len(images_Q))
-    order = order[np.argsort(images_Q[order], kind="stable")]
+def draw_groups(
+    lengths_Q: NDArray[np.int64], images_Q: NDArray[np.int64], draw: np.random.Generator
+) -> NDArray[np.int64]:
+    """The number of the group of each question: up to TOGETHER on the same image, of about the same length."""
+    order = np.lexsort((lengths_Q + LIKE_LENGTH * draw.random(len(lengths_Q)), images_Q))
     ordered = images_Q[order]
     rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)  # among the questions about the image
     groups_Q = np.empty(len(order), dtype=np.int64)

@@ -95,7 +95,7 @@ def test_questions_of_an_image_are_together_but_not_all_of_them_nor_always_the_s
         counts = [np.bincount(images[part]) for part in parts]
         assert np.mean([32 / np.count_nonzero(each) for each in counts if each.sum() == 32]) > 0.8 * TOGETHER
         found.append({tuple(part[images[part] == image]) for part in parts for image in set(images[part])})
-    assert len(found[0] & found[1]) < 0.02 * len(found[0])
+    assert len(found[0] & found[1]) < 0.05 * len(found[0])
     once = [set(images[part]) for part in batch_rows(lengths, images, regions, 128)]  # nothing is shuffled
     assert sum(map(len, once)) < 400 + len(once)
 

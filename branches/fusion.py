@@ -1,0 +1,61 @@
+"""Several branches as one model: each answers by itself, and together they answer by a mixture of what each thinks.
+
+Shapes: K branches, B questions, A answers, S = 1 for a single branch, else 1 + K: the fused answer comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def fuse(logits_BKA: Tensor, weight_KA: Tensor, loss: str) -> Tensor:
+    """(B, A) logits of the mixture P = sum_k softmax_k(W) p_k, for each answer its own.
+
+    Args:
+        loss: "bce", where p_k is the sigmoid of a logit and so is P, or "ce", where both are softmaxes over answers.
+
+    In logarithms throughout: a branch that is certain does not make the others' gradients vanish in rounding.
+    """
+    share_KA = F.log_softmax(weight_KA.float(), dim=0)
+    logits_BKA = logits_BKA.float()
+    if loss == "ce":
+        return torch.logsumexp(share_KA + F.log_softmax(logits_BKA, dim=-1), dim=1)
+    is_right = torch.logsumexp(share_KA + F.logsigmoid(logits_BKA), dim=1)
+    is_wrong = torch.logsumexp(share_KA + F.logsigmoid(-logits_BKA), dim=1)  # the shares sum to 1
+    return is_right - is_wrong
+
+
+class AnswerModel(nn.Module):
+    """Branches, which share nothing but the question, and the weights W (K, A) by which their answers are mixed."""
+
+    def __init__(
+        self, branches: Mapping[str, nn.Module], inputs: Mapping[str, Sequence[str]], num_answers: int, loss: str
+    ) -> None:
+        """
+        Args:
+            inputs: what each branch is given of the inputs of a batch.
+            loss: see `fuse`.
+        """
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+        self.inputs = {name: tuple(inputs[name]) for name in branches}
+        self.loss = loss
+        self.weight_KA = nn.Parameter(torch.ones(len(branches), num_answers)) if len(branches) > 1 else None
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """The inputs of all branches -> (B, S, A) logits."""
+        logits_BKA = torch.stack(
+            [
+                branch(**{key: inputs[key] for key in self.inputs[name] if key in inputs})
+                for name, branch in self.branches.items()
+            ],
+            dim=1,
+        )
+        if self.weight_KA is None:
+            return logits_BKA
+        fused_BA = fuse(logits_BKA, self.weight_KA, self.loss)
+        return torch.cat([fused_BA[:, None], logits_BKA.float()], dim=1)
