@@ -15,7 +15,7 @@ from tools import audit
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12")
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open-clip-torch"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open-clip-torch", "yaml": "pyyaml"}
 
 
 def read_requirements(name: str) -> dict[str, list[Requirement]]:
