@@ -17,7 +17,7 @@ from answering.feed import QuestionFeed
 from answering.folds import read_questions, with_regions
 from answering.run_files import DESCRIPTION
 from answering.task import answer
-from branches.fine import FineBranch
+from branches.fusion import AnswerModel
 from regions.features import RegionFiles
 from storage.atomic import atomic_write
 from storage.json_files import schema_mismatch
@@ -34,7 +34,7 @@ class Answerer:
 
     config: VQAConfig  # what was asked for, with the options that the run was trained by
     runtime: devices.Runtime
-    model: FineBranch
+    model: AnswerModel
     lexicon: Lexicon
 
 
@@ -52,7 +52,7 @@ def load(config: VQAConfig) -> Answerer:
             frozenset(description["entities"]),
             AnswerList(tuple(description["answers"])),
         )
-        model = FineBranch(**description["model"])
+        model = AnswerModel.build(**description["model"])
         _, weights, _ = checkpoints.load_weights(folder)
         try:
             model.load_state_dict(weights)
@@ -64,7 +64,8 @@ def load(config: VQAConfig) -> Answerer:
 def trained_options(config: VQAConfig, description: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a run answers by as it was trained. Raises ValueError for those asked for that it cannot."""
     options = {name: description["options"][name] for name in DESCRIPTION["options"]}
-    looks, by_clip = description["model"].get("feature_width") != 0, options["features"] == CLIP
+    looks = description["model"]["branches"].get("fine", {}).get("feature_width", 0) != 0
+    by_clip = options["features"] == CLIP
     if looks and config.question_only:
         raise ValueError("--question_only: this run was trained to look at images; drop it")
     options |= {"question_only": not looks, "features": None}

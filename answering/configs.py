@@ -28,11 +28,16 @@ GROUPS = {
     "meta": "about the run itself",
 }
 
-# Of branches that are not there yet.
-BRANCH_OPTIONS = (
-    *("general_hidden_dim", "mgat_layers", "sampler_type", "sample_k", "nb_samples", "alpha", "beta", "tau"),
-    *("use_instruction", "use_masking", "use_mgat", "xvlm_lr", "fusion_ratio", "checkpoint", "config"),
-)
+# What only a branch uses, and "fused" only several together.
+BRANCH_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "fine": ("gamma", "use_counter", "AOA_layers", "num_hid", "activation", "omega_q", "omega_v"),
+    "graph": (
+        *("general_hidden_dim", "mgat_layers", "sampler_type", "sample_k", "nb_samples", "alpha", "beta", "tau"),
+        *("use_instruction", "use_masking", "use_mgat"),
+    ),
+    "coarse": ("xvlm_lr", "checkpoint", "config"),
+    "fused": ("fusion_ratio",),
+}
 # What --demo stands for; flags go above it.
 DEMO_SETTINGS: dict[str, Any] = {
     "num_hid": 128,
@@ -170,7 +175,7 @@ class VQAConfig(Config):
     sampler_type: str = option(
         "imle", "graph", "how nodes are sampled", choices=("imle", "aimle", "gumbel", "simple", "soft")
     )
-    sample_k: int = option(2, "graph", "nodes to keep", within="[0, 1000]", recommended="1-5")
+    sample_k: int = option(2, "graph", "nodes to keep", within="[1, 1000]", recommended="1-5")
     nb_samples: int = option(1, "graph", "samples that are averaged", within="[1, 1000]", recommended="1-3")
     alpha: float = option(1.0, "graph", "I-MLE: scale of the scores", within="(0, 1000000]", recommended="0.5-2")
     beta: float = option(10.0, "graph", "I-MLE: step to the target", within="(0, 1000000]", recommended="5-20")
@@ -180,7 +185,7 @@ class VQAConfig(Config):
     use_mgat: int = option(0, "graph", "every layer masks: 1 or 0", within="[0, 1]")
 
     # fusion
-    branches: str = option("fine", "fusion", "which are trained; fine is the one there is", metavar="NAME[,NAME]")
+    branches: str = option("fine", "fusion", "which are trained: fine, graph, or both", metavar="NAME[,NAME]")
     omega_q: float = option(
         0.1, "fusion", "what named entities weigh in a question at first", within="[0, 10]", recommended="0.05-0.2"
     )
@@ -281,7 +286,7 @@ class VQAConfig(Config):
             check_answering(self)
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite starts again: drop one")
-        if self.sg_source == "predicted" and not self.scene_graphs and self.mode != "ask":
+        if self.sg_source == "predicted" and not (self.scene_graphs or self.demo) and self.mode != "ask":
             raise ValueError("--sg_source predicted: needs --scene_graphs, the folder of their files")
         if self.scene_graphs and self.sg_source == "none":
             raise ValueError("--scene_graphs: say by --sg_source whether they are gt (people's) or predicted")
@@ -292,10 +297,16 @@ def check_training(config: VQAConfig) -> None:
     for name in config.branch_names:
         if name not in BRANCHES:
             raise ValueError(f"--branches {config.branches}: {name!r} is none of {', '.join(BRANCHES)}")
-        if name != "fine":
-            raise ValueError(f"--branches {config.branches}: {name} is not there yet; fine is")
+        if name == "coarse":
+            raise ValueError(f"--branches {config.branches}: coarse is not there yet; fine and graph are")
     if not config.branch_names:
-        raise ValueError("--branches: names none; fine is there")
+        raise ValueError("--branches: names none; fine and graph are there")
+    if len(set(config.branch_names)) < len(config.branch_names):
+        raise ValueError(f"--branches {config.branches}: names one twice")
+    if "graph" in config.branch_names and config.sg_source == "none":
+        raise ValueError("--branches graph: reads scene graphs; say by --sg_source gt or predicted where they are from")
+    if "graph" in config.branch_names and config.question_only:
+        raise ValueError("--question_only looks at no image: drop it, or the graph branch")
     given = config.data_csv_path if config.dataset == "csv" else config.data_root
     flag = "--data_csv_path FILE" if config.dataset == "csv" else "--data_root DIR"
     other = config.data_root if config.dataset == "csv" else config.data_csv_path
@@ -310,7 +321,7 @@ def check_training(config: VQAConfig) -> None:
         raise ValueError("--question_only looks at no image, so there is none to shuffle: drop one of the two")
     if config.question_only and config.features:
         raise ValueError("--question_only looks at no image: drop it, or --features")
-    if not (config.features or config.question_only or config.demo):
+    if "fine" in config.branch_names and not (config.features or config.question_only or config.demo):
         raise ValueError("--features PATH or --features clip: say what is known of images, or take --question_only")
     if config.val_size + config.test_size >= 1:
         raise ValueError(f"--val_size {config.val_size} --test_size {config.test_size}: must leave a training fold")

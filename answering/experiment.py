@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from answering.configs import VQAConfig
 from answering.feed import QuestionFeed
 from answering.folds import read_folds
 from branches.fine import FineBranch
+from branches.fusion import AnswerModel
+from branches.graph import GraphBranch
 from regions.features import RegionFiles
 from training import devices, loop, optim
-from vqa.preprocess import Lexicon, QuestionTable, SceneGraphs, number_questions, prepare
+from vqa.preprocess import Lexicon, QuestionTable, SceneGraphs, graphs_of, number_questions, prepare
 from vqa.questions import Questions
+from vqa.scene_graph import number_graph
 from vqa.text import cooccurrence, read_glove
 
 EMBED_DIM = 300  # of a word where no vectors are given
@@ -35,7 +38,7 @@ class Fold:
     feed: QuestionFeed
 
     def predict(
-        self, model: FineBranch, batch_size: int, compute: Any, runtime: devices.Runtime, **hooks: Any
+        self, model: AnswerModel, batch_size: int, compute: Any, runtime: devices.Runtime, **hooks: Any
     ) -> dict[str, np.ndarray]:
         """What a model computes of all questions, named (Q, ...) arrays; `hooks` are those of `loop.predict`."""
         parts = self.feed.parts(MORE_AT_ONCE * batch_size)
@@ -54,8 +57,8 @@ class Experiment:
     lexicon: Lexicon
     graphs: SceneGraphs
     regions: RegionFiles | None
-    model: FineBranch
-    arguments: Mapping[str, Any]  # that `FineBranch` builds the model again from
+    model: AnswerModel
+    arguments: Mapping[str, Any]  # that `AnswerModel.build` builds the model again from
     notes: list[str]
 
     @property
@@ -84,15 +87,15 @@ def build_experiment(config: VQAConfig, runtime: devices.Runtime) -> Experiment:
             graphs,
             Path(config.cache_dir) / "questions",
             least_answers=config.num_answered,
+            whole_graphs="graph" in config.branch_names,
             **table_sizes(config),
         )
     folds = {
-        name: build_fold(config, questions, shuffled(config, tables[name]), known, runtime)
+        name: build_fold(config, questions, finish(config, questions, tables[name], lexicon, graphs), known, runtime)
         for name, questions in data.questions.items()
     }
     width = 0 if known is None else known.width
     model, arguments, said = build_model(config, lexicon, folds["train"].table, width)
-    model.recomputes = config.memory_efficient_attention
     notes = data.notes + said + images.graph_notes(config)
     return Experiment(config, runtime, folds, lexicon, graphs, known, model.to(runtime.device), arguments, notes)
 
@@ -102,14 +105,20 @@ def table_sizes(config: VQAConfig) -> dict[str, int]:
     return {"question_len": config.question_len, "num_stat_word": config.num_stat_word, "topk": config.topk}
 
 
-def shuffled(config: VQAConfig, table: QuestionTable) -> QuestionTable:
-    """With --shuffle_images, each image of a fold in another one's place."""
+def finish(
+    config: VQAConfig, questions: Questions, table: QuestionTable, lexicon: Lexicon, graphs: SceneGraphs
+) -> QuestionTable:
+    """With the scene graphs that the graph branch reads; under --shuffle_images, each image in another one's place."""
+    if "graph" in config.branch_names:
+        known = graphs_of(questions, graphs)
+        table = replace(table, graphs={image: number_graph(graph, lexicon.words) for image, graph in known.items()})
     return table.shuffled(config.seed) if config.shuffle_images else table
 
 
 def number(config: VQAConfig, questions: Questions, lexicon: Lexicon, graphs: SceneGraphs) -> QuestionTable:
     """More questions as numbers."""
-    return shuffled(config, number_questions(questions, lexicon, graphs, **table_sizes(config)))
+    table = number_questions(questions, lexicon, graphs, **table_sizes(config))
+    return finish(config, questions, table, lexicon, graphs)
 
 
 def build_fold(
@@ -122,17 +131,46 @@ def build_fold(
 
 def build_model(
     config: VQAConfig, lexicon: Lexicon, table: QuestionTable, feature_width: int
-) -> tuple[FineBranch, dict[str, Any], list[str]]:
-    """The fine branch with fresh weights, the arguments it is built from, and what to say of its words."""
+) -> tuple[AnswerModel, dict[str, Any], list[str]]:
+    """The model with fresh weights, the arguments it is built from, and what to say of its words."""
     vectors, note = None, "words     vectors are learned from the start; --glove FILE starts from given ones"
     if config.glove:
         vectors, count = read_glove(Path(config.glove), lexicon.words)
         note = f"words     {count:,} of {len(lexicon.words):,} have a vector in {Path(config.glove).name}"
+    words = {"num_words": len(lexicon.words), "embed_dim": EMBED_DIM if vectors is None else vectors.shape[1]}
+    of_branch = {"fine": fine_arguments(config, feature_width), "graph": graph_arguments(config)}
     arguments: dict[str, Any] = {
-        "num_words": len(lexicon.words),
+        "branches": {name: {**words, **of_branch[name]} for name in config.branch_names},
         "num_answers": len(lexicon.answers),
+        "loss": config.loss,
+    }
+    model = AnswerModel.build(**arguments)
+    assert table.targets_QA is not None
+    right_A = torch.from_numpy(np.asarray(table.targets_QA.mean(axis=0)))
+    for branch in model.branches.values():
+        assert isinstance(branch, FineBranch | GraphBranch)
+        branch.expect(right_A, config.loss)
+        if isinstance(branch, FineBranch):
+            branch.recomputes = config.memory_efficient_attention
+            start_words(branch, vectors, table, company=config.tfidf)
+        elif vectors is not None:
+            branch.start_from(torch.from_numpy(vectors))
+    return model, arguments, [note]
+
+
+def start_words(branch: FineBranch, vectors: np.ndarray | None, table: QuestionTable, *, company: bool) -> None:
+    """Let words start from given vectors, or from those they have, and from the company they keep."""
+    own = branch.encode.first_vectors().detach().numpy() if vectors is None else vectors
+    second = cooccurrence(table.words_QN, len(own)) @ own if company else None
+    branch.encode.start_from(
+        torch.from_numpy(own).clone(), None if second is None else torch.from_numpy(second).float()
+    )
+
+
+def fine_arguments(config: VQAConfig, feature_width: int) -> dict[str, Any]:
+    """Those of `FineBranch` that options say."""
+    return {
         "feature_width": feature_width,
-        "embed_dim": EMBED_DIM if vectors is None else vectors.shape[1],
         "width": config.num_hid,
         "glimpses": config.gamma,
         "layers": config.AOA_layers,
@@ -143,13 +181,21 @@ def build_model(
         "second_embedding": config.tfidf,
         "count_objects": COUNTED if config.use_counter else 0,
     }
-    model = FineBranch(**arguments)
-    assert table.targets_QA is not None
-    with torch.no_grad():
-        own = model.encode.first_vectors().numpy() if vectors is None else vectors
-        company = cooccurrence(table.words_QN, len(lexicon.words)) @ own if config.tfidf else None
-        model.encode.start_from(
-            torch.from_numpy(own).clone(), None if company is None else torch.from_numpy(company).float()
-        )
-        model.expect(torch.from_numpy(np.asarray(table.targets_QA.mean(axis=0))), config.loss)
-    return model, arguments, [note]
+
+
+def graph_arguments(config: VQAConfig) -> dict[str, Any]:
+    """Those of `GraphBranch` that options say."""
+    return {
+        "width": config.general_hidden_dim,
+        "layers": config.mgat_layers,
+        "sampler": config.sampler_type,
+        "sample_k": config.sample_k,
+        "num_samples": config.nb_samples,
+        "alpha": config.alpha,
+        "beta": config.beta,
+        "tau": config.tau,
+        "use_instruction": bool(config.use_instruction),
+        "use_masking": bool(config.use_masking),
+        "use_mgat": bool(config.use_mgat),
+        "dropout": config.dropout,
+    }

@@ -5,7 +5,7 @@ Shapes: Q questions, B of a batch, I images of these, N words, E entities, W des
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,13 +18,15 @@ from torch import Tensor
 from inputs.transfer import Rows, chunks, run_ahead, to_device
 from regions.features import RegionFiles
 from vqa.preprocess import QuestionTable
+from vqa.scene_graph import number_graph, pack
 from vqa.targets import dense
+from vqa.text import SPECIAL, Vocabulary
 
 CHUNK = 200  # batches that are sorted by size together: enough to pad little, few enough to stay shuffled
 TOGETHER = 8  # questions of an image in one batch: its regions are read, and seen, once for all of them
 LIKE_LENGTH = 2  # words by which the questions of an image are taken in another order than that of their lengths
 AHEAD = 2  # batches
-PER_IMAGE = ("features_IMF", "boxes_IM4", "description_IW")  # inputs of the model; the others are for each question
+NO_GRAPH = number_graph({"objects": {}}, Vocabulary(SPECIAL))
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class QuestionFeed:
         inputs: dict[str, Any] = {"words_BN": words, "entities_BE": entities}
         if self.regions is not None:
             inputs |= self.look(self.regions, [table.images[row] for row in own])
+        if table.graphs is not None:
+            inputs |= pack([table.graphs.get(table.images[row], NO_GRAPH) for row in own])
         targets = None if table.targets_QA is None else to_device(dense(table.targets_QA, rows), self.device)
         return QuestionBatch(rows, {name: to_device(value, self.device) for name, value in inputs.items()}, targets)
 
@@ -144,28 +148,16 @@ class QuestionFeed:
             features[place, :count], boxes[place, :count] = each.features[:count], each.boxes[:count]
         none = np.zeros(1, dtype=np.int32)
         described = trimmed(padded([self.table.descriptions.get(image, none) for image in place_of]))
-        own = {"images_B": np.array([place_of[image] for image in images])}
-        return dict(zip(PER_IMAGE, (features, boxes, described), strict=True)) | own
+        return {
+            "features_IMF": features,
+            "boxes_IM4": boxes,
+            "description_IW": described,
+            "images_B": np.array([place_of[image] for image in images]),
+        }
 
     def split(self, batch: QuestionBatch, size: int) -> list[QuestionBatch]:
-        """The same batch in parts of at most `size` rows, for one process."""
-        return [
-            QuestionBatch(
-                batch.rows[part],
-                part_of(batch.inputs, part),
-                None if batch.targets_BA is None else batch.targets_BA[part],
-            )
-            for part in (slice(start, start + size) for start in range(0, len(batch), size))
-        ]
-
-
-def part_of(inputs: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
-    """The inputs of some questions, with the images that these are about."""
-    found = {name: value[part] for name, value in inputs.items() if name not in PER_IMAGE}
-    if "images_B" in inputs:
-        used, found["images_B"] = found["images_B"].unique(return_inverse=True)
-        found |= {name: inputs[name][used] for name in PER_IMAGE}
-    return found
+        """The same batch in parts of at most `size` rows, read once more, for one process."""
+        return [self.assemble(rows) for rows in chunks(batch.rows, size)]
 
 
 def trimmed(words: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -18,6 +18,7 @@ from storage.feature_cache import FeatureCache, key_of
 from storage.image_files import try_images
 from storage.messages import first_five, one_line
 from training.devices import Runtime
+from vqa.drawn import PREDICTED
 from vqa.preprocess import SceneGraphs, read_scene_graphs
 from vqa.questions import Questions, plain_id
 
@@ -129,5 +130,8 @@ def graph_notes(config: VQAConfig) -> list[str]:
 def find_demo(config: VQAConfig, runtime: Runtime) -> VQAConfig:
     """The options with the paths to the drawn set, which is drawn if it is not there yet. Raises ValueError."""
     folder, features = find_demo_set(Path(config.cache_dir), config.dataset, runtime)
-    looked_at = None if config.question_only else config.features or str(features)
-    return replace(config, data_root=str(folder), features=looked_at)
+    looked_at: str | None = config.features or str(features)
+    if config.question_only or "fine" not in config.branch_names:
+        looked_at = None
+    graphs = config.scene_graphs or (str(folder / PREDICTED) if config.sg_source == "predicted" else None)
+    return replace(config, data_root=str(folder), features=looked_at, scene_graphs=graphs)

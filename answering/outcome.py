@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -24,8 +24,9 @@ from answering import images, remarks
 from answering.configs import NOT_SAVED, OPTIONS
 from answering.experiment import Experiment, build_fold, number
 from answering.feed import QuestionFeed
-from answering.task import Answers, answer, probabilities
+from answering.task import Answers, answer, answers_of, probabilities
 from branches.fine import FineBranch
+from branches.fusion import AnswerModel
 from pages import report
 from storage.atomic import atomic_write
 from storage.json_files import read_json
@@ -42,7 +43,7 @@ MOST_ANSWERS = 5  # of an example
 IMAGE_ONLY = 4000  # training images that are read once more for the floor
 
 
-def load_best(experiment: Experiment, trained: FineBranch, folder: Path) -> FineBranch:
+def load_best(experiment: Experiment, trained: AnswerModel, folder: Path) -> AnswerModel:
     """The trained model with the weights of the epoch that validation has chosen."""
     if experiment.runtime.is_main:
         trained.load_state_dict(checkpoints.load_weights(folder / checkpoints.BEST_DIR)[1])
@@ -107,7 +108,7 @@ def words_of(experiment: Experiment, numbers_Q: NDArray[Any]) -> list[str]:
     return [answers[int(place)] for place in numbers_Q]
 
 
-def floor_answers(experiment: Experiment, model: FineBranch, fold: str) -> dict[str, NDArray[Any]]:
+def floor_answers(experiment: Experiment, model: AnswerModel, fold: str) -> dict[str, NDArray[Any]]:
     """What much simpler predictors answer to a fold's questions: numbers of answers (Q,) each."""
     train, asked = experiment.folds["train"], experiment.folds[fold]
     targets_QA = train.table.targets_QA
@@ -145,7 +146,7 @@ def mean_features(experiment: Experiment, names: Sequence[str]) -> scipy.sparse.
 
 def measure(
     experiment: Experiment,
-    model: FineBranch,
+    model: AnswerModel,
     fold: str,
     answers: Answers,
     floor_answers: Mapping[str, NDArray[Any]] | None = None,
@@ -168,6 +169,7 @@ def measure(
         "measures": measures | gqa_measures(experiment, model, own.questions, given),
         "interval": interval(accuracy_Q, own.questions.images),
         "by_kind": by_kind(own.questions, accuracy_Q, floors_Q),
+        "branches": branch_accuracies(experiment, own.questions, answers),
         "floors": {name: float(values.mean()) for name, values in floors_Q.items()},
         "ceiling": ceiling(own.table.targets_QA),
         "confusion": confusion(own.questions, given),
@@ -179,8 +181,23 @@ def measure(
     }
 
 
+def branch_accuracies(experiment: Experiment, questions: Questions, answers: Answers) -> dict[str, dict[str, Any]]:
+    """What each branch by itself gets, where there are several, and how far the fused answer is above that."""
+    fused_Q = questions.score(words_of(experiment, answers["answer"]))
+    found = {}
+    for name in answers_of(answers)[1:]:
+        own_Q = questions.score(words_of(experiment, answers[name]))
+        found[name.removeprefix("answer_")] = {
+            "accuracy": float(own_Q.mean()),
+            "interval": interval(own_Q, questions.images),
+            "gain_of_fused": float((fused_Q - own_Q).mean()),
+            "gain_interval": interval(fused_Q - own_Q, questions.images),
+        }
+    return found
+
+
 def gqa_measures(
-    experiment: Experiment, model: FineBranch, questions: Questions, given: Sequence[str]
+    experiment: Experiment, model: AnswerModel, questions: Questions, given: Sequence[str]
 ) -> dict[str, float]:
     """What GQA's evaluation tells beside accuracy; nothing of other data, nor where there is nothing to tell it by."""
     if questions.records is None:
@@ -233,13 +250,16 @@ def predictions_table(experiment: Experiment, fold: str, answers: Answers) -> pd
 
 @torch.inference_mode()
 def look(
-    model: FineBranch, feed: QuestionFeed, rows: NDArray[np.int64], kind: str
+    model: AnswerModel, feed: QuestionFeed, rows: NDArray[np.int64], kind: str
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """(n, A) probabilities of answers to some questions, and (n, M) the share of attention on each region."""
     seen: list[torch.Tensor] = []
-    hook = model.attend.register_forward_hook(lambda layer, given, out: seen.append(out[0])) if model.looks else None
+    hook = None
+    if model.feature_width:
+        attend = cast(FineBranch, model.branches["fine"]).attend
+        hook = attend.register_forward_hook(lambda layer, given, out: seen.append(out[0]))
     try:
-        chances = probabilities(model.eval()(**feed.assemble(rows).inputs), kind)
+        chances = probabilities(model.eval()(**feed.assemble(rows).inputs)[:, 0], kind)
     finally:
         if hook is not None:
             hook.remove()
@@ -247,7 +267,7 @@ def look(
     return chances.cpu().numpy(), weights.cpu().numpy()
 
 
-def examples(experiment: Experiment, model: FineBranch, fold: str, table: pd.DataFrame) -> list[dict[str, Any]]:
+def examples(experiment: Experiment, model: AnswerModel, fold: str, table: pd.DataFrame) -> list[dict[str, Any]]:
     """The worst and best questions: those answered wrongly, and rightly, with most certainty."""
     own = experiment.folds[fold]
     sure = table["probability"].to_numpy()
@@ -323,7 +343,7 @@ def write_report(experiment: Experiment, folder: Path) -> None:
         report.write_report(folder)
 
 
-def write_findings(experiment: Experiment, model: FineBranch, answers: Answers, writer: run_folder.RunFolder) -> None:
+def write_findings(experiment: Experiment, model: AnswerModel, answers: Answers, writer: run_folder.RunFolder) -> None:
     """Write predictions.csv, and examples.json for the page."""
     table = predictions_table(experiment, "test", answers)
     writer.csv("predictions.csv", table)

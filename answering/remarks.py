@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from answering.configs import BRANCH_OPTIONS, OPTIONS, VQAConfig
+from answering.configs import BRANCH_OPTIONS, DEMO_SETTINGS, OPTIONS, VQAConfig
 from answering.experiment import Experiment
 from training import run_folder
 
@@ -55,7 +55,11 @@ def plan(experiment: Experiment) -> str:
 
 def unused(config: VQAConfig) -> list[str]:
     """Options that were set for branches that are not trained."""
-    given = [OPTIONS[name].flag for name in BRANCH_OPTIONS if getattr(config, name) != OPTIONS[name].default]
+    used = {*config.branch_names, *(["fused"] if len(config.branch_names) > 1 else [])}
+    names = [name for branch, names in BRANCH_OPTIONS.items() if branch not in used for name in names]
+    given = [OPTIONS[name].flag for name in names if getattr(config, name) != OPTIONS[name].default]
+    if config.demo:
+        given = [flag for flag in given if flag.removeprefix("--") not in DEMO_SETTINGS]
     return [f"{', '.join(given)}: nothing in --branches {config.branches} uses this"] if given else []
 
 
@@ -234,6 +238,7 @@ def measured_lines(found: Mapping[str, Any]) -> list[str]:
         "floors": found["floors"],
     }
     lines.append(table_row("all questions", whole, floors))
+    lines += [branch_row(name, one) for name, one in found["branches"].items()]
     for key, kinds in found["by_kind"].items():
         lines.append(f"by {key}")
         shown = list(kinds.items())[:SHOWN_KINDS]
@@ -247,8 +252,20 @@ def measured_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def branch_row(name: str, one: Mapping[str, Any]) -> str:
+    """What a branch gets by itself, beside the fused answer."""
+    gain = " ({:+.3f} .. {:+.3f})".format(*one["gain_interval"]) if one["gain_interval"] else ""
+    title, between = f"  {name} alone", between_text(one["interval"])
+    return f"{title:<28}{one['accuracy']:7.3f}  {between:<16}   fused {one['gain_of_fused']:+.3f}{gain}"
+
+
+def between_text(interval: Sequence[float]) -> str:
+    """An interval in words, if there is one."""
+    return "{:.3f} .. {:.3f}".format(*interval) if interval else ""
+
+
 def table_row(title: str, one: Mapping[str, Any], floors: Sequence[str]) -> str:
     """A row of `measured_lines`."""
-    between = "{:.3f} .. {:.3f}".format(*one["interval"]) if one["interval"] else ""
+    between = between_text(one["interval"])
     cells = "".join(f"{one['floors'][name]:>{len(name) + 3}.3f}" for name in floors)
     return f"{title[:27]:<28}{one['accuracy']:7.3f}  {between:<16}{cells}   {one['questions']:,} questions"

@@ -23,12 +23,12 @@ MOST_CHECKED = 100  # images of a fold whose regions are compared when a run is 
 FLAG = "--output"
 DESCRIPTION: dict[str, Any] = {  # what a checkpoint says of itself, as `json_files.schema_mismatch` checks it
     "program": str,
-    "model": dict,
+    "model": {"branches": dict, "num_answers": int, "loss": str},
     "words": [str, ...],
     "entities": list,
     "answers": [str, ...],
     "options": {
-        **dict.fromkeys(("dataset", "loss", "sg_source", "clip_model", "clip_pretrained"), str),
+        **dict.fromkeys(("dataset", "loss", "sg_source", "clip_model", "clip_pretrained", "branches"), str),
         **dict.fromkeys(("question_len", "num_stat_word", "topk", "max_boxes"), int),
         "shuffle_images": bool,
         "features": (str, type(None)),

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from answering.experiment import Experiment, Fold
 from answering.feed import QuestionBatch
-from branches.fine import FineBranch
+from branches.fusion import AnswerModel
 from training import micro_batches, optim, resuming
 from training.fit import FitOptions
 
@@ -21,7 +21,8 @@ BAN_WARM_UP = (0.5, 1.0, 1.5, 2.0)  # of --lr in the first epochs; the last stay
 BAN_DECAY = (10, 12, 14, 16, 18)  # epochs done, at each of which a quarter is left
 WARM_UP = 0.1  # share of all steps, of the other schedules
 
-Answers = dict[str, np.ndarray]  # "answer", its number, "probability", "loss": (Q,) each
+# "answer", its number, "probability", "loss", and of several branches "answer_fine" and so on: (Q,) each
+Answers = dict[str, np.ndarray]
 
 
 class AnswerTask:
@@ -50,24 +51,32 @@ class AnswerTask:
 
     def compute_losses(self, model: nn.Module, batch: QuestionBatch) -> dict[str, Tensor]:
         """The loss of a whole batch, of which this process computes its share."""
-        own = model(**batch.inputs)
-        logits_BA = self.experiment.runtime.gather(own, len(batch))
+        own, config = model(**batch.inputs), self.experiment.config
+        logits_BSA = self.experiment.runtime.gather(own, len(batch))
         assert batch.targets_BA is not None
-        loss = losses_of(logits_BA, batch.targets_BA, self.experiment.config.loss).mean()
-        return {"loss": loss + 0.0 * own.sum()}  # every process has to have a gradient
+        names = self.experiment.model.names
+        losses = {
+            f"loss_{name}": losses_of(logits_BSA[:, place], batch.targets_BA, config.loss).mean()
+            for place, name in enumerate(names)
+        }
+        weights = {"loss_fused": config.fusion_ratio}
+        total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
+        total = total + 0.0 * own.sum()  # every process has to have a gradient
+        return {"loss": total, **(losses if len(losses) > 1 else {})}
 
-    def validate(self, model: FineBranch, before_batch: Callable[[], object]) -> tuple[Answers, dict[str, float]]:
+    def validate(self, model: AnswerModel, before_batch: Callable[[], object]) -> tuple[Answers, dict[str, float]]:
         """Answers to the validation fold, and what they are worth."""
         answers = answer(self.experiment, model, self.experiment.folds["val"], before_batch)
-        return answers, {"loss": float(answers["loss"].mean()), "accuracy": self.accuracy(answers)}
+        accuracies = {name.replace("answer", "accuracy"): self.accuracy(answers[name]) for name in answers_of(answers)}
+        return answers, {"loss": float(answers["loss"].mean()), **accuracies}
 
-    def accuracy(self, answers: Answers) -> float:
+    def accuracy(self, answers_Q: np.ndarray) -> float:
         """The mean accuracy of answers by the targets of the validation fold."""
         targets_QA = self.experiment.folds["val"].table.targets_QA
         assert targets_QA is not None
-        return float(targets_QA[np.arange(targets_QA.shape[0]), answers["answer"].astype(int)].mean())
+        return float(targets_QA[np.arange(targets_QA.shape[0]), answers_Q.astype(int)].mean())
 
-    def weights(self, model: FineBranch) -> dict[str, Tensor]:
+    def weights(self, model: AnswerModel) -> dict[str, Tensor]:
         """All weights."""
         return model.state_dict()
 
@@ -78,6 +87,11 @@ class AnswerTask:
             f"val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.4f}  "
             f"{row['images_per_s']:.0f} questions/s  {row['seconds']:.1f} s"
         )
+
+
+def answers_of(answers: Answers) -> list[str]:
+    """The names of the answers that were given to each question: the model's, then those of its branches."""
+    return [name for name in answers if name == "answer" or name.startswith("answer_")]
 
 
 def losses_of(logits_BA: Tensor, targets_BA: Tensor, kind: str) -> Tensor:
@@ -99,15 +113,18 @@ def probabilities(logits_BA: Tensor, kind: str) -> Tensor:
 
 
 def answer(
-    experiment: Experiment, model: FineBranch, fold: Fold, before_batch: Callable[[], object] = lambda: None
+    experiment: Experiment, model: AnswerModel, fold: Fold, before_batch: Callable[[], object] = lambda: None
 ) -> Answers:
     """The answer that a model finds most likely to each question of a fold; its loss too where people's are known."""
     kind, runtime = experiment.config.loss, experiment.runtime
 
-    def compute(model: FineBranch, batch: QuestionBatch) -> dict[str, Tensor]:
-        logits_BA = model(**batch.inputs)
+    def compute(model: AnswerModel, batch: QuestionBatch) -> dict[str, Tensor]:
+        logits_BSA = model(**batch.inputs)
+        logits_BA = logits_BSA[:, 0]
         probability, number = probabilities(logits_BA, kind).max(dim=1)
         found = {"answer": number.double(), "probability": probability}
+        for place, name in enumerate(model.names[1:], start=1):
+            found[f"answer_{name}"] = logits_BSA[:, place].argmax(dim=1).double()
         if batch.targets_BA is not None:
             own = torch.from_numpy(runtime.share(np.arange(len(batch)))).to(batch.targets_BA.device)
             found["loss"] = losses_of(logits_BA, batch.targets_BA[own], kind)

@@ -6,10 +6,21 @@ Shapes: K branches, B questions, A answers, S = 1 for a single branch, else 1 + 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from branches.fine import FineBranch
+from branches.graph import GraphBranch
+
+KINDS: Mapping[str, type[nn.Module]] = {"fine": FineBranch, "graph": GraphBranch}
+# What each is given of the inputs of a batch.
+INPUTS: Mapping[str, Sequence[str]] = {
+    "fine": ("words_BN", "entities_BE", "features_IMF", "boxes_IM4", "description_IW", "images_B"),
+    "graph": ("words_BN", "nodes_V4", "node_boxes_V4", "graphs_V", "edges_2E", "relations_E", "signs_E"),
+}
 
 
 def fuse(logits_BKA: Tensor, weight_KA: Tensor, loss: str) -> Tensor:
@@ -45,6 +56,22 @@ class AnswerModel(nn.Module):
         self.inputs = {name: tuple(inputs[name]) for name in branches}
         self.loss = loss
         self.weight_KA = nn.Parameter(torch.ones(len(branches), num_answers)) if len(branches) > 1 else None
+
+    @classmethod
+    def build(cls, branches: Mapping[str, Mapping[str, Any]], num_answers: int, loss: str) -> AnswerModel:
+        """Branches by name from the arguments of each, with fresh weights."""
+        built = {name: KINDS[name](num_answers=num_answers, **arguments) for name, arguments in branches.items()}
+        return cls(built, INPUTS, num_answers, loss)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the S answers."""
+        return [*(["fused"] if self.weight_KA is not None else []), *self.branches]
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers of a region that is looked at; 0 where none is."""
+        return cast(FineBranch, self.branches["fine"]).feature_width if "fine" in self.branches else 0
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """The inputs of all branches -> (B, S, A) logits."""

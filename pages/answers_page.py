@@ -51,6 +51,7 @@ RESULTS = {  # what the page shows of results.json
     "measures": {"accuracy": NUMBER, str: OPTIONAL},
     "val": {"accuracy": NUMBER, str: OPTIONAL},
     "by_kind": {str: {str: {"accuracy": NUMBER, "questions": int}}},
+    "branches": {str: {"accuracy": NUMBER, "gain_of_fused": NUMBER, "interval": list}},
     "floors": {str: NUMBER},
     "ceiling": NUMBER,
     "confusion": {"answers": list, "counts": list},
@@ -323,6 +324,9 @@ def floors_table(run: AnswersRun) -> Table:
     """The trained model beside the ceiling and the floors."""
     own = run.accuracy
     rows = [["trained model", percent(own.value), percent_interval(own.interval) or NOTHING, NOTHING]]
+    for name, one in run.results["branches"].items():
+        between, gain = percent_interval(one["interval"]) or NOTHING, number(100 * one["gain_of_fused"], 1, "+")
+        rows.append([f"its {name} branch alone", percent(one["accuracy"]), between, gain])
     for name, value in beside(run):
         rows.append([name_of(name), percent(value), NOTHING, number(100 * (own.value - value), 1, "+")])
     return Table(["predictor", "accuracy", "95 % interval", "trained model minus it, points"], rows, strong=1)

@@ -28,6 +28,9 @@ from vqa.drawn_questions import COLOURS, GROUPS, KINDS, RADII, TYPES, Question, 
 
 GAP = 4  # least distance between shapes, and from the edge, in pixels
 VAL_SHARE = 1 / 8
+PREDICTED = "predicted"  # folder of the scene graphs as a program might see them
+OVERLOOKED, MISTAKEN = 0.1, 0.1  # shares of objects and relations, of names and colours
+JITTER = 2.0  # pixels by which a box is off
 OTHERWISE = {  # what some people say instead
     "yes": ("yes it is", "yeah"), "no": ("nope", "not"), "circle": ("a circle", "disc"), "square": ("a square", "box"),
     "triangle": ("a triangle", "the triangle"), "star": ("a star", "the star"), "ring": ("a ring", "hoop"),
@@ -134,6 +137,31 @@ def scene_graph(scene: Scene) -> dict[str, Any]:
     return {"width": scene.width, "height": scene.height, "objects": objects}
 
 
+def as_predicted(graph: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """A scene graph as a program might see it: objects and relations overlooked, names and attributes mistaken."""
+    seen = {name: entry for name, entry in graph["objects"].items() if rng.random() > OVERLOOKED}
+    objects = {}
+    for name, entry in seen.items():
+        kind = pick(rng, KINDS) if rng.random() < MISTAKEN else entry["name"]
+        colour, size = entry["attributes"]
+        colour = pick(rng, list(COLOURS)) if rng.random() < MISTAKEN else colour
+        relations = [one for one in entry["relations"] if one["object"] in seen and rng.random() > OVERLOOKED]
+        box = {side: entry[side] + round(float(rng.normal(scale=JITTER)), 2) for side in "xy"}
+        sizes = {side: max(1.0, entry[side] + round(float(rng.normal(scale=JITTER)), 2)) for side in "wh"}
+        objects[name] = {"name": kind, **box, **sizes, "attributes": [colour, size], "relations": relations}
+    return {**graph, "objects": objects}
+
+
+def graph_files(scenes: Sequence[Scene], seed: int) -> dict[str, Any]:
+    """Scene graphs as they are, and as a program might see them, by their paths."""
+    rng, files = np.random.default_rng([seed, 4]), {}
+    for fold in ("train", "val"):
+        graphs = {scene.id: scene_graph(scene) for scene in scenes if scene.fold == fold}
+        files[f"sceneGraphs/{fold}_sceneGraphs.json"] = graphs
+        files[f"{PREDICTED}/{fold}_sceneGraphs.json"] = {name: as_predicted(one, rng) for name, one in graphs.items()}
+    return files
+
+
 def gqa_records(scene: Scene, balanced: Sequence[Question], with_implied: bool) -> dict[str, dict[str, Any]]:
     """GQA's records of the questions about a scene, by their ids; with those that they imply, which are unbalanced."""
     known = {question.text: question for question in balanced}
@@ -197,7 +225,6 @@ def gqa_files(asked: Sequence[tuple[Scene, list[Question]]], seed: int) -> dict[
     records: dict[str, dict[str, Any]] = {}
     for fold, tier in (("train", "train_balanced"), ("val", "val_all")):
         inside = [(scene, questions) for scene, questions in asked if scene.fold == fold]
-        files[f"sceneGraphs/{fold}_sceneGraphs.json"] = {scene.id: scene_graph(scene) for scene, _ in inside}
         records = {}
         for scene, questions in inside:
             records |= gqa_records(scene, questions, with_implied=fold == "val")
@@ -270,7 +297,7 @@ def draw(folder: Path, form: str, *, num_images: int = 480, seed: int = 1204) ->
         raise ValueError(f"num_images is {num_images}, but either fold needs an image")
     folds = ["train"] * (num_images - num_val) + ["val"] * num_val
     scenes = [random_scene(seed, number, fold) for number, fold in enumerate(folds, start=1)]
-    found = FORMS[form](list(zip(scenes, ask_all(scenes, seed), strict=True)), seed)
+    found = FORMS[form](list(zip(scenes, ask_all(scenes, seed), strict=True)), seed) | graph_files(scenes, seed)
     files = {name: json.dumps(content).encode() for name, content in found.items()}
     names = [image_name(scene, form) for scene in scenes]
     with write_errors(folder), ExitStack() as leaving:

@@ -29,6 +29,7 @@ from storage.atomic import atomic_write
 from storage.json_files import schema_mismatch
 from storage.messages import quoted
 from vqa.questions import Questions, plain_id, read_large_json
+from vqa.scene_graph import GraphNumbers
 from vqa.targets import AnswerList, build_answer_list, target_matrix
 from vqa.text import Vocabulary, build_vocabulary, words_of
 
@@ -61,6 +62,7 @@ class QuestionTable:
     images: Sequence[str]  # (Q,) the id of each question's image
     descriptions: Mapping[str, NDArray[np.int32]]  # image -> (W,) words that describe it
     targets_QA: scipy.sparse.csr_array | None  # the accuracy of each answer; None: unknown
+    graphs: Mapping[str, GraphNumbers] | None = None  # image -> its scene graph; None: nothing reads them
 
     def __len__(self) -> int:
         return len(self.words_QN)
@@ -118,19 +120,29 @@ def graphs_of(questions: Questions, graphs: SceneGraphs) -> SceneGraphs:
     return {image: graphs[name] for image, name in plain.items() if name in graphs}
 
 
-def build_lexicon(questions: Questions, graphs: SceneGraphs, *, least_answers: int, topk: int) -> Lexicon:
+def all_words(graph: Mapping[str, Any]) -> str:
+    """Every name, attribute and relation in a scene graph."""
+    objects = graph["objects"].values()
+    relations = (relation["name"] for entry in objects for relation in entry["relations"])
+    return " ".join([*(word for entry in objects for word in (entry["name"], *entry["attributes"])), *relations])
+
+
+def build_lexicon(
+    questions: Questions, graphs: SceneGraphs, *, least_answers: int, topk: int, whole_graphs: bool = False
+) -> Lexicon:
     """Words, entities and answers of a training fold.
 
     Entities are the words by which scene graphs name objects or, without graphs, those of the answers that people gave.
 
     Args:
         least_answers: questions that an answer must be given to, to be in the list.
+        whole_graphs: all words of scene graphs are to be known, not only those of `words_on_image`.
 
     Raises:
         ValueError: no answer is.
     """
     own = list(graphs_of(questions, graphs).values())
-    descriptions = [" ".join(words_on_image(graph, topk)) for graph in own]
+    descriptions = [all_words(graph) if whole_graphs else " ".join(words_on_image(graph, topk)) for graph in own]
     answers = build_answer_list(questions.answers, least=least_answers, spelling=questions.spelling)
     named = [entry["name"] for graph in own for entry in graph["objects"].values()] or answers.answers
     entities = {word for name in named for word in words_of(name) if word not in NO_ENTITIES and not word.isdigit()}
@@ -171,6 +183,7 @@ def prepare(
     question_len: int,
     num_stat_word: int,
     topk: int,
+    whole_graphs: bool = False,
 ) -> tuple[Lexicon, dict[str, QuestionTable]]:
     """The lexicon of the fold "train" and every fold as numbers, from a file in the folder or computed and kept there.
 
@@ -179,12 +192,15 @@ def prepare(
         NotWritten: the folder cannot be written.
     """
     sizes = {"question_len": question_len, "num_stat_word": num_stat_word, "topk": topk}
-    path = folder / f"{content_key(questions, graphs, {**sizes, 'least_answers': least_answers})}.safetensors"
+    answered = {"least_answers": least_answers, "whole_graphs": whole_graphs}
+    path = folder / f"{content_key(questions, graphs, {**sizes, **answered})}.safetensors"
     with suppress(FileNotFoundError, SafetensorError):
         found = read_prepared(path, questions)
         path.touch()
         return found
-    lexicon = build_lexicon(questions["train"], graphs, least_answers=least_answers, topk=topk)
+    lexicon = build_lexicon(
+        questions["train"], graphs, least_answers=least_answers, topk=topk, whole_graphs=whole_graphs
+    )
     tables = {name: number_questions(fold, lexicon, graphs, **sizes) for name, fold in questions.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_prepared(path, lexicon, tables)

@@ -25,6 +25,7 @@ FORMS = ("GQA", "VQA")
 # What a run is as small by as it can be, and still learns to give different answers.
 TINY = ["--num_hid", "16", "--AOA_layers", "1", "--epochs", "2", "--batch_size", "16", "--lr", "3e-2"]
 TINY += ["--no_use_counter"]
+ONE_GRAPH = ["--general_hidden_dim", "16", "--mgat_layers", "2"]
 FILES = {
     "GQA": ("questions/train_balanced_questions.json", "questions/val_all_questions.json"),
     "VQA": ("v2_mscoco_train2014_annotations.json", "v2_mscoco_val2014_annotations.json"),

@@ -245,12 +245,18 @@ def edit(**changes: object) -> Callable[[Path], None]:
     return act
 
 
+def with_fine(folder: Path, **changes: object) -> dict:
+    """The description of a run's model, with other arguments of its fine branch."""
+    model = read(folder / "best" / "scorer.json")["model"]
+    return {**model, "branches": {"fine": {**model["branches"]["fine"], **changes}}}
+
+
 def other_sizes(folder: Path) -> None:
-    edit(model={**read(folder / "best" / "scorer.json")["model"], "width": 24})(folder)
+    edit(model=with_fine(folder, width=24))(folder)
 
 
 def other_version(folder: Path) -> None:
-    edit(model={**read(folder / "best" / "scorer.json")["model"], "speed": 7})(folder)
+    edit(model=with_fine(folder, speed=7))(folder)
 
 
 def of_another_program(folder: Path) -> None:

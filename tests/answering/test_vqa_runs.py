@@ -45,6 +45,7 @@ FILES = {"config.json", "metrics.csv", "results.json", "predictions.csv", "examp
 FLOORS = ["most frequent answer", "question only", "image only", "shuffled image"]
 EACH_FORM = pytest.mark.parametrize("form", FORMS)
 ONE_EPOCH = ["--epochs", "1"]
+FINE = "branches.fine."
 
 
 @EACH_FORM
@@ -185,8 +186,10 @@ def plain(tmp_path_factory) -> Path:
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Those of a run's weights."""
-    return {name: tuple(value.shape) for name, value in checkpoints.load_weights(folder)[1].items()}
+    """Those of the weights of a run's fine branch, by their names in there."""
+    weights = checkpoints.load_weights(folder)[1]
+    assert all(name.startswith(FINE) for name in weights)
+    return {name.removeprefix(FINE): tuple(value.shape) for name, value in weights.items()}
 
 
 def history(folder: Path) -> pd.DataFrame:
@@ -241,7 +244,7 @@ def test_words_start_from_given_vectors(tmp_path, capsys):
     assert re.search(r"words     2 of \d+ have a vector in glove.4d.txt", capsys.readouterr().out)
     _, weights, description = checkpoints.load_weights(folder)
     for word in ("circle", "red"):
-        row = weights["encode.embed.0.weight"][description["words"].index(word)]
+        row = weights[f"{FINE}encode.embed.0.weight"][description["words"].index(word)]
         assert row.tolist() == pytest.approx(vectors[word], abs=1e-5)
 
 

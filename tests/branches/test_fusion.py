@@ -23,9 +23,7 @@ def test_the_mixture_is_that_of_a_plain_loop(loss):
     for b in range(4):
         for a in range(5):
             shares = weight[:, a].exp() / weight[:, a].exp().sum()
-            chances = [
-                logits[b, k, a].sigmoid() if loss == "bce" else logits[b, k].softmax(dim=0)[a] for k in range(3)
-            ]
+            chances = [logits[b, k, a].sigmoid() if loss == "bce" else logits[b, k].softmax(dim=0)[a] for k in range(3)]
             expected = sum(share * chance for share, chance in zip(shares, chances, strict=True))
             assert found[b, a].item() == pytest.approx(expected.item(), abs=1e-6)
 

@@ -61,6 +61,7 @@ def write_answers_run(folder: Path, **results: Any) -> Path:
             "answer type": {"yes/no": kind(0.8, 1200), "number": kind(0.35, 300), "other": kind(0.5, 1500)},
             "words": {"10": kind(0.5, 40, None), "4": kind(0.7, 2000), "5": kind(0.6, 960)},
         },
+        "branches": {},
         "floors": {"most frequent answer": 0.2, "shuffled image": 0.31, "question only": 0.3},
         "confusion": {"answers": ANSWERS, "counts": COUNTS},
         "data": {"train": {"questions": 9000, "images": 3000}, "test": {"questions": 3000, "images": 1000}},
