@@ -270,7 +270,7 @@ def test_stages_of_a_tower_that_runs_only_as_a_whole_are_refused(train, tmp_path
 @pytest.mark.parametrize(
     "flags",
     [
-        "--use_explanations --loss mse+0.5*plcc+rank+fidelity --label_smoothing 0.1 --scheduler cyclic",
+        "--use_explanations --loss mse+0.5*plcc+fidelity --label_smoothing 0.1 --scheduler cyclic",
         "--no_residual_learning --ema_decay 0.9 --gradient_accumulation_steps 3 --max_grad_norm 0 --amp bf16",
         "--no_residual_learning --use_refinement --refinement_layers 1 --refinement_heads 2 --refinement_dim 16 "
         "--crops 1 --test_crops 3 --freeze_clip --no_partial_freeze",
