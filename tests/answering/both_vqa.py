@@ -17,15 +17,15 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
 from small_vqa import trained_weights_kept
 from stopped_runs import StopsAt
 from torch import nn
 from two_processes import fork_both
 
 import main
-from answering import experiment
 from answering.configs import parse_args
-from branches.fine import FineBranch
+from branches.fusion import AnswerModel
 from training import signals
 
 
@@ -33,18 +33,20 @@ from training import signals
 def without_dropout() -> Iterator[None]:
     """Let models be built that drop nothing out."""
 
-    def build(**arguments: Any) -> FineBranch:
-        model = FineBranch(**arguments)
+    real = AnswerModel.build
+
+    def build(**arguments: Any) -> AnswerModel:
+        model = real(**arguments)
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
+            if isinstance(layer, nn.MultiheadAttention):
+                layer.dropout = 0.0
         return model
 
-    experiment.FineBranch = build  # type: ignore[misc, assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AnswerModel, "build", build)
         yield
-    finally:
-        experiment.FineBranch = FineBranch  # type: ignore[misc]
 
 
 def run_all(rank: int, folder: Path, job: dict[str, Any]) -> None:
