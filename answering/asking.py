@@ -202,7 +202,7 @@ def ask(config: VQAConfig) -> dict[str, Any]:
     found = {answerer.lexicon.answers.answers[place]: float(chances[0, place]) for place in best}
     for text, chance in found.items():
         answerer.runtime.say(f"{chance:6.3f}  {text}")
-    if answerer.model.feature_width == 0:
+    if answerer.model.feature_width == 0 and "graph" not in config.branch_names:
         answerer.runtime.say("note      this run looks at no image: trained with --question_only")
     if config.sg_source != "none" and plain_id(name) not in graphs:
         answerer.runtime.say("note      this run was trained with scene graphs; of this image there is none")

@@ -169,7 +169,7 @@ def measure(
         "measures": measures | gqa_measures(experiment, model, own.questions, given),
         "interval": interval(accuracy_Q, own.questions.images),
         "by_kind": by_kind(own.questions, accuracy_Q, floors_Q),
-        "branches": branch_accuracies(experiment, own.questions, answers),
+        "branches": branch_accuracies(experiment, own.questions, answers, accuracy_Q),
         "floors": {name: float(values.mean()) for name, values in floors_Q.items()},
         "ceiling": ceiling(own.table.targets_QA),
         "confusion": confusion(own.questions, given),
@@ -181,9 +181,10 @@ def measure(
     }
 
 
-def branch_accuracies(experiment: Experiment, questions: Questions, answers: Answers) -> dict[str, dict[str, Any]]:
-    """What each branch by itself gets, where there are several, and how far the fused answer is above that."""
-    fused_Q = questions.score(words_of(experiment, answers["answer"]))
+def branch_accuracies(
+    experiment: Experiment, questions: Questions, answers: Answers, fused_Q: NDArray[np.float64]
+) -> dict[str, dict[str, Any]]:
+    """What each branch by itself gets, where there are several, and how far the fused answer, of fused_Q, is above."""
     found = {}
     for name in answers_of(answers)[1:]:
         own_Q = questions.score(words_of(experiment, answers[name]))

@@ -10,7 +10,7 @@ something.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -124,16 +124,41 @@ class AttentionOnAttention(nn.Module):
         return F.glu(self.gate(torch.cat([attended, query], dim=-1)), dim=-1)
 
 
+def word_embedding(num_words: int, width: int) -> nn.Embedding:
+    """Vectors of words to learn, that of padding being 0."""
+    embed = nn.Embedding(num_words, width, padding_idx=0)
+    nn.init.normal_(embed.weight, std=EMBED_STD)
+    with torch.no_grad():
+        embed.weight[0] = 0.0
+    return embed
+
+
+def look_up(embed: Callable[[Tensor], Tensor], *words: Tensor) -> list[Tensor]:
+    """Numbers of words, in several tensors of shape (...) -> their vectors (..., D) for each of these.
+
+    All are looked up at once, because every look-up has a gradient as large as the vocabulary.
+    """
+    found = embed(torch.cat([each.flatten() for each in words]))
+    parts = found.split([each.numel() for each in words])
+    return [part.view(*each.shape, found.shape[1]) for part, each in zip(parts, words, strict=True)]
+
+
+def prior_logits(accuracy_A: Tensor, loss: str) -> Tensor:
+    """Logits (A,) that say of each answer how right it is on average.
+
+    Args:
+        loss: "bce", whose logits are those of each answer by itself, or "ce".
+    """
+    prior_A = accuracy_A.float().clamp(1e-6, 1 - 1e-6)
+    return torch.logit(prior_A) if loss == "bce" else prior_A.log()
+
+
 class WordEncoder(nn.Module):
     """Words as vectors, and what a GRU makes of them in their order."""
 
     def __init__(self, num_words: int, embed_dim: int, width: int, *, second: bool, dropout: float) -> None:
         super().__init__()
-        self.embed = nn.ModuleList(nn.Embedding(num_words, embed_dim, padding_idx=0) for _ in range(2 if second else 1))
-        for embed in self.embed:
-            weight = cast(nn.Embedding, embed).weight
-            nn.init.normal_(weight, std=EMBED_STD)
-            nn.init.zeros_(weight[0])  # padding
+        self.embed = nn.ModuleList(word_embedding(num_words, embed_dim) for _ in range(2 if second else 1))
         self.dropout = nn.Dropout(dropout)
         self.read = nn.GRU(embed_dim * len(self.embed), width, batch_first=True)
 
@@ -154,14 +179,10 @@ class WordEncoder(nn.Module):
         return cast(nn.Embedding, self.embed[0]).weight
 
     def vectors(self, *words: Tensor) -> list[Tensor]:
-        """Numbers of words, in several tensors of shape (...) -> their vectors (..., embed_width) for each of these.
-
-        All are looked up at once, because every look-up has a gradient as large as the vocabulary.
-        """
-        numbers = torch.cat([each.flatten() for each in words])
-        found = self.dropout(torch.cat([embed(numbers) for embed in self.embed], dim=-1))
-        parts = found.split([each.numel() for each in words])
-        return [part.view(*each.shape, -1) for part, each in zip(parts, words, strict=True)]
+        """See `look_up`; each vector has embed_width numbers."""
+        return look_up(
+            lambda numbers: self.dropout(torch.cat([embed(numbers) for embed in self.embed], dim=-1)), *words
+        )
 
     def forward(self, vectors_BND: Tensor) -> Tensor:
         """(B, N, embed_width) vectors of words, padded on the right -> (B, N, D)."""
@@ -263,14 +284,8 @@ class FineBranch(nn.Module):
 
     @torch.no_grad()
     def expect(self, accuracy_A: Tensor, loss: str) -> None:
-        """Begin with how right each answer is on average, rather than to learn that first.
-
-        Args:
-            loss: "bce", whose logits are those of each answer by itself, or "ce".
-        """
-        prior_A = accuracy_A.float().clamp(1e-6, 1 - 1e-6)
-        bias_A = torch.logit(prior_A) if loss == "bce" else prior_A.log()
-        cast(nn.Linear, self.classify[-1]).bias.copy_(bias_A)
+        """Begin with how right each answer is on average, rather than to learn that first; see `prior_logits`."""
+        cast(nn.Linear, self.classify[-1]).bias.copy_(prior_logits(accuracy_A, loss))
 
     def forward(
         self,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from branches.fine import EMBED_STD, geometry
+from branches.fine import EMBED_STD, geometry, look_up, prior_logits, word_embedding
 from branches.sampling import Sampler, build_sampler
 
 BOX_WIDTH = 32
@@ -235,9 +235,7 @@ class GraphBranch(nn.Module):
         super().__init__()
         assert layers >= 1
         heads = max(number for number in range(1, heads + 1) if width % number == 0)
-        self.embed = nn.Embedding(num_words, embed_dim, padding_idx=0)
-        nn.init.normal_(self.embed.weight, std=EMBED_STD)
-        nn.init.zeros_(self.embed.weight[0])  # padding
+        self.embed = word_embedding(num_words, embed_dim)
         self.read = QuestionReader(embed_dim, width, heads, layers if use_instruction else 0)
         self.place = nn.Sequential(nn.Linear(6, BOX_WIDTH), nn.GELU(), nn.Linear(BOX_WIDTH, BOX_WIDTH))
         self.project = nn.Linear(embed_dim + BOX_WIDTH, width)
@@ -258,25 +256,11 @@ class GraphBranch(nn.Module):
     @torch.no_grad()
     def expect(self, accuracy_A: Tensor, loss: str) -> None:
         """Begin with how right each answer is on average, as `FineBranch.expect`."""
-        prior_A = accuracy_A.float().clamp(1e-6, 1 - 1e-6)
-        cast(nn.Linear, self.classify[-1]).bias.copy_(torch.logit(prior_A) if loss == "bce" else prior_A.log())
+        cast(nn.Linear, self.classify[-1]).bias.copy_(prior_logits(accuracy_A, loss))
 
-    def forward(
-        self,
-        words_BN: Tensor,
-        nodes_V4: Tensor,
-        node_boxes_V4: Tensor,
-        graphs_V: Tensor,
-        edges_2E: Tensor,
-        relations_E: Tensor,
-        signs_E: Tensor,
-    ) -> Tensor:
-        """Questions and the graph of each, whose number nodes have in graphs_V -> (B, A) logits.
-
-        Words, of questions, nodes and relations, are numbers of one vocabulary (0: none). Boxes are x1, y1, x2, y2 on
-        [0, 1]. Edges go from the first node to the second.
-        """
-        return self.look(words_BN, nodes_V4, node_boxes_V4, graphs_V, edges_2E, relations_E, signs_E)[0]
+    def forward(self, words_BN: Tensor, **graphs: Tensor) -> Tensor:
+        """Questions (B, N) and the graph of each, by the names of `look` -> (B, A) logits."""
+        return self.look(words_BN, **graphs)[0]
 
     def look(
         self,
@@ -288,11 +272,14 @@ class GraphBranch(nn.Module):
         relations_E: Tensor,
         signs_E: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As `forward` -> logits (B, A) and how much each node had to do with them (V,).
+        """Questions and the graph of each -> logits (B, A) and how much each node had to do with them (V,).
 
-        The latter sum to 1 over each graph, and are 0 for nodes that were not chosen.
+        The latter sum to 1 over each graph, and are 0 for nodes that were not chosen. Words, of questions, nodes and
+        relations, are numbers of one vocabulary (0: none); graphs_V tells which question's graph each node belongs to.
+        Boxes are x1, y1, x2, y2 on [0, 1]. Edges go from the first node to the second.
         """
-        words_BNE, nodes_VE, features_EF = self.vectors(words_BN, nodes_V4, relations_E, signs_E)
+        words_BNE, nodes_V4E, relations_EF = look_up(self.embed, words_BN, nodes_V4, relations_E)
+        nodes_VE, features_EF = nodes_V4E.sum(dim=1), relations_EF * signs_E[:, None]
         u_BD, instructions_BLD = self.read(words_BNE, words_BN > 0)
         where = packing(graphs_V, len(words_BN))
         x = self.project(torch.cat([nodes_VE, self.place(geometry(node_boxes_V4))], dim=-1))
@@ -305,17 +292,3 @@ class GraphBranch(nn.Module):
         weights_V = gated_softmax(self.relevance(x, u_BD, graphs_V), gates_V, graphs_V, len(words_BN))
         g_BD = sum_by(weights_V[:, None] * x, graphs_V, len(words_BN))
         return self.classify(torch.cat([g_BD, u_BD, g_BD * u_BD], dim=-1)), weights_V
-
-    def vectors(
-        self, words_BN: Tensor, nodes_V4: Tensor, relations_E: Tensor, signs_E: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors of words (B, N, E), of nodes (V, E) and of edges (E, E), the last ones with their signs.
-
-        All are looked up at once, because every look-up has a gradient as large as the vocabulary.
-        """
-        numbers = (words_BN.flatten(), nodes_V4.flatten(), relations_E)
-        words, nodes, relations = self.embed(torch.cat(numbers)).split([len(each) for each in numbers])
-        words_BNE, nodes_V4E = (
-            each.view(*of.shape, each.shape[1]) for each, of in ((words, words_BN), (nodes, nodes_V4))
-        )
-        return words_BNE, nodes_V4E.sum(dim=1), relations * signs_E[:, None]

@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from stopped_runs import OF_TIME
+from stopped_runs import OF_TIME, StopsAt
 
 import main
 from answering.configs import parse_args
 from regions import demo_set
-from training import checkpoints, devices, resuming
+from training import checkpoints, devices, resuming, signals
 
 NUM_IMAGES = 32
 FORMS = ("GQA", "VQA")
@@ -154,3 +154,15 @@ def write_table(folder: Path) -> Path:
     path = folder / "questions.csv"
     pd.DataFrame(rows, columns=["image", "question", "answer"]).to_csv(path, index=False)
     return path
+
+
+def run_until(argv: list[str], folder: Path, number: int | None) -> int:
+    """Begin a run or go on with it, until the n-th look at whether to stop or to the end; returns the looks."""
+    stop_signals = StopsAt(number)
+    config = parse_args(["--resume", str(folder)] if folder.exists() else [*argv, "--output", str(folder)])
+    if number is None:
+        main.run(config, stop_signals=stop_signals)
+    else:
+        with pytest.raises(signals.Stopped, match=rf"stopped and saved: --resume {folder} goes on from there"):
+            main.run(config, stop_signals=stop_signals)
+    return stop_signals.looks

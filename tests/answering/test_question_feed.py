@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import scipy.sparse
 import torch
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 from answering.feed import CHUNK, TOGETHER, QuestionFeed, batch_rows, padded, trimmed
 from regions.features import Regions
 from vqa.preprocess import QuestionTable
+from vqa.scene_graph import number_graph
+from vqa.text import SPECIAL, Vocabulary
 
 
 class Images:
@@ -119,6 +123,21 @@ def test_without_images_none_is_read_and_without_answers_there_are_no_targets():
     assert set(batch.inputs) == {"words_BN", "entities_BE"} and batch.inputs["words_BN"].tolist() == [[7]]
     unknown = QuestionFeed(table(targets=False), None, max_boxes=4, device=torch.device("cpu"))
     assert unknown.assemble(np.array([1])).targets_BA is None
+
+
+def test_each_question_has_the_scene_graph_of_its_image():
+    words = Vocabulary((*SPECIAL, "cup", "dog"))
+    thing = {"x": 0, "y": 0, "w": 1, "h": 1, "attributes": [], "relations": []}
+    named = {"2": ["cup", "dog"], "1": ["dog"]}  # of image 5 there is none
+    graphs = {
+        image: number_graph({"objects": {name: {"name": name, **thing} for name in names}}, words)
+        for image, names in named.items()
+    }
+    own = QuestionFeed(replace(table(), graphs=graphs), None, max_boxes=4, device=torch.device("cpu"))
+    batch = own.assemble(np.array([1, 3, 0, 2]))  # about images 1, 5, 2 and 2
+    assert batch.inputs["graphs_V"].tolist() == [0, 2, 2, 3, 3]
+    assert batch.inputs["nodes_V4"][:, 0].tolist() == [3, 2, 3, 2, 3]
+    assert own.split(batch, 2)[1].inputs["graphs_V"].tolist() == [0, 0, 1, 1]
 
 
 def test_each_process_gets_its_share_and_all_targets():

@@ -26,15 +26,16 @@ from small_vqa import (
     error_of,
     people,
     read,
+    run_until,
     tiny_flags,
     write_table,
 )
-from stopped_runs import StopsAt, wait_for
+from stopped_runs import wait_for
 
 import main
 from answering import task
 from answering.configs import parse_args
-from training import checkpoints, signals
+from training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("trained_weights_are_kept")
 
@@ -43,18 +44,6 @@ KINDS = {
     "accumulated and averaged": ["--batch_size", "9", "--update_freq", "2", "--ema_decay", "0.9"],
 }
 OFTEN = ["--save_every_minutes", "1e-9"]  # after every step
-
-
-def run_until(argv: list[str], folder: Path, number: int | None) -> int:
-    """Begin a run or go on with it, until the n-th look at whether to stop or to the end; returns the looks."""
-    stop_signals = StopsAt(number)
-    config = parse_args(["--resume", str(folder)] if folder.exists() else [*argv, "--output", str(folder)])
-    if number is None:
-        main.run(config, stop_signals=stop_signals)
-    else:
-        with pytest.raises(signals.Stopped, match=rf"stopped and saved: --resume {folder} goes on from there"):
-            main.run(config, stop_signals=stop_signals)
-    return stop_signals.looks
 
 
 def stop_and_go_on(argv: list[str], whole: Path, part: Path, *places: int) -> None:

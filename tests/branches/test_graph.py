@@ -394,7 +394,7 @@ def test_what_is_not_there_is_no_obstacle(kind):
 def test_a_graph_without_nodes_leaves_the_question_alone():
     model, inputs = build(), batch()
     none = without_edges(take(inputs, [2]))
-    words, _, _ = model.vectors(none["words_BN"], none["nodes_V4"], none["relations_E"], none["signs_E"])
+    words = model.embed(none["words_BN"])
     u, _ = model.read(words, none["words_BN"] > 0)
     expected = model.classify(torch.cat([torch.zeros_like(u), u, torch.zeros_like(u)], dim=-1))
     assert_alike(model(**inputs)[2:3], expected)
