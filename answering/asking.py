@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,19 @@ import numpy as np
 
 from answering import images, outcome, remarks
 from answering.configs import CLIP, VQAConfig
-from answering.experiment import Experiment, build_fold, number
-from answering.feed import QuestionFeed
-from answering.folds import read_questions, with_regions
+from answering.experiment import Experiment
+from answering.folds import read_questions, sources, with_regions
 from answering.run_files import DESCRIPTION
 from answering.task import answer
+from branches.coarse import ClipBranch, XvlmBranch
 from branches.fusion import AnswerModel
+from branches.xvlm import Tokenizer
 from regions.features import RegionFiles
+from regions.whole_images import ClipEmbeddings
 from storage.atomic import atomic_write
 from storage.json_files import schema_mismatch
 from training import checkpoints, devices
-from vqa.preprocess import Lexicon
+from vqa.preprocess import Lexicon, SceneGraphs
 from vqa.questions import Questions, gqa_questions, plain_id
 from vqa.targets import AnswerList
 from vqa.text import Vocabulary
@@ -36,6 +38,17 @@ class Answerer:
     runtime: devices.Runtime
     model: AnswerModel
     lexicon: Lexicon
+    folder: Path  # of the weights
+
+    def open_coarse(self, paths: Mapping[str, Path] | None = None) -> images.Coarse | None:
+        """What the coarse branch sees: of these images, or of all. Raises ValueError."""
+        config, runtime = self.config, self.runtime
+        if "coarse" not in self.model.branches:
+            return None
+        if self.model.xvlm is None:
+            return images.clip_coarse(config, runtime, paths)
+        tokenizer = Tokenizer(self.folder)
+        return images.xvlm_coarse(config, runtime, self.model.xvlm.xvlm.config, tokenizer, paths)
 
 
 def load(config: VQAConfig) -> Answerer:
@@ -58,17 +71,19 @@ def load(config: VQAConfig) -> Answerer:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(str(error).splitlines()[-1]) from error
-    return Answerer(config, runtime, model.to(runtime.device).eval(), lexicon)
+    folder = checkpoints.weights_folder(folder)
+    return Answerer(config, runtime, model.to(runtime.device).eval(), lexicon, folder)
 
 
 def trained_options(config: VQAConfig, description: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a run answers by as it was trained. Raises ValueError for those asked for that it cannot."""
     options = {name: description["options"][name] for name in DESCRIPTION["options"]}
-    looks = description["model"]["branches"].get("fine", {}).get("feature_width", 0) != 0
+    branches = description["model"]["branches"]
+    looks = branches.get("fine", {}).get("feature_width", 0) != 0
     by_clip = options["features"] == CLIP
-    if looks and config.question_only:
+    if config.question_only and (looks or branches.keys() & {"coarse", "graph"}):
         raise ValueError("--question_only: this run was trained to look at images; drop it")
-    options |= {"question_only": not looks, "features": None}
+    options |= {"question_only": not looks and not branches.keys() & {"coarse", "graph"}, "features": None}
     options["shuffle_images"] |= config.shuffle_images
     if looks:
         options["features"] = config.features or (CLIP if by_clip else None)
@@ -100,24 +115,31 @@ def open_for(answerer: Answerer) -> RegionFiles | None:
     return known
 
 
-def build(answerer: Answerer, questions: Questions, known: RegionFiles | None) -> Experiment:
-    """What `outcome` measures, with one fold."""
-    config, runtime, lexicon = answerer.config, answerer.runtime, answerer.lexicon
-    images.prepare(known, [questions])
-    graphs = images.read_graphs(config)
-    fold = build_fold(config, questions, number(config, questions, lexicon, graphs), known, runtime)
-    return Experiment(config, runtime, {config.fold: fold}, lexicon, graphs, known, answerer.model, {}, [])
+def build(
+    answerer: Answerer,
+    questions: Questions,
+    known: RegionFiles | None,
+    coarse: images.Coarse | None,
+    graphs: SceneGraphs | None = None,
+) -> Experiment:
+    """What `outcome` measures, with one fold. Without graphs, those of the options are read."""
+    config = answerer.config
+    images.prepare(known, coarse, [questions])
+    graphs = images.read_graphs(config) if graphs is None else graphs
+    found = Experiment(config, answerer.runtime, {}, answerer.lexicon, graphs, known, answerer.model, {}, [], coarse)
+    return replace(found, folds={config.fold: found.fold(questions)})
 
 
-def read(answerer: Answerer, known: RegionFiles | None, *, whole: bool) -> Questions:
+def read(answerer: Answerer, known: RegionFiles | None, coarse: images.Coarse | None, *, whole: bool) -> Questions:
     """The questions of --fold; of GQA the unbalanced ones too where the `whole` file is to be answered."""
     config, runtime = answerer.config, answerer.runtime
+    usable = images.usable(known, coarse)
     questions = read_questions(config, config.fold)
     runtime.say(f"questions {questions.source}")
     if whole and questions.records is not None:
         questions = gqa_questions(questions.records, questions.records)
-    if known is not None:
-        questions, said = with_regions(questions, known.ids, config.bad_images == "skip")
+    if usable is not None:
+        questions, said = with_regions(questions, usable, config.bad_images == "skip", sources(config))
         if said:
             runtime.say(f"note      {said}")
     return questions
@@ -127,11 +149,11 @@ def evaluate(config: VQAConfig) -> dict[str, Any]:
     """Answer the questions of --fold and say what the answers are worth. Raises ValueError."""
     answerer = load(config)
     path = answers_path(answerer.config) if config.output else None
-    known = open_for(answerer)
-    questions = read(answerer, known, whole=False)
+    known, coarse = open_for(answerer), answerer.open_coarse()
+    questions = read(answerer, known, coarse, whole=False)
     if not questions.are_answered:
         raise ValueError(f"--mode evaluate: {questions.source}; --mode predict answers them")
-    experiment = build(answerer, questions, known)
+    experiment = build(answerer, questions, known, coarse)
     answers = answer(experiment, answerer.model, experiment.folds[config.fold])
     found = outcome.measure(experiment, answerer.model, config.fold, answers)
     answerer.runtime.say("\n".join(remarks.measured_lines(found)))
@@ -146,9 +168,9 @@ def predict(config: VQAConfig) -> dict[str, Any]:
     """Answer the questions of --fold and write the file that the evaluation server takes. Raises ValueError."""
     answerer = load(config)
     path = answers_path(answerer.config)
-    known = open_for(answerer)
-    questions = read(answerer, known, whole=True)
-    experiment = build(answerer, questions, known)
+    known, coarse = open_for(answerer), answerer.open_coarse()
+    questions = read(answerer, known, coarse, whole=True)
+    experiment = build(answerer, questions, known, coarse)
     answers = answer(experiment, answerer.model, experiment.folds[config.fold])
     given = outcome.words_of(experiment, answers["answer"])
     write_answers(path, answerer, questions, given)
@@ -185,28 +207,50 @@ def ask(config: VQAConfig) -> dict[str, Any]:
     config, path = answerer.config, Path(str(config.image))
     if not path.is_file():
         raise ValueError(f"--image {path}: there is no such file")
+    by_clip = answerer.model.feature_width > 0 and config.features == CLIP
+    name = path.name if by_clip else plain_id(path.name)
+    coarse = answerer.open_coarse({name: path})
+    if config.answers:
+        answerer = choosing(answerer, coarse, [text.strip() for text in config.answers.split("|")])
     known: RegionFiles | None
-    if answerer.model.feature_width and config.features == CLIP:
-        known, name = images.clip_regions(config, answerer.runtime, {path.name: path}), path.name
-        images.prepare(known, [Questions(["1"], [name], [""], [()])])
+    if answerer.model.feature_width and by_clip:
+        known = images.clip_regions(config, answerer.runtime, {name: path})
     else:
-        known, name = open_for(answerer), plain_id(path.name)
+        known = open_for(answerer)
         if known is not None and name not in known.ids:
             raise ValueError(f"--features {config.features}: has no image {name!r}")
     questions = Questions(["1"], [name], [str(config.question)], [()])
     graphs = images.read_graphs(config) if config.scene_graphs else {}
-    table = number(replace(config, shuffle_images=False), questions, answerer.lexicon, graphs)
-    feed = QuestionFeed(table, known, max_boxes=config.max_boxes, device=answerer.runtime.device)
+    answerer = replace(answerer, config=replace(config, shuffle_images=False))
+    experiment = build(answerer, questions, known, coarse, graphs)
+    feed = experiment.folds[config.fold].feed
     chances, _ = outcome.look(answerer.model, feed, np.array([0]), config.loss)
     best = np.argsort(-chances[0])[: outcome.MOST_ANSWERS]
     found = {answerer.lexicon.answers.answers[place]: float(chances[0, place]) for place in best}
     for text, chance in found.items():
         answerer.runtime.say(f"{chance:6.3f}  {text}")
-    if answerer.model.feature_width == 0 and "graph" not in config.branch_names:
+    if not experiment.sees_images:
         answerer.runtime.say("note      this run looks at no image: trained with --question_only")
-    if config.sg_source != "none" and plain_id(name) not in graphs:
+    if config.sg_source != "none" and plain_id(name) not in graphs and not config.answers:
         answerer.runtime.say("note      this run was trained with scene graphs; of this image there is none")
     return found
+
+
+def choosing(answerer: Answerer, coarse: images.Coarse | None, answers: Sequence[str]) -> Answerer:
+    """The coarse branch by itself, which chooses among these answers. Raises ValueError."""
+    if coarse is None:
+        raise ValueError("--answers: this run has no coarse branch, which alone knows answers that it never learned")
+    if len(set(answers)) < max(2, len(answers)) or "" in answers:
+        raise ValueError("--answers A|B: name at least two, each once")
+    branch = answerer.model.branches["coarse"]
+    if isinstance(branch, ClipBranch):
+        assert isinstance(coarse.images, ClipEmbeddings)
+        branch.choose_among(coarse.images.embed(answers))
+    elif isinstance(branch, XvlmBranch):
+        branch.choose_among(coarse.tokens(answers))
+    model = AnswerModel({"coarse": branch}, answerer.model.inputs, len(answers), answerer.config.loss)
+    lexicon = replace(answerer.lexicon, answers=AnswerList(tuple(answers)))
+    return replace(answerer, model=model.to(answerer.runtime.device).eval(), lexicon=lexicon)
 
 
 ASKING: Mapping[str, Callable[[VQAConfig], dict[str, Any]]] = {"evaluate": evaluate, "predict": predict, "ask": ask}

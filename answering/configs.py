@@ -23,6 +23,7 @@ GROUPS = {
     "training": "how long, by which steps, and from which seed",
     "fine": "the branch of bilinear attention (BAN) and attention on attention (AoA)",
     "graph": "the scene-graph branch (ISubGVQA)",
+    "coarse": "the branch that sees the whole image (X-VLM, or a CLIP)",
     "fusion": "which branches there are, and what side information weighs",
     "memory": "what trades time for memory",
     "meta": "about the run itself",
@@ -35,7 +36,8 @@ BRANCH_OPTIONS: Mapping[str, tuple[str, ...]] = {
         *("general_hidden_dim", "mgat_layers", "sampler_type", "sample_k", "nb_samples", "alpha", "beta", "tau"),
         *("use_instruction", "use_masking", "use_mgat"),
     ),
-    "coarse": ("xvlm_lr", "checkpoint", "config"),
+    "coarse": ("coarse",),
+    "xvlm": ("xvlm_lr", "checkpoint", "config"),
     "fused": ("fusion_ratio",),
 }
 # What --demo stands for; flags go above it.
@@ -54,7 +56,7 @@ DEMO_SETTINGS: dict[str, Any] = {
 }
 
 # Facts about a place, not about an experiment: a run that is gone on with may have others.
-NOT_SAVED = ("output", "overwrite", "resume", "dry_run", "mode", "image", "question", "fold")
+NOT_SAVED = ("output", "overwrite", "resume", "dry_run", "mode", "image", "question", "answers", "fold")
 # Options that only decide where and how fast something is computed, or what is said and kept of it.
 FREE = ("cache_dir", "device", "advice", "report", "tensorboard", "tracker", "save_every_minutes", "keep_states")
 
@@ -77,10 +79,15 @@ class VQAConfig(Config):
         metavar="PATH",
     )
     image_base_dir: str | None = option(
-        None, "data", "folder of the images, for --features clip and the report (default: --data_root)", metavar="DIR"
+        None,
+        "data",
+        "folder of the images, for the coarse branch, --features clip and the report (default: --data_root)",
+        metavar="DIR",
     )
     clip_model: str = option(
-        "lite", "data", "with --features clip: an open_clip name, local-dir:PATH, hf-hub:ORG/NAME, lite or tiny"
+        "lite",
+        "data",
+        "with --features clip and --coarse clip: an open_clip name, local-dir:PATH, hf-hub:ORG/NAME, lite or tiny",
     )
     clip_pretrained: str = option("assets", "data", "its pretrained tag, weights file, or assets (lite, tiny)")
     glove: str | None = option(None, "data", "text file of word vectors to start from", metavar="FILE")
@@ -124,9 +131,6 @@ class VQAConfig(Config):
     epochs: int = option(20, "training", "passes over the training fold", within="[1, 100000]", recommended="10-50")
     lr: float = option(
         2.8e-4, "training", "learning rate, see --scheduler", within="(0, 1]", recommended="1e-4 to 5e-4"
-    )
-    xvlm_lr: float = option(
-        5e-5, "training", "that of X-VLM; 0 keeps it frozen", within="[0, 1]", recommended="1e-5 to 1e-4"
     )
     batch_size: int = option(32, "training", "questions at once", within="[1, 65536]", recommended="16-64")
     update_freq: int = option(
@@ -184,8 +188,31 @@ class VQAConfig(Config):
     use_masking: int = option(1, "graph", "nodes are masked: 1 or 0", within="[0, 1]")
     use_mgat: int = option(0, "graph", "every layer masks: 1 or 0", within="[0, 1]")
 
+    # coarse
+    coarse: str | None = option(
+        None,
+        "coarse",
+        "what it asks: clip, the frozen CLIP of --clip_model, or xvlm, which needs --checkpoint (default: xvlm where "
+        "that is given)",
+        choices=("clip", "xvlm"),
+    )
+    xvlm_lr: float = option(
+        5e-5,
+        "coarse",
+        "learning rate of X-VLM: from this to 0 after a warm-up over a tenth of all steps; 0: frozen, and its answers "
+        "are computed once and kept in --cache_dir",
+        within="[0, 1]",
+        recommended="1e-5 to 1e-4",
+    )
+
     # fusion
-    branches: str = option("fine", "fusion", "which are trained: fine, graph, or both", metavar="NAME[,NAME]")
+    branches: str | None = option(
+        None,
+        "fusion",
+        "which are trained, of fine, coarse and graph (default: fine, with coarse where --checkpoint or --coarse is "
+        "given, and graph where --sg_source is)",
+        metavar="NAME[,NAME]",
+    )
     omega_q: float = option(
         0.1, "fusion", "what named entities weigh in a question at first", within="[0, 10]", recommended="0.05-0.2"
     )
@@ -237,6 +264,9 @@ class VQAConfig(Config):
     )
     image: str | None = option(None, "meta", "image to ask about", metavar="FILE")
     question: str | None = option(None, "meta", "what to ask", metavar="TEXT")
+    answers: str | None = option(
+        None, "meta", "answers to choose among, learned or not, by the coarse branch alone", metavar="A|B|C"
+    )
     output: str | None = option(
         None, "meta", "folder of the run (default: runs/<time>-vqa), or file of the answers", metavar="PATH"
     )
@@ -261,7 +291,15 @@ class VQAConfig(Config):
     @property
     def branch_names(self) -> list[str]:
         """The branches to train."""
-        return split_list(self.branches)
+        if self.branches is not None:
+            return split_list(self.branches)
+        found = {"fine": True, "coarse": self.checkpoint or self.coarse, "graph": self.sg_source != "none"}
+        return ["fine"] if self.question_only else [name for name, is_wanted in found.items() if is_wanted]
+
+    @property
+    def asks_xvlm(self) -> bool:
+        """Whether X-VLM is trained, or asked, in a run with the coarse branch."""
+        return (self.coarse or ("xvlm" if self.checkpoint else "clip")) == "xvlm"
 
     @property
     def batches_per_step(self) -> int:
@@ -297,16 +335,17 @@ def check_training(config: VQAConfig) -> None:
     for name in config.branch_names:
         if name not in BRANCHES:
             raise ValueError(f"--branches {config.branches}: {name!r} is none of {', '.join(BRANCHES)}")
-        if name == "coarse":
-            raise ValueError(f"--branches {config.branches}: coarse is not there yet; fine and graph are")
     if not config.branch_names:
-        raise ValueError("--branches: names none; fine and graph are there")
+        raise ValueError(f"--branches: names none of {', '.join(BRANCHES)}")
     if len(set(config.branch_names)) < len(config.branch_names):
         raise ValueError(f"--branches {config.branches}: names one twice")
     if "graph" in config.branch_names and config.sg_source == "none":
         raise ValueError("--branches graph: reads scene graphs; say by --sg_source gt or predicted where they are from")
-    if "graph" in config.branch_names and config.question_only:
-        raise ValueError("--question_only looks at no image: drop it, or the graph branch")
+    for name in ("coarse", "graph"):
+        if name in config.branch_names and config.question_only:
+            raise ValueError(f"--question_only looks at no image: drop it, or the {name} branch")
+    if "coarse" in config.branch_names:
+        check_coarse(config)
     given = config.data_csv_path if config.dataset == "csv" else config.data_root
     flag = "--data_csv_path FILE" if config.dataset == "csv" else "--data_root DIR"
     other = config.data_root if config.dataset == "csv" else config.data_csv_path
@@ -328,9 +367,21 @@ def check_training(config: VQAConfig) -> None:
     for flag, path in (("--checkpoint", config.checkpoint), ("--config", config.config)):
         if path and not Path(path).exists():
             raise ValueError(f"{flag} {path}: there is no such file (X-VLM's, for the coarse branch)")
-    for flag, value in (("--image", config.image), ("--question", config.question)):
+    for flag, value in (("--image", config.image), ("--question", config.question), ("--answers", config.answers)):
         if value:
             raise ValueError(f"{flag}: belongs to --mode ask")
+
+
+def check_coarse(config: VQAConfig) -> None:
+    """Rules of the coarse branch. Raises ValueError."""
+    if config.asks_xvlm and not config.checkpoint:
+        raise ValueError("--coarse xvlm: needs --checkpoint FILE, X-VLM's weights")
+    if config.coarse == "clip" and config.checkpoint:
+        raise ValueError("--coarse clip asks a CLIP, not the X-VLM of --checkpoint: drop one of the two")
+    if config.config and not config.checkpoint:
+        raise ValueError("--config FILE: belongs to X-VLM's --checkpoint FILE; name that too")
+    if config.asks_xvlm and config.xvlm_lr == 0 and config.branch_names == ["coarse"]:
+        raise ValueError("--xvlm_lr 0: leaves nothing to train in --branches coarse; add a branch, or raise it")
 
 
 def check_answering(config: VQAConfig) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from answering import images
 from answering.configs import VQAConfig
 from answering.feed import QuestionFeed
 from answering.folds import read_folds
+from branches.coarse import ClipBranch, XvlmBranch
 from branches.fine import FineBranch
 from branches.fusion import AnswerModel
 from branches.graph import GraphBranch
 from regions.features import RegionFiles
+from regions.whole_images import ClipEmbeddings
 from training import devices, loop, optim
 from vqa.preprocess import Lexicon, QuestionTable, SceneGraphs, graphs_of, number_questions, prepare
 from vqa.questions import Questions
@@ -60,6 +62,23 @@ class Experiment:
     model: AnswerModel
     arguments: Mapping[str, Any]  # that `AnswerModel.build` builds the model again from
     notes: list[str]
+    coarse: images.Coarse | None = None
+
+    @property
+    def has_frozen_xvlm(self) -> bool:
+        """Whether an X-VLM answers that is not trained."""
+        return self.model.xvlm is not None and self.model.xvlm.is_frozen
+
+    @property
+    def constant(self) -> Collection[str]:
+        """Names of the weights that are never trained."""
+        names = self.model.state_dict() if self.has_frozen_xvlm else {}
+        return {name for name in names if name.startswith("branches.coarse.")}
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether anything is known of images."""
+        return self.regions is not None or self.coarse is not None or "graph" in self.config.branch_names
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,6 +89,21 @@ class Experiment:
             accumulation=self.config.batches_per_step,
         )
 
+    def fold(self, questions: Questions, table: QuestionTable | None = None) -> Fold:
+        """Questions as numbers, if they are not yet, with what makes batches of them."""
+        config, runtime, lexicon = self.config, self.runtime, self.lexicon
+        table = number(config, questions, lexicon, self.graphs) if table is None else table
+        coarse = None if self.coarse is None else self.coarse.inputs(questions.texts, table, lexicon.answers.answers)
+        feed = QuestionFeed(
+            table,
+            self.regions,
+            max_boxes=config.max_boxes,
+            device=runtime.device,
+            share=runtime.share,
+            coarse=coarse,
+        )
+        return Fold(questions, table, feed)
+
 
 def build_experiment(config: VQAConfig, runtime: devices.Runtime) -> Experiment:
     """Read the data, build the model, and prepare the batches. Raises ValueError for what cannot work."""
@@ -77,9 +111,10 @@ def build_experiment(config: VQAConfig, runtime: devices.Runtime) -> Experiment:
     if config.demo:
         with runtime.main_first():
             config = images.find_demo(config, runtime)
-    known = images.open_regions(config, runtime)
-    data = read_folds(config, None if known is None else known.ids)
-    images.prepare(known, data.questions.values())
+    config = replace(config, branches=",".join(config.branch_names))
+    known, coarse = images.open_regions(config, runtime), images.open_coarse(config, runtime)
+    data = read_folds(config, images.usable(known, coarse))
+    images.prepare(known, coarse, data.questions.values())
     graphs = images.read_graphs(config)
     with runtime.main_first():
         lexicon, tables = prepare(
@@ -90,14 +125,16 @@ def build_experiment(config: VQAConfig, runtime: devices.Runtime) -> Experiment:
             whole_graphs="graph" in config.branch_names,
             **table_sizes(config),
         )
-    folds = {
-        name: build_fold(config, questions, finish(config, questions, tables[name], lexicon, graphs), known, runtime)
-        for name, questions in data.questions.items()
-    }
+    tables = {name: finish(config, data.questions[name], table, lexicon, graphs) for name, table in tables.items()}
     width = 0 if known is None else known.width
-    model, arguments, said = build_model(config, lexicon, folds["train"].table, width)
+    model, arguments, said = build_model(config, lexicon, tables["train"], width, coarse)
+    model = model.to(runtime.device)
+    if coarse is not None and model.xvlm is not None and model.xvlm.is_frozen and not config.dry_run:
+        coarse.frozen = model.xvlm
     notes = data.notes + said + images.graph_notes(config)
-    return Experiment(config, runtime, folds, lexicon, graphs, known, model.to(runtime.device), arguments, notes)
+    experiment = Experiment(config, runtime, {}, lexicon, graphs, known, model, arguments, notes, coarse)
+    folds = {name: experiment.fold(questions, tables[name]) for name, questions in data.questions.items()}
+    return replace(experiment, folds=folds)
 
 
 def table_sizes(config: VQAConfig) -> dict[str, int]:
@@ -121,16 +158,8 @@ def number(config: VQAConfig, questions: Questions, lexicon: Lexicon, graphs: Sc
     return finish(config, questions, table, lexicon, graphs)
 
 
-def build_fold(
-    config: VQAConfig, questions: Questions, table: QuestionTable, known: RegionFiles | None, runtime: devices.Runtime
-) -> Fold:
-    """Questions with what makes batches of them."""
-    feed = QuestionFeed(table, known, max_boxes=config.max_boxes, device=runtime.device, share=runtime.share)
-    return Fold(questions, table, feed)
-
-
 def build_model(
-    config: VQAConfig, lexicon: Lexicon, table: QuestionTable, feature_width: int
+    config: VQAConfig, lexicon: Lexicon, table: QuestionTable, feature_width: int, coarse: images.Coarse | None
 ) -> tuple[AnswerModel, dict[str, Any], list[str]]:
     """The model with fresh weights, the arguments it is built from, and what to say of its words."""
     vectors, note = None, "words     vectors are learned from the start; --glove FILE starts from given ones"
@@ -138,9 +167,14 @@ def build_model(
         vectors, count = read_glove(Path(config.glove), lexicon.words)
         note = f"words     {count:,} of {len(lexicon.words):,} have a vector in {Path(config.glove).name}"
     words = {"num_words": len(lexicon.words), "embed_dim": EMBED_DIM if vectors is None else vectors.shape[1]}
-    of_branch = {"fine": fine_arguments(config, feature_width), "graph": graph_arguments(config)}
+    answers = lexicon.answers.answers
+    of_branch = {
+        "fine": words | fine_arguments(config, feature_width),
+        "graph": words | graph_arguments(config),
+        "coarse": {} if coarse is None else coarse_arguments(config, coarse, answers),
+    }
     arguments: dict[str, Any] = {
-        "branches": {name: {**words, **of_branch[name]} for name in config.branch_names},
+        "branches": {name: of_branch[name] for name in config.branch_names},
         "num_answers": len(lexicon.answers),
         "loss": config.loss,
     }
@@ -148,14 +182,28 @@ def build_model(
     assert table.targets_QA is not None
     right_A = torch.from_numpy(np.asarray(table.targets_QA.mean(axis=0)))
     for branch in model.branches.values():
-        assert isinstance(branch, FineBranch | GraphBranch)
+        assert isinstance(branch, FineBranch | GraphBranch | ClipBranch | XvlmBranch)
         branch.expect(right_A, config.loss)
         if isinstance(branch, FineBranch):
             branch.recomputes = config.memory_efficient_attention
             start_words(branch, vectors, table, company=config.tfidf)
-        elif vectors is not None:
+        elif isinstance(branch, GraphBranch) and vectors is not None:
             branch.start_from(torch.from_numpy(vectors))
+    if coarse is not None:
+        start_coarse(config, model, coarse, answers)
     return model, arguments, [note]
+
+
+def start_coarse(config: VQAConfig, model: AnswerModel, coarse: images.Coarse, answers: Sequence[str]) -> None:
+    """Let the coarse branch start from what has been learnt before. Raises ValueError."""
+    branch = model.branches["coarse"]
+    if isinstance(branch, ClipBranch):
+        assert isinstance(coarse.images, ClipEmbeddings)
+        branch.start_from(coarse.images.embed(answers))
+    elif isinstance(branch, XvlmBranch):
+        branch.xvlm.recomputes = config.memory_efficient_attention
+        branch.choose_among(coarse.tokens(answers))
+        branch.start_from(Path(str(config.checkpoint)))
 
 
 def start_words(branch: FineBranch, vectors: np.ndarray | None, table: QuestionTable, *, company: bool) -> None:
@@ -180,6 +228,21 @@ def fine_arguments(config: VQAConfig, feature_width: int) -> dict[str, Any]:
         "omega_v": config.omega_v,
         "second_embedding": config.tfidf,
         "count_objects": COUNTED if config.use_counter else 0,
+    }
+
+
+def coarse_arguments(config: VQAConfig, coarse: images.Coarse, answers: Sequence[str]) -> dict[str, Any]:
+    """Those of `ClipBranch`, or of `XvlmBranch`."""
+    if coarse.xvlm is None:
+        assert isinstance(coarse.images, ClipEmbeddings)
+        sizes = {"embed_dim": coarse.images.width, "width": config.num_hid}
+        return {"kind": "clip", **sizes, "dropout": config.dropout}
+    return {
+        "kind": "xvlm",
+        "answer_tokens": coarse.tokens(answers).shape[1],
+        "config": asdict(coarse.xvlm),
+        "loss": config.loss,
+        "is_frozen": config.xvlm_lr == 0,
     }
 
 

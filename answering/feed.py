@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inputs.transfer import Rows, chunks, run_ahead, to_device
 from regions.features import RegionFiles
+from regions.whole_images import CoarseInputs
 from vqa.preprocess import QuestionTable
 from vqa.scene_graph import number_graph, pack
 from vqa.targets import dense
@@ -90,6 +91,7 @@ class QuestionFeed:
         regions: what is known of images; None: they are not looked at.
         max_boxes: regions of an image that are read, the first.
         share: picks this process's part of a batch's rows, at least one.
+        coarse: what the coarse branch reads; None: there is none.
     """
 
     def __init__(
@@ -100,12 +102,14 @@ class QuestionFeed:
         max_boxes: int,
         device: torch.device,
         share: Callable[[Rows], Rows] = lambda rows: rows,
+        coarse: CoarseInputs | None = None,
     ) -> None:
         self.table = table
         self.regions = regions
         self.max_boxes = max_boxes
         self.device = device
         self.share = share
+        self.coarse = coarse
 
     def batches(self, parts: Sequence[Rows]) -> Iterator[QuestionBatch]:
         """A batch for each part of the rows, read while the one before it is computed with."""
@@ -116,12 +120,22 @@ class QuestionFeed:
         own, table = self.share(rows), self.table
         words, entities = (trimmed(part[own]) for part in (table.words_QN, table.entities_QE))
         inputs: dict[str, Any] = {"words_BN": words, "entities_BE": entities}
+        images = [table.images[row] for row in own]
+        place_of = {image: place for place, image in enumerate(dict.fromkeys(images))}
+        if self.regions is not None or self.coarse is not None:
+            inputs["images_B"] = np.array([place_of[image] for image in images])
         if self.regions is not None:
-            inputs |= self.look(self.regions, [table.images[row] for row in own])
+            inputs |= self.look(self.regions, list(place_of))
+        if self.coarse is not None:
+            inputs |= self.coarse.read(own, list(place_of))
         if table.graphs is not None:
-            inputs |= pack([table.graphs.get(table.images[row], NO_GRAPH) for row in own])
+            inputs |= pack([table.graphs.get(image, NO_GRAPH) for image in images])
         targets = None if table.targets_QA is None else to_device(dense(table.targets_QA, rows), self.device)
-        return QuestionBatch(rows, {name: to_device(value, self.device) for name, value in inputs.items()}, targets)
+        return QuestionBatch(rows, {name: self.moved(value) for name, value in inputs.items()}, targets)
+
+    def moved(self, value: Any) -> Tensor:
+        """An input on the device, where pixels already are."""
+        return value if isinstance(value, Tensor) else to_device(value, self.device)
 
     def parts(self, batch_size: int, *, seed: int | None = None, number: int = 0) -> list[Rows]:
         """Rows of every batch, as `batch_rows` has them."""
@@ -130,16 +144,17 @@ class QuestionFeed:
     @cached_property
     def images_and_regions(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(Q,) the number of each question's image, and of its regions; where none is looked at, an image each."""
-        if self.regions is None:
+        if self.regions is None and self.coarse is None:
             return np.arange(len(self.table)), np.zeros(len(self.table), dtype=np.int64)
         distinct, images_Q = np.unique(self.table.images, return_inverse=True)
+        if self.regions is None:
+            return images_Q, np.zeros(len(self.table), dtype=np.int64)
         counts = np.array([min(self.regions.count(str(image)), self.max_boxes) for image in distinct], dtype=np.int64)
         return images_Q, counts[images_Q]
 
     def look(self, files: RegionFiles, images: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Regions and describing words of each image, and which of these each question is about."""
-        place_of = {image: place for place, image in enumerate(dict.fromkeys(images))}
-        found = [files.read(image) for image in place_of]
+        """Regions and describing words of each of some images."""
+        found = [files.read(image) for image in images]
         most = max(1, min(self.max_boxes, max(len(each.boxes) for each in found)))
         features = np.zeros((len(found), most, files.width), dtype=np.float32)
         boxes = np.zeros((len(found), most, 4), dtype=np.float32)
@@ -147,13 +162,8 @@ class QuestionFeed:
             count = min(most, len(each.boxes))
             features[place, :count], boxes[place, :count] = each.features[:count], each.boxes[:count]
         none = np.zeros(1, dtype=np.int32)
-        described = trimmed(padded([self.table.descriptions.get(image, none) for image in place_of]))
-        return {
-            "features_IMF": features,
-            "boxes_IM4": boxes,
-            "description_IW": described,
-            "images_B": np.array([place_of[image] for image in images]),
-        }
+        described = trimmed(padded([self.table.descriptions.get(image, none) for image in images]))
+        return {"features_IMF": features, "boxes_IM4": boxes, "description_IW": described}
 
     def split(self, batch: QuestionBatch, size: int) -> list[QuestionBatch]:
         """The same batch in parts of at most `size` rows, read once more, for one process."""

@@ -45,8 +45,10 @@ def read_official(config: VQAConfig) -> tuple[Questions, Questions | None]:
     return found, held_out if held_out.are_answered else None
 
 
-def with_regions(questions: Questions, known: Collection[str], skip: bool) -> tuple[Questions, str]:
-    """The questions on images whose regions are known, and a note on the others.
+def with_regions(
+    questions: Questions, known: Collection[str], skip: bool, whose: str = "--features"
+) -> tuple[Questions, str]:
+    """The questions on images that are known, and a note on the others, which `whose` has not.
 
     Raises:
         ValueError: there are others, and they are not to be left out; or there are only others.
@@ -57,11 +59,17 @@ def with_regions(questions: Questions, known: Collection[str], skip: bool) -> tu
     absent = list(dict.fromkeys(image for image in questions.images if image not in known))
     said = (
         f"{len(questions) - len(rows):,} of {len(questions):,} questions are about {len(absent):,} images that "
-        f"--features has not, such as {first_five(absent)}"
+        f"{whose} has not, such as {first_five(absent)}"
     )
     if not skip or not rows:
-        raise ValueError(f"{said}; get their features, or leave such questions out by --bad_images skip")
+        raise ValueError(f"{said}; get these, or leave such questions out by --bad_images skip")
     return questions.of(rows), f"left out: {said}"
+
+
+def sources(config: VQAConfig) -> str:
+    """The options that say where images are known from."""
+    flags = ["--features"] * bool(config.features) + ["--image_base_dir"] * ("coarse" in config.branch_names)
+    return " or ".join(flags)
 
 
 def draw_images(questions: Questions, share: float, seed: int) -> tuple[Questions, Questions]:
@@ -80,7 +88,7 @@ def read_folds(config: VQAConfig, known: Collection[str] | None) -> Folds:
     """The folds that the options name.
 
     Args:
-        known: images with regions; None: they are not looked at.
+        known: images that can be looked at; None: none is.
 
     Raises:
         ValueError: files are missing or damaged, or what is in them does not suffice.
@@ -88,10 +96,10 @@ def read_folds(config: VQAConfig, known: Collection[str] | None) -> Folds:
     train, test = read_official(config)
     notes = [questions.source for questions in (train, test) if questions is not None]
     if known is not None:
-        train, said = with_regions(train, known, config.bad_images == "skip")
+        train, said = with_regions(train, known, config.bad_images == "skip", sources(config))
         notes += [said] * bool(said)
     if known is not None and test is not None:
-        test, said = with_regions(test, known, config.bad_images == "skip")
+        test, said = with_regions(test, known, config.bad_images == "skip", sources(config))
         notes += [said] * bool(said)
     if test is None:
         test, train = draw_images(train, config.test_size, config.seed)

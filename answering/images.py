@@ -1,28 +1,46 @@
-"""What is known of images: their regions, from files or from CLIP; their scene graphs; and where they lie."""
+"""What is known of images: their regions, from files or from CLIP; what the coarse branch sees of them; their scene
+graphs; and where they lie.
+"""
 
 from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+
 from answering.configs import CLIP, VQAConfig
+from backbones.download import download
 from backbones.loading import load_backbone
+from branches.coarse import XvlmBranch
+from branches.xvlm import Tokenizer, XvlmConfig, read_config
+from inputs import frozen_cache
 from regions.clip_regions import PatchRegions
 from regions.demo_set import find_demo_set
 from regions.features import RegionFiles, open_features
+from regions.whole_images import (
+    ClipEmbeddings,
+    CoarseInputs,
+    EmbeddedQuestions,
+    Pixels,
+    WordedQuestions,
+    rank_once,
+)
 from storage.atomic import atomic_write
 from storage.feature_cache import FeatureCache, key_of
 from storage.image_files import try_images
 from storage.messages import first_five, one_line
 from training.devices import Runtime
 from vqa.drawn import PREDICTED
-from vqa.preprocess import SceneGraphs, read_scene_graphs
+from vqa.preprocess import QuestionTable, SceneGraphs, read_scene_graphs
 from vqa.questions import Questions, plain_id
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
+RANKED_AT_ONCE = 16  # questions to a frozen X-VLM
 MOST_CACHE = 100e9  # bytes of regions, of all runs that share --cache_dir
 
 
@@ -38,10 +56,8 @@ def open_regions(config: VQAConfig, runtime: Runtime) -> RegionFiles | None:
 def clip_regions(config: VQAConfig, runtime: Runtime, paths: Mapping[str, Path]) -> PatchRegions:
     """The patches of --clip_model as regions of these images. Raises ValueError."""
     backbone = load_backbone(config.clip_model, config.clip_pretrained)
-    if config.bad_images == "skip":
-        paths = readable(paths, runtime)
     cache = FeatureCache(Path(config.cache_dir) / "regions", MOST_CACHE)
-    return PatchRegions(backbone, runtime, paths, cache, most=config.max_boxes)
+    return PatchRegions(backbone, runtime, readable_images(config, runtime, paths), cache, most=config.max_boxes)
 
 
 def readable(paths: Mapping[str, Path], runtime: Runtime) -> dict[str, Path]:
@@ -53,10 +69,116 @@ def readable(paths: Mapping[str, Path], runtime: Runtime) -> dict[str, Path]:
     return found
 
 
-def prepare(known: RegionFiles | None, questions: Iterable[Questions]) -> None:
-    """Compute what is missing of the regions of all images that are asked about, where CLIP computes them."""
+def prepare(known: RegionFiles | None, coarse: Coarse | None, questions: Iterable[Questions]) -> None:
+    """Look at all images that are asked about, as far as no files have what is to be known of them."""
+    images = list(dict.fromkeys(image for fold in questions for image in fold.images))
     if isinstance(known, PatchRegions):
-        known.fill(list(dict.fromkeys(image for fold in questions for image in fold.images)))
+        known.fill(images)
+    if coarse is not None:
+        coarse.images.fill(images)
+
+
+def usable(known: RegionFiles | None, coarse: Coarse | None) -> Collection[str] | None:
+    """The images that all can be known of that branches look at; None if none looks at any."""
+    if known is None or coarse is None:
+        return coarse.images.ids if coarse is not None else None if known is None else known.ids
+    own = set(coarse.images.ids)
+    return {image for image in known.ids if image in own}
+
+
+@dataclass
+class Coarse:
+    """What the coarse branch is given: whole images, and questions as it reads them."""
+
+    images: ClipEmbeddings | Pixels
+    xvlm: XvlmConfig | None = None
+    tokenizer: Tokenizer | None = None  # X-VLM's
+    frozen: XvlmBranch | None = None  # an X-VLM that is asked once
+    caching: frozen_cache.Caching | None = None  # where its answers are kept
+
+    def inputs(self, texts: Sequence[str], table: QuestionTable, answers: Sequence[str]) -> CoarseInputs:
+        """What is read of the questions of a table, which are these texts. Raises ValueError if there is no room."""
+        if isinstance(self.images, ClipEmbeddings):
+            return EmbeddedQuestions(self.images, self.images.embed(texts))
+        assert self.xvlm is not None and self.tokenizer is not None
+        questions_QL, answers_AT = self.tokenizer.questions(texts, self.xvlm.max_tokens), self.tokens(answers)
+        asked = WordedQuestions(self.images, questions_QL.numpy(), answers_AT.numpy(), table.targets_QA)
+        if self.frozen is None:
+            return asked
+        assert self.caching is not None
+        return rank_once(
+            asked,
+            table.images,
+            self.frozen.eval().rank,
+            self.caching,
+            min(self.xvlm.k_test, len(answers)),
+            weights=frozen_cache.fingerprint_of(self.frozen.state_dict()),  # with the answers
+            config=asdict(self.xvlm),
+        )
+
+    def tokens(self, answers: Sequence[str]) -> Tensor:
+        """(A, T) tokens of answers, as X-VLM reads them."""
+        assert self.tokenizer is not None
+        return self.tokenizer.answers(answers)
+
+
+def open_coarse(config: VQAConfig, runtime: Runtime, paths: Mapping[str, Path] | None = None) -> Coarse | None:
+    """What the coarse branch sees in training; None if there is none. Raises ValueError.
+
+    Args:
+        paths: image -> its file; None: those of the options.
+    """
+    if "coarse" not in config.branch_names:
+        return None
+    if not config.asks_xvlm:
+        return clip_coarse(config, runtime, paths)
+    weights, options = Path(str(config.checkpoint)), None if config.config is None else Path(config.config)
+    if not weights.is_file():
+        raise ValueError(f"--checkpoint {weights}: is no file (X-VLM's weights, for the coarse branch)")
+    xvlm = XvlmConfig() if options is None else read_config(options)
+    tokenizer = Tokenizer(find_vocabulary(xvlm.text_encoder, weights, options))
+    return xvlm_coarse(config, runtime, xvlm, tokenizer, paths)
+
+
+def clip_coarse(config: VQAConfig, runtime: Runtime, paths: Mapping[str, Path] | None) -> Coarse:
+    """The CLIP of --clip_model; see `open_coarse`."""
+    backbone = load_backbone(config.clip_model, config.clip_pretrained)
+    cache = FeatureCache(Path(config.cache_dir) / "regions", MOST_CACHE)
+    return Coarse(ClipEmbeddings(backbone, runtime, readable_images(config, runtime, paths), cache))
+
+
+def xvlm_coarse(
+    config: VQAConfig, runtime: Runtime, xvlm: XvlmConfig, tokenizer: Tokenizer, paths: Mapping[str, Path] | None
+) -> Coarse:
+    """An X-VLM; see `open_coarse`."""
+    if len(tokenizer.words) > xvlm.text.vocab_size:
+        raise ValueError(
+            f"BERT's vocabulary has {len(tokenizer.words):,} words, X-VLM's config {xvlm.text.vocab_size:,} "
+            "(vocab_size): they do not belong together"
+        )
+    pixels = Pixels(readable_images(config, runtime, paths), xvlm.vision.image_res, runtime)
+    cache = FeatureCache(Path(config.cache_dir) / "regions", MOST_CACHE)
+    return Coarse(pixels, xvlm, tokenizer, caching=frozen_cache.build_caching({}, runtime, cache, RANKED_AT_ONCE))
+
+
+def readable_images(config: VQAConfig, runtime: Runtime, paths: Mapping[str, Path] | None) -> Mapping[str, Path]:
+    """Those of all images that are to be used."""
+    paths = index_images(config) if paths is None else paths
+    return readable(paths, runtime) if config.bad_images == "skip" else paths
+
+
+def find_vocabulary(name: str, weights: Path, options: Path | None) -> Path:
+    """The vocabulary that X-VLM's YAML names as `text_encoder`: from the hub, if it is nowhere near. Raises ValueError.
+
+    Looked for from here, from the folders of the YAML and above it, and beside the weights.
+    """
+    around = [] if options is None else [options.parent, *list(options.absolute().parents)[1:3]]
+    places = [Path(name), *(folder / name for folder in around), weights.parent / Path(name).name, weights.parent]
+    for place in places:
+        if place.is_file() or (place / "vocab.txt").is_file():
+            return place
+    ways = f"Put vocab.txt of bert-base-uncased into {weights.parent}, or into the folder that text_encoder names"
+    return Path(download("BERT's vocabulary", lambda: hf_hub_download("bert-base-uncased", "vocab.txt"), ways))
 
 
 def unpacked(path: Path, cache: Path) -> Path:

@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from answering import images, remarks
 from answering.configs import NOT_SAVED, OPTIONS
-from answering.experiment import Experiment, build_fold, number
+from answering.experiment import Experiment
 from answering.feed import QuestionFeed
 from answering.task import Answers, answer, answers_of, probabilities
 from branches.fine import FineBranch
@@ -119,18 +120,14 @@ def floor_answers(experiment: Experiment, model: AnswerModel, fold: str) -> dict
         "most frequent answer": np.full(len(asked.table), floors.most_frequent(targets_QA)),
         "question only": floors.ridge_answers(bags[0], targets_QA, bags[1]),
     }
-    if experiment.regions is None:
-        return found
-    read = set(list(dict.fromkeys(train.table.images))[:IMAGE_ONLY])
-    kept = [row for row, image in enumerate(train.table.images) if image in read]
-    seen = [
-        mean_features(experiment, names) for names in ([train.table.images[row] for row in kept], asked.table.images)
-    ]
-    found["image only"] = floors.ridge_answers(seen[0], targets_QA[kept], seen[1])
-    if not experiment.config.shuffle_images:
-        config, runtime = experiment.config, experiment.runtime
-        table = asked.table.shuffled(config.seed)
-        other = build_fold(config, asked.questions, table, experiment.regions, runtime)
+    if experiment.regions is not None:
+        read = set(list(dict.fromkeys(train.table.images))[:IMAGE_ONLY])
+        kept = [row for row, image in enumerate(train.table.images) if image in read]
+        named = ([train.table.images[row] for row in kept], asked.table.images)
+        seen = [mean_features(experiment, names) for names in named]
+        found["image only"] = floors.ridge_answers(seen[0], targets_QA[kept], seen[1])
+    if experiment.sees_images and not experiment.config.shuffle_images:
+        other = experiment.fold(asked.questions, asked.table.shuffled(experiment.config.seed))
         found["shuffled image"] = answer(experiment, model, other)["answer"].astype(int)
     return found
 
@@ -204,7 +201,7 @@ def gqa_measures(
     if questions.records is None:
         return {}
     predictions = dict(zip(questions.ids, given, strict=True))
-    known = None if experiment.regions is None else experiment.regions.ids
+    known = images.usable(experiment.regions, experiment.coarse)
     entailed = {
         other: questions.records[other]
         for name in questions.ids
@@ -214,9 +211,7 @@ def gqa_measures(
     }  # fmt: skip
     if entailed:
         more = gqa_questions(entailed, questions.records)
-        table = number(experiment.config, more, experiment.lexicon, experiment.graphs)
-        fold = build_fold(experiment.config, more, table, experiment.regions, experiment.runtime)
-        told = words_of(experiment, answer(experiment, model, fold)["answer"])
+        told = words_of(experiment, answer(experiment, model, experiment.fold(more))["answer"])
         predictions |= dict(zip(more.ids, told, strict=True))
     records = {
         name: {**questions.records[name], "entailed": [
@@ -278,9 +273,8 @@ def examples(experiment: Experiment, model: AnswerModel, fold: str, table: pd.Da
     rows = np.array([*worst, *(row for row in order[:NUM_EXAMPLES] if table["accuracy"][row] > 0)], dtype=np.int64)
     if not len(rows):
         return []
-    whole = QuestionFeed(
-        own.table, experiment.regions, max_boxes=experiment.config.max_boxes, device=experiment.runtime.device
-    )  # and not the share of one process
+    whole = copy(own.feed)
+    whole.share = lambda rows: rows  # and not the share of one process
     chances_QA, weights_QM = look(model, whole, rows, experiment.config.loss)
     paths = images.find_images(experiment.config, [own.questions.images[row] for row in rows])
     names = experiment.lexicon.answers.answers

@@ -30,7 +30,7 @@ def plan(experiment: Experiment) -> str:
     if experiment.regions is not None:
         looked = f"{config.features}, {experiment.regions.width} numbers each, up to {config.max_boxes} an image"
         looked += "; images shuffled among questions" if config.shuffle_images else ""
-    trained = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     step = config.batch_size * config.batches_per_step * experiment.runtime.world // experiment.runtime.world
     lines = [
         ("data", "demo set" if config.demo else str(config.data_csv_path or config.data_root)),
@@ -41,6 +41,7 @@ def plan(experiment: Experiment) -> str:
         ),
         ("regions", looked),
         ("model", f"{config.branches}, {trained / 1e6:.2f}M parameters, width {config.num_hid}"),
+        *coarse_lines(experiment),
         (
             "schedule",
             f"{config.epochs} epochs, {experiment.steps_per_epoch * config.epochs} steps of {step} questions "
@@ -53,14 +54,27 @@ def plan(experiment: Experiment) -> str:
     return "\n".join(f"{title:<10}{text}" for title, text in lines)
 
 
+def coarse_lines(experiment: Experiment) -> list[tuple[str, str]]:
+    """What the coarse branch asks."""
+    config, xvlm = experiment.config, experiment.model.xvlm
+    if experiment.coarse is None:
+        return []
+    if xvlm is None:
+        why = "" if config.coarse else "; --checkpoint FILE would ask an X-VLM"
+        return [("coarse", f"CLIP {config.clip_model} ({config.clip_pretrained}), frozen{why}")]
+    how = "frozen, asked once" if xvlm.is_frozen else f"lr {config.xvlm_lr:g} linear"
+    return [("coarse", f"X-VLM of {config.checkpoint}, images of {xvlm.xvlm.config.vision.image_res} pixels, {how}")]
+
+
 def unused(config: VQAConfig) -> list[str]:
     """Options that were set for branches that are not trained."""
-    used = {*config.branch_names, *(["fused"] if len(config.branch_names) > 1 else [])}
+    own = config.branch_names
+    used = {*own, *(["fused"] if len(own) > 1 else []), *(["xvlm"] if "coarse" in own and config.asks_xvlm else [])}
     names = [name for branch, names in BRANCH_OPTIONS.items() if branch not in used for name in names]
     given = [OPTIONS[name].flag for name in names if getattr(config, name) != OPTIONS[name].default]
     if config.demo:
         given = [flag for flag in given if flag.removeprefix("--") not in DEMO_SETTINGS]
-    return [f"{', '.join(given)}: nothing in --branches {config.branches} uses this"] if given else []
+    return [f"{', '.join(given)}: nothing in --branches {','.join(config.branch_names)} uses this"] if given else []
 
 
 def check_advice(experiment: Experiment) -> list[dict[str, str]]:

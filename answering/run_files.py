@@ -43,7 +43,7 @@ def with_folder(config: VQAConfig) -> Iterator[VQAConfig]:
         yield config
         return
     runtime = devices.start_runtime(config.device, config.amp)
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.dataset.lower()}-{config.branches.replace(',', '-')}"
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.dataset.lower()}-{'-'.join(config.branch_names)}"
     with run_folder.new_folder(name, runtime) as folder:
         yield replace(config, output=str(folder))
 
@@ -132,10 +132,14 @@ def keep_best(writer: run_folder.RunFolder, experiment: Experiment) -> checkpoin
         "options": {name: getattr(config, name) for name in DESCRIPTION["options"]},
     }
 
-    def write(state: Mapping[str, Tensor]) -> None:
-        writer.weights(checkpoints.BEST_DIR, state, description, lambda path: None)
+    def add_vocabulary(folder: Path) -> None:
+        if experiment.coarse is not None and experiment.coarse.tokenizer is not None:
+            experiment.coarse.tokenizer.save(folder)
 
-    return checkpoints.DeferredWeights(write, every_seconds=SAVE_EVERY_SECONDS, constant=set())
+    def write(state: Mapping[str, Tensor]) -> None:
+        writer.weights(checkpoints.BEST_DIR, state, description, add_vocabulary)
+
+    return checkpoints.DeferredWeights(write, every_seconds=SAVE_EVERY_SECONDS, constant=experiment.constant)
 
 
 def build_saver(

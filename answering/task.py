@@ -20,6 +20,8 @@ from training.fit import FitOptions
 BAN_WARM_UP = (0.5, 1.0, 1.5, 2.0)  # of --lr in the first epochs; the last stays
 BAN_DECAY = (10, 12, 14, 16, 18)  # epochs done, at each of which a quarter is left
 WARM_UP = 0.1  # share of all steps, of the other schedules
+FRESH_TIMES = 2  # --xvlm_lr for those weights of X-VLM that a file of pretraining has not, as its authors do
+XVLM = "branches.coarse.xvlm."  # how the names of X-VLM's parameters begin
 
 # "answer", its number, "probability", "loss", and of several branches "answer_fine" and so on: (Q,) each
 Answers = dict[str, np.ndarray]
@@ -51,18 +53,19 @@ class AnswerTask:
 
     def compute_losses(self, model: nn.Module, batch: QuestionBatch) -> dict[str, Tensor]:
         """The loss of a whole batch, of which this process computes its share."""
-        own, config = model(**batch.inputs), self.experiment.config
-        logits_BSA = self.experiment.runtime.gather(own, len(batch))
+        own, taught = model(**batch.inputs, learns=True)
+        config, gather = self.experiment.config, self.experiment.runtime.gather
+        logits_BSA = gather(own, len(batch))
         assert batch.targets_BA is not None
-        names = self.experiment.model.names
         losses = {
-            f"loss_{name}": losses_of(logits_BSA[:, place], batch.targets_BA, config.loss).mean()
-            for place, name in enumerate(names)
-        }
-        weights = {"loss_fused": config.fusion_ratio}
+            name: losses_of(logits_BSA[:, place], batch.targets_BA, config.loss).mean()
+            for place, name in enumerate(self.experiment.model.names)
+        } | {name: gather(loss_B, len(batch)).mean() for name, loss_B in taught.items()}
+        weights = {"fused": config.fusion_ratio, "coarse": 0.0 if self.experiment.has_frozen_xvlm else 1.0}
         total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
         total = total + 0.0 * own.sum()  # every process has to have a gradient
-        return {"loss": total, **(losses if len(losses) > 1 else {})}
+        named = {f"loss_{name}": loss for name, loss in losses.items()}
+        return {"loss": total, **(named if len(named) > 1 else {})}
 
     def validate(self, model: AnswerModel, before_batch: Callable[[], object]) -> tuple[Answers, dict[str, float]]:
         """Answers to the validation fold, and what they are worth."""
@@ -138,7 +141,7 @@ def fit_options(experiment: Experiment) -> FitOptions:
     config = experiment.config
     return FitOptions(
         epochs=config.epochs,
-        lr=config.lr,
+        lr=config.xvlm_lr if experiment.model.xvlm is not None and config.branch_names == ["coarse"] else config.lr,
         select_by="accuracy",
         accumulation=config.batches_per_step,
         max_grad_norm=config.clip_norm,
@@ -152,17 +155,39 @@ def ban_factor(epoch: int) -> float:
 
 
 def build_schedule(experiment: Experiment, optimizer: Optimizer) -> LambdaLR:
-    """The learning-rate schedule, advanced once per optimiser step."""
+    """The learning-rate schedules, advanced once per optimiser step: X-VLM has its own, linear to 0."""
     config, steps = experiment.config, experiment.steps_per_epoch
-    if config.scheduler == "ban":
-        return LambdaLR(optimizer, lambda step: ban_factor(step // steps))
-    return optim.build_schedule(optimizer, kind=config.scheduler, num_steps=steps * config.epochs, warmup_ratio=WARM_UP)
+    num_steps = steps * config.epochs
+
+    def of_xvlm(step: int) -> float:
+        return optim.lr_factor(step, kind="linear", num_steps=num_steps, num_warmup_steps=round(WARM_UP * num_steps))
+
+    def of_others(step: int) -> float:
+        if config.scheduler == "ban":
+            return ban_factor(step // steps)
+        return optim.lr_factor(
+            step, kind=config.scheduler, num_steps=num_steps, num_warmup_steps=round(WARM_UP * num_steps)
+        )
+
+    return LambdaLR(optimizer, [of_xvlm if group["part"] == "xvlm" else of_others for group in optimizer.param_groups])
 
 
 def build_train_state(experiment: Experiment) -> resuming.TrainState:
     """All that training changes."""
     config, model = experiment.config, experiment.model
-    optimizer = optim.build_optimizer(model, lambda name: config.lr, weight_decay=config.weight_decay)
+    fresh = set() if model.xvlm is None else {XVLM + name for name in model.xvlm.fresh}
+
+    def lr_of(name: str) -> float:
+        if not name.startswith(XVLM):
+            return config.lr
+        return config.xvlm_lr * (FRESH_TIMES if name in fresh else 1)
+
+    optimizer = optim.build_optimizer(
+        model,
+        lr_of,
+        weight_decay=config.weight_decay,
+        part_of=lambda name: "xvlm" if name.startswith(XVLM) else "",
+    )
     return resuming.TrainState(
         model=model,
         optimizer=optimizer,
@@ -175,5 +200,5 @@ def build_train_state(experiment: Experiment) -> resuming.TrainState:
             remedies="add --memory_efficient_attention, or lower --max_boxes or --num_hid",
         ),
         scaler=experiment.runtime.scaler,
-        constant=set(),
+        constant=experiment.constant,
     )

@@ -14,7 +14,7 @@ OFFLINE_WAYS = (
 )
 
 
-def download(what: str, fetch: Callable[[], Any]) -> Any:
+def download(what: str, fetch: Callable[[], Any], ways: str = OFFLINE_WAYS) -> Any:
     """Run what may need a network; any failure becomes one line that names the ways without one."""
     noisy = logging.getLogger("huggingface_hub")
     level = noisy.level
@@ -22,7 +22,7 @@ def download(what: str, fetch: Callable[[], Any]) -> Any:
     try:
         return fetch()
     except Exception as error:  # hub, HTTP and socket errors share no base; the cause is kept
-        raise ValueError(f"cannot get {what}: {first_line(error)}. {OFFLINE_WAYS}") from error
+        raise ValueError(f"cannot get {what}: {first_line(error)}. {ways}") from error
     finally:
         noisy.setLevel(level)
 

@@ -12,14 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from branches.coarse import ClipBranch, XvlmBranch
 from branches.fine import FineBranch
 from branches.graph import GraphBranch
 
-KINDS: Mapping[str, type[nn.Module]] = {"fine": FineBranch, "graph": GraphBranch}
-# What each is given of the inputs of a batch.
+KINDS: Mapping[str, type[nn.Module]] = {
+    "fine": FineBranch,
+    "graph": GraphBranch,
+    "clip": ClipBranch,
+    "xvlm": XvlmBranch,
+}
+# What each is given of the inputs of a batch, as far as they are there.
 INPUTS: Mapping[str, Sequence[str]] = {
     "fine": ("words_BN", "entities_BE", "features_IMF", "boxes_IM4", "description_IW", "images_B"),
     "graph": ("words_BN", "nodes_V4", "node_boxes_V4", "graphs_V", "edges_2E", "relations_E", "signs_E"),
+    "clip": ("image_IE", "question_BE", "images_B"),
+    "xvlm": (
+        *("tokens_BL", "pixels_ICHW", "images_B", "tried_Bk", "log_p_Bk"),
+        *("right_KT", "weights_K", "questions_K"),
+    ),
 }
 
 
@@ -59,9 +70,13 @@ class AnswerModel(nn.Module):
 
     @classmethod
     def build(cls, branches: Mapping[str, Mapping[str, Any]], num_answers: int, loss: str) -> AnswerModel:
-        """Branches by name from the arguments of each, with fresh weights."""
-        built = {name: KINDS[name](num_answers=num_answers, **arguments) for name, arguments in branches.items()}
-        return cls(built, INPUTS, num_answers, loss)
+        """Branches by name from the arguments of each, with fresh weights; "kind" is that of one with another name."""
+        built, inputs = {}, {}
+        for name, arguments in branches.items():
+            kind = arguments.get("kind", name)
+            own = {key: value for key, value in arguments.items() if key != "kind"}
+            built[name], inputs[name] = KINDS[kind](num_answers=num_answers, **own), INPUTS[kind]
+        return cls(built, inputs, num_answers, loss)
 
     @property
     def names(self) -> list[str]:
@@ -73,16 +88,32 @@ class AnswerModel(nn.Module):
         """Numbers of a region that is looked at; 0 where none is."""
         return cast(FineBranch, self.branches["fine"]).feature_width if "fine" in self.branches else 0
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """The inputs of all branches -> (B, S, A) logits."""
-        logits_BKA = torch.stack(
-            [
-                branch(**{key: inputs[key] for key in self.inputs[name] if key in inputs})
-                for name, branch in self.branches.items()
-            ],
-            dim=1,
-        )
+    @property
+    def xvlm(self) -> XvlmBranch | None:
+        """The branch that asks an X-VLM, if there is one."""
+        branches = [branch for branch in self.branches.values() if isinstance(branch, XvlmBranch)]
+        return branches[0] if branches else None
+
+    def forward(self, *, learns: bool = False, **inputs: Tensor) -> Any:
+        """The inputs of all branches -> (B, S, A) logits.
+
+        Args:
+            learns: give also the losses (B,) of those branches, by name, that learn by one of their own.
+        """
+        found, losses = [], {}
+        for name, branch in self.branches.items():
+            given = {key: inputs[key] for key in self.inputs[name] if key in inputs}
+            if learns and isinstance(branch, XvlmBranch) and not branch.is_frozen:
+                logits_BA, losses[name] = branch.teach(**given)
+            else:
+                logits_BA = branch(**given)
+            found.append(logits_BA)
+        logits_BSA = self.mix(torch.stack([logits_BA.float() for logits_BA in found], dim=1))
+        return (logits_BSA, losses) if learns else logits_BSA
+
+    def mix(self, logits_BKA: Tensor) -> Tensor:
+        """(B, K, A) logits of the branches -> (B, S, A)."""
         if self.weight_KA is None:
             return logits_BKA
         fused_BA = fuse(logits_BKA, self.weight_KA, self.loss)
-        return torch.cat([fused_BA[:, None], logits_BKA.float()], dim=1)
+        return torch.cat([fused_BA[:, None], logits_BKA], dim=1)

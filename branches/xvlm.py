@@ -218,9 +218,13 @@ class Tokenizer:
         if lacking or numbers["[PAD]"] != PAD:
             reason = f"lacks {', '.join(lacking)}" if lacking else "[PAD] is not its first line"
             raise ValueError(f"{path}: no vocabulary of BERT: {reason}")
-        self.num_tokens = len(words)
+        self.words = words
         self.begin, self.end = numbers["[CLS]"], numbers["[SEP]"]
         self.pieces = BertWordPieceTokenizer(numbers)
+
+    def save(self, folder: Path) -> None:
+        """Write the vocabulary into a folder. Raises OSError."""
+        (folder / "vocab.txt").write_text("\n".join(self.words) + "\n", encoding="utf-8")
 
     def questions(self, texts: Sequence[str], max_tokens: int = 40) -> Tensor:
         """[CLS] and the words of each question -> (B, L)."""
@@ -312,9 +316,15 @@ class Xvlm(nn.Module):
             questions_K: which question each answers.
         """
         states_BLD = self.read(questions_BL, images, images_B)
-        states, mask = (each.index_select(0, questions_K) for each in (states_BLD, present(questions_BL)))
-        losses_K = self.text_decoder.loss(answers_KT, states, mask)
-        return (weights_K * losses_K).sum() / len(questions_BL)
+        return self.losses(states_BLD, present(questions_BL), answers_KT, weights_K, questions_K).mean()
+
+    def losses(
+        self, states_BLD: Tensor, mask_BL: Tensor, answers_KT: Tensor, weights_K: Tensor, questions_K: Tensor
+    ) -> Tensor:
+        """What `read` makes of questions, which tokens these have, and right answers as in `forward` -> (B,) losses."""
+        states, mask = (each.index_select(0, questions_K) for each in (states_BLD, mask_BL))
+        losses_K = weights_K * self.text_decoder.loss(answers_KT, states, mask)
+        return losses_K.new_zeros(len(states_BLD)).index_add(0, questions_K, losses_K)
 
     def rank(
         self,
@@ -331,20 +341,30 @@ class Xvlm(nn.Module):
 
         so that the first token counts twice, as it did when X-VLM was measured. k is config.k_test if not given.
         """
-        states_BLD, mask = self.read(questions_BL, images, images_B), present(questions_BL)
-        begin_B1 = answers_AT[:1, :1].expand(len(questions_BL), 1)
-        first_BV = self.text_decoder(begin_B1, states_BLD, mask)[:, 0].log_softmax(dim=-1)
+        states_BLD = self.read(questions_BL, images, images_B)
+        return spread(*self.try_answers(states_BLD, present(questions_BL), answers_AT, k_test), len(answers_AT))
+
+    def try_answers(
+        self, states_BLD: Tensor, mask_BL: Tensor, answers_AT: Tensor, k_test: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `rank`, from what `read` makes of questions: the k answers tried, and log softmax(s): (B, k) each."""
+        begin_B1 = answers_AT[:1, :1].expand(len(states_BLD), 1)
+        first_BV = self.text_decoder(begin_B1, states_BLD, mask_BL)[:, 0].log_softmax(dim=-1)
         k = min(self.config.k_test if k_test is None else k_test, len(answers_AT))
         first_Bk, tried_Bk = first_BV[:, answers_AT[:, 1]].topk(k, dim=1)
-        at_once = max(1, MOST_LOGITS // (len(questions_BL) * answers_AT.shape[1] * first_BV.shape[1]))
+        at_once = max(1, MOST_LOGITS // (len(states_BLD) * answers_AT.shape[1] * first_BV.shape[1]))
         rest_Bk = []
         for some_Bk in tried_Bk.split(at_once, dim=1):
-            losses = self.text_decoder.loss(answers_AT[some_Bk].flatten(0, 1), states_BLD, mask, given=2)
+            losses = self.text_decoder.loss(answers_AT[some_Bk].flatten(0, 1), states_BLD, mask_BL, given=2)
             rest_Bk.append(losses.view(some_Bk.shape))
-        scores_Bk = 2 * first_Bk - torch.cat(rest_Bk, dim=1)
-        least = math.log(LEAST)
-        found_BA = scores_Bk.new_full((len(questions_BL), len(answers_AT)), least)
-        return found_BA.scatter(1, tried_Bk, scores_Bk.log_softmax(dim=-1).clamp_min(least))
+        return tried_Bk, (2 * first_Bk - torch.cat(rest_Bk, dim=1)).log_softmax(dim=-1)
+
+
+def spread(tried_Bk: Tensor, log_p_Bk: Tensor, num_answers: int) -> Tensor:
+    """Log-probabilities of the answers that were tried (B, k) -> of all (B, A); none is below that of the untried."""
+    least = math.log(LEAST)
+    found_BA = log_p_Bk.new_full((len(tried_Bk), num_answers), least)
+    return found_BA.scatter(1, tried_Bk, log_p_Bk.clamp_min(least))
 
 
 def swin_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -412,19 +432,22 @@ def from_pretraining(state: Mapping[str, Tensor], fusion_layer: int) -> dict[str
     return made
 
 
-def load_checkpoint(path: Path, model: Xvlm) -> dict[str, Tensor]:
+def load_checkpoint(path: Path, model: Xvlm) -> tuple[dict[str, Tensor], frozenset[str]]:
     """Weights of a file of X-VLM's, or of our own, made to fit a model: what its `load_state_dict` takes.
 
-    Files of pretraining are told by their names. Tables of biases are resized to the model's windows.
+    Files of pretraining are told by their names; those weights that they have not are the model's own, and are named
+    too. Tables of biases are resized to the model's windows.
 
     Raises:
         ValueError: the file cannot be read, or holds other weights; one line that names the file.
     """
     own = model.state_dict()
     state = {name: tensor for name, tensor in read_checkpoint(path).items() if name.partition(".")[0] not in HEADS}
+    fresh: frozenset[str] = frozenset()
     if any(name.startswith("text_encoder.bert.") for name in state):
         state = from_pretraining(state, model.config.text.fusion_layer)
-        state = {name: tensor for name, tensor in own.items() if CROSS_KEY_VALUE.fullmatch(name)} | state
+        fresh = frozenset(name for name in own if CROSS_KEY_VALUE.fullmatch(name))
+        state = {name: own[name] for name in fresh} | state
     state = swin_to_timm(state)
     head = "text_decoder.cls.predictions."
     if f"{head}bias" in state:  # which is one with the other, that not every file has
@@ -443,7 +466,7 @@ def load_checkpoint(path: Path, model: Xvlm) -> dict[str, Tensor]:
         problems.append(f"has other sizes: {few(sizes)}")
     if problems:
         raise ValueError(f"{path}: no weights of this X-VLM: {'; '.join(problems)}")
-    return state
+    return state, fresh
 
 
 def few(items: Sequence[str]) -> str:

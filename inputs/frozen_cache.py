@@ -120,10 +120,30 @@ def identity(clip_config: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]
     }
 
 
+def build_caching(clip_config: Mapping[str, Any], runtime: Runtime, cache: FeatureCache, batch_size: int) -> Caching:
+    """How what a frozen network makes of whole images is kept, in half precision where it is no embedding."""
+    return Caching(
+        cache=cache,
+        runtime=runtime,
+        dtype="fp16",
+        identity=identity(clip_config, runtime),
+        batch_size=batch_size,
+        reserve=0,
+        keep_decoded=False,
+        fingerprint=fingerprint,
+        dropping=DroppedRows(),
+    )
+
+
 def fingerprint(tower: nn.Module, num_stages: int) -> str:
     """SHA-256 over the weights of a tower's first stages."""
+    return fingerprint_of(towers.stage_state(tower, num_stages))
+
+
+def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over named weights."""
     digest = hashlib.sha256()
-    for name, value in towers.stage_state(tower, num_stages).items():
+    for name, value in weights.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The patches of an image as a CLIP sees them: regions for those who have no features of objects.
+"""Images as a CLIP sees them; its patches are regions for those who have no features of objects.
 
 The whole image, squeezed to a square, is looked at: what a question is about may lie at its edge.
 
@@ -24,7 +24,6 @@ from tqdm import tqdm
 from backbones import towers
 from backbones.loading import Backbone
 from inputs import frozen_cache
-from inputs.batches import DroppedRows
 from inputs.image_store import ImageStore
 from inputs.transfer import Rows, chunks, run_ahead
 from inputs.views import Views
@@ -35,26 +34,25 @@ from storage.messages import first_five
 from training.devices import Runtime
 
 AT_ONCE = 32  # images that are decoded and looked at together
-FLAG = "--features clip"
+FLAG = "--features clip"  # of patches
 
 
-class PatchRegions:
-    """Regions of images, computed by a CLIP once and kept in a cache folder; see `features.RegionFiles`."""
+class ClipImages:
+    """What a CLIP's image tower makes of whole images, computed once and kept in a cache folder."""
+
+    flag = FLAG  # what asks for it
 
     def __init__(
-        self, backbone: Backbone, runtime: Runtime, paths: Mapping[str, Path], cache: FeatureCache, *, most: int
+        self, backbone: Backbone, runtime: Runtime, paths: Mapping[str, Path], cache: FeatureCache, num_stages: int
     ) -> None:
         """Nothing is computed yet, see `fill`.
 
         Args:
             paths: image -> its file.
-            most: regions of an image; a finer grid of patches is averaged to one that has no more.
-
-        Raises:
-            ValueError: the tower cannot be taken apart.
+            num_stages: of the tower.
         """
         self.visual: Any = backbone.clip.visual.to(runtime.device).eval()
-        num_stages = stages_with_patches(self.visual)
+        self.num_stages = num_stages
         self.runtime, self.paths = runtime, paths
         preprocess = backbone.config["preprocess_cfg"]
         self.views = Views(
@@ -66,57 +64,34 @@ class PatchRegions:
             interpolation=preprocess.get("interpolation", "bicubic"),
         )
         self.encode = frozen_cache.image_encoder(self.visual, num_stages, runtime, with_statistics=False)
-        black = torch.zeros(3, backbone.image_size, backbone.image_size, dtype=torch.uint8)
-        _, self.width, side, _ = self.maps([black]).shape
-        self.rows = max(1, min(side, math.isqrt(most)))
-        self.boxes = grid(self.rows)
-        self.caching = frozen_cache.Caching(
-            cache=cache,
-            runtime=runtime,
-            dtype="fp16",
-            identity=frozen_cache.identity(backbone.config, runtime),
-            batch_size=AT_ONCE,
-            reserve=0,
-            keep_decoded=False,
-            fingerprint=frozen_cache.fingerprint,
-            dropping=DroppedRows(),
-        )
-        self.kept = self.caching.open(
-            num_stages,
-            (self.rows**2, self.width),
-            torch.float16,
-            input="patches",
-            weights=frozen_cache.fingerprint(self.visual, num_stages),
-            regions=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        )
+        self.caching = frozen_cache.build_caching(backbone.config, runtime, cache, AT_ONCE)
         self.digests: dict[str, str] = {}  # of the images that were asked for: the content of their files
 
-    @property
-    def ids(self) -> Collection[str]:
-        """The images there are."""
-        return self.paths.keys()
-
-    def count(self, image: str) -> int:
-        """See `features.RegionFiles`."""
-        return len(self.boxes)
+    def open(self, shape: Sequence[int], dtype: torch.dtype, kind: str) -> None:
+        """The cached rows, of this shape, type and kind."""
+        self.kept = self.caching.open(
+            self.num_stages,
+            shape,
+            dtype,
+            input=kind,
+            weights=frozen_cache.fingerprint(self.visual, self.num_stages),
+            regions=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        )
 
     def maps(self, images: Sequence[Tensor]) -> Tensor:
-        """Decoded images -> (B, F, rows, columns), what leaves the tower's last stage that has patches."""
-        x, _ = self.encode(self.views(images, [""] * len(images), None))
-        if x.ndim == 3:  # tokens, the class token first
-            side = math.isqrt(x.shape[1] - 1)
-            x = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        return x
+        """Decoded images -> what leaves the last of those stages."""
+        return self.encode(self.views(images, [""] * len(images), None))[0]
+
+    def black(self) -> Tensor:
+        """An image to learn sizes by: (3, S, S) uint8."""
+        return torch.zeros(3, self.views.image_size, self.views.image_size, dtype=torch.uint8)
 
     def look(self, images: Sequence[Tensor]) -> Tensor:
-        """Decoded images -> (B, K, F) float16. Raises ValueError for numbers that this cannot hold."""
-        x = F.adaptive_avg_pool2d(self.maps(images).float(), self.rows).flatten(2).transpose(1, 2).half()
-        if not x.isfinite().all():
-            raise ValueError(f"{FLAG}: this CLIP's patches are not finite in half precision; choose another")
-        return x
+        """Decoded images -> the rows that are kept of them. Raises ValueError for numbers that these cannot hold."""
+        raise NotImplementedError
 
     def fill(self, images: Iterable[str]) -> None:
-        """Compute what is missing of these images, all processes together; `read` has them from then on.
+        """Compute what is missing of these images, all processes together; they are known from then on.
 
         Raises:
             ValueError: files are missing or damaged, or the cache folder has no room.
@@ -124,7 +99,7 @@ class PatchRegions:
         """
         names, kept = list(images), self.kept
         if unknown := [name for name in names if name not in self.paths]:
-            raise ValueError(f"{FLAG}: {len(unknown)} of {len(names)} images are not there: {first_five(unknown)}")
+            raise ValueError(f"{self.flag}: {len(unknown)} of {len(names)} images are not there: {first_five(unknown)}")
         num_threads = self.runtime.num_threads
         files = check_images([self.paths[name] for name in names], num_threads=num_threads)
         distinct = {file.digest: file for file in files}
@@ -140,11 +115,11 @@ class PatchRegions:
         self.visual.cpu()  # training needs the GPU's memory
         if not is_filled:
             needed = len(kept.missing(keys)) * kept.row_bytes / 1e9
-            raise ValueError(f"--cache_dir {kept.folder.parent}: has no room for {needed:.1f} GB of regions")
+            raise ValueError(f"--cache_dir {kept.folder.parent}: has no room for {needed:.1f} GB of what CLIP sees")
         self.digests |= {name: file.digest for name, file in zip(names, files, strict=True)}
 
     def compute(self, store: ImageStore, rows: Rows) -> None:
-        """Add the regions of some of the store's images. Raises as `fill` does."""
+        """Add what is missing of some of the store's images. Raises as `fill` does."""
 
         def load(part: Rows) -> tuple[list[str], list[Tensor]]:
             return [store.files[row].digest for row in part], store.load(part, keep=False)
@@ -154,6 +129,51 @@ class PatchRegions:
                 self.kept.add(keys, self.look(decoded))
                 bar.update(len(keys))
         self.kept.flush()
+
+
+class PatchRegions(ClipImages):
+    """The patches of images as regions; see `features.RegionFiles`."""
+
+    def __init__(
+        self, backbone: Backbone, runtime: Runtime, paths: Mapping[str, Path], cache: FeatureCache, *, most: int
+    ) -> None:
+        """As `ClipImages`.
+
+        Args:
+            most: regions of an image; a finer grid of patches is averaged to one that has no more.
+
+        Raises:
+            ValueError: the tower cannot be taken apart.
+        """
+        super().__init__(backbone, runtime, paths, cache, stages_with_patches(backbone.clip.visual))
+        _, self.width, side, _ = self.maps([self.black()]).shape
+        self.rows = max(1, min(side, math.isqrt(most)))
+        self.boxes = grid(self.rows)
+        self.open((self.rows**2, self.width), torch.float16, "patches")
+
+    @property
+    def ids(self) -> Collection[str]:
+        """The images there are."""
+        return self.paths.keys()
+
+    def count(self, image: str) -> int:
+        """See `features.RegionFiles`."""
+        return len(self.boxes)
+
+    def maps(self, images: Sequence[Tensor]) -> Tensor:
+        """Decoded images -> (B, F, rows, columns), what leaves the tower's last stage that has patches."""
+        x = super().maps(images)
+        if x.ndim == 3:  # tokens, the class token first
+            side = math.isqrt(x.shape[1] - 1)
+            x = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        return x
+
+    def look(self, images: Sequence[Tensor]) -> Tensor:
+        """Decoded images -> (B, K, F) float16. Raises ValueError for numbers that this cannot hold."""
+        x = F.adaptive_avg_pool2d(self.maps(images).float(), self.rows).flatten(2).transpose(1, 2).half()
+        if not x.isfinite().all():
+            raise ValueError(f"{FLAG}: this CLIP's patches are not finite in half precision; choose another")
+        return x
 
     def read(self, image: str) -> Regions:
         """See `features.RegionFiles`; an image that `fill` was not asked for is not there."""

@@ -14,25 +14,37 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 M = TypeVar("M", bound=nn.Module)
 
 
-def parameter_groups(model: nn.Module, lr_of: Callable[[str], float], weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters, grouped by learning rate and decay: matrices decay, vectors (biases, norms) do not.
+def parameter_groups(
+    model: nn.Module,
+    lr_of: Callable[[str], float],
+    weight_decay: float,
+    part_of: Callable[[str], str] = lambda name: "",
+) -> list[dict[str, Any]]:
+    """Trained parameters, grouped by part, learning rate and decay: matrices decay, vectors (biases, norms) do not.
 
     Args:
         lr_of: name of a parameter -> its peak learning rate.
+        part_of: name of a parameter -> what the group is called by "part", for a schedule of its own.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((lr_of(name), parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((part_of(name), lr_of(name), parameter.ndim >= 2), []).append(parameter)
     return [
-        {"params": parameters, "lr": lr, "weight_decay": weight_decay if decays else 0.0}
-        for (lr, decays), parameters in groups.items()
+        {"params": parameters, "lr": lr, "weight_decay": weight_decay if decays else 0.0, "part": part}
+        for (part, lr, decays), parameters in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, lr_of: Callable[[str], float], *, weight_decay: float) -> Optimizer:
-    """AdamW over the trained parameters (Loshchilov and Hutter, 2019)."""
-    return AdamW(parameter_groups(model, lr_of, weight_decay), fused=True)
+def build_optimizer(
+    model: nn.Module,
+    lr_of: Callable[[str], float],
+    *,
+    weight_decay: float,
+    part_of: Callable[[str], str] = lambda name: "",
+) -> Optimizer:
+    """AdamW over the trained parameters (Loshchilov and Hutter, 2019); see `parameter_groups`."""
+    return AdamW(parameter_groups(model, lr_of, weight_decay, part_of), fused=True)
 
 
 def lr_factor(step: int, *, kind: str, num_steps: int, num_warmup_steps: int) -> float:

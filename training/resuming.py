@@ -158,7 +158,7 @@ class TrainState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as what this is the `state_dict` of. Raises ValueError if it belongs to other weights."""
         if state["constant"] != self.digest:
-            raise ValueError("--resume: the weights that CLIP starts from have changed since; restore them")
+            raise ValueError("--resume: the weights that training starts from have changed since; restore them")
         load_into(self.model, state["model"])
         if self.average.averaged is not None:
             load_into(self.average.averaged, state["average"])

@@ -20,11 +20,13 @@ from typing import Any
 import pytest
 from small_vqa import trained_weights_kept
 from stopped_runs import StopsAt
+from timm.layers import DropPath
 from torch import nn
 from two_processes import fork_both
 
 import main
 from answering.configs import parse_args
+from branches.bert import Heads
 from branches.fusion import AnswerModel
 from training import signals
 
@@ -40,8 +42,10 @@ def without_dropout() -> Iterator[None]:
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
-            if isinstance(layer, nn.MultiheadAttention):
+            if isinstance(layer, nn.MultiheadAttention | Heads):
                 layer.dropout = 0.0
+            if isinstance(layer, DropPath):
+                layer.drop_prob = 0.0
         return model
 
     with pytest.MonkeyPatch.context() as patch:

@@ -82,7 +82,7 @@ def test_a_run_of_both_is_gone_on_with_exactly(tmp_path):
     [
         (["--branches", "graph"], "--branches graph: reads scene graphs; say by --sg_source gt or predicted"),
         (["--branches", "fine,fine"], "names one twice"),
-        (["--branches", "coarse"], "coarse is not there yet"),
+        (["--branches", "coarsest"], "--branches coarsest: 'coarsest' is none of fine, coarse, graph"),
         ([*GRAPH, "--question_only"], "--question_only looks at no image: drop it, or the graph branch"),
     ],
 )

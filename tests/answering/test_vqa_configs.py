@@ -92,7 +92,7 @@ def test_a_switch_that_is_on_can_be_named_either_way():
         (["--demo", "--dropout", "1"], "--dropout 1.0: must be in [0, 1)"),
         (["--demo", "--sampler_type", "best"], "invalid choice: 'best'"),
         (["--demo", "--use_mgat", "2"], "--use_mgat 2: must be in [0, 1]"),
-        (["--demo", "--branches", "fine,coarse"], "coarse is not there yet; fine and graph are"),
+        (["--demo", "--branches", "fine,coarse,"], "--branches fine,coarse,: '' is none of fine, coarse, graph"),
         (["--demo", "--branches", "left"], "'left' is none of fine, coarse, graph"),
         (["--demo", "--checkpoint", "no/model"], "--checkpoint no/model: there is no such file"),
         (["--demo", "--config", "no.yaml"], "--config no.yaml: there is no such file"),

@@ -16,6 +16,7 @@ import torch
 from both_vqa import without_dropout
 from conftest import ROOT
 from small_vqa import ONE_GRAPH, differences, error_of, read, table, tiny_flags, trained_weights_kept
+from small_xvlm import xvlm_flags
 from stopped_runs import OF_TIME
 from torch import Tensor
 from two_processes import session
@@ -30,13 +31,15 @@ LR = 3e-3
 GRAPH = ["--branches", "fine,graph", "--sg_source", "gt", *ONE_GRAPH]
 # Of 225 questions, batches of 16 leave a last one of a single question: one process has no share of it.
 CASES = {
-    "GQA": ("GQA", ["--use_counter", "--sg_source", "gt"]),
+    "GQA": ("GQA", ["--use_counter", "--branches", "fine", "--sg_source", "gt"]),
     "VQA": ("VQA", ["--batch_size", "7", "--update_freq", "2", "--ema_decay", "0.5", "--loss", "ce"]),
     "graph": (
         "GQA",
         [*ONE_GRAPH, "--branches", "fine,graph", "--sg_source", "gt", "--sampler_type", "soft"],
     ),  # whose samples are no noise
     "clip": ("VQA", ["--features", "clip", "--clip_model", "tiny", "--shuffle_images", "--epochs", "1"]),
+    "xvlm": ("GQA", ["--branches", "fine,coarse", *xvlm_flags("--xvlm_lr", "1e-3")]),
+    "frozen": ("VQA", ["--branches", "fine,coarse", *xvlm_flags("--xvlm_lr", "0")]),
     "questions": ("GQA", ["--question_only", "--memory_efficient_attention"]),
 }
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from small_vqa import drawn_cache, error_of
+from small_xvlm import small_xvlm
 from torch import Tensor
 
 import main
@@ -52,16 +56,20 @@ GUIDE = [
     "--max_memory_usage 0.7",
 ]
 WITH_FILES = [command for command in GUIDE if "--checkpoint" in command]
-UNUSED = ("xvlm_lr", "general_hidden_dim", "mgat_layers", "alpha", "beta", "checkpoint", "config")  # by the fine branch
+UNUSED = ("xvlm_lr", "general_hidden_dim", "mgat_layers", "alpha", "beta")  # by the fine branch
+# What a command is as small by as it can be; its other options stay.
+SMALL = "--num_hid 16 --AOA_layers 1 --general_hidden_dim 16 --mgat_layers 2 --epochs 1 --val_size 0.3 --no_report"
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder to work in, with the files that two commands name."""
     monkeypatch.chdir(tmp_path)
-    for name in ("pretrained/model", "xvlm/configs/VQA_480.yaml"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
+    weights, options = small_xvlm()
+    shutil.copytree(options.parent.parent, tmp_path / "xvlm")
+    (tmp_path / "xvlm/configs" / options.name).rename(tmp_path / "xvlm/configs/VQA_480.yaml")
+    (tmp_path / "pretrained").mkdir()
+    shutil.copy(weights, tmp_path / "pretrained/model")
     before = sorted(tmp_path.rglob("*"))
     yield tmp_path
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written
@@ -113,9 +121,18 @@ def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["questions"].startswith("train 225 on 25 images")
     answers, vocabulary = (int(number) for number in re.findall(r"\d+", plan["answers"])[:2])
     count = parameters(width, layers, words=vocabulary, answers=answers)
-    assert plan["model"] == f"fine, {count / 1e6:.2f}M parameters, width {width}"
-    # What the other branches are for is taken, and said to be of no use yet.
-    unused = [f"--{name}" for name in given if name in UNUSED and value_differs(name, given[name])]
+    asks = "checkpoint" in given
+    if asks:
+        assert plan["coarse"] == (
+            f"X-VLM of pretrained/model, images of 32 pixels, lr {float(given['xvlm_lr']):g} linear"
+        )
+        count += sum(value.numel() for value in torch.load("pretrained/model", weights_only=True)["model"].values())
+        count += 2 * answers  # what the branches weigh; the words' table is one with the last layer
+    assert plan["model"].startswith(
+        f"{'fine,coarse' if asks else 'fine'}, {count / 1e6:.2f}M parameters, width {width}"
+    )
+    # What branches are for that are not trained is taken, and said to be of no use.
+    unused = [f"--{name}" for name in given if name in UNUSED[asks:] and value_differs(name, given[name])]
     assert (set(unused) <= set(plan["note"].split(": ")[0].split(", "))) if unused else "nothing in" not in plan["note"]
 
 
@@ -139,6 +156,20 @@ def test_a_command_of_the_guide_is_taken_and_builds_the_model_that_it_names(comm
 @pytest.mark.slow
 def test_the_largest_one_is_built_with_all_its_weights(place, capsys):
     check("--AOA_layers 8 --num_hid 2048", capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", GUIDE)
+def test_a_command_of_the_guide_trains_all_branches(command, place, tmp_path_factory):
+    """On a drawn set, and small."""
+    folder = tmp_path_factory.mktemp("run")
+    branches = "--branches fine,coarse,graph --sg_source predicted"
+    argv = [*shlex.split(f"{command} {SMALL} {branches}"), "--demo", "--cache_dir", str(drawn_cache())]
+    results = main.main([*argv, "--output", str(folder / "run")])
+    assert list(results["branches"]) == ["fine", "coarse", "graph"] and results["epochs"] == 1
+    assert np.isfinite(results["measures"]["loss"])
+    history = pd.read_csv(folder / "run" / "metrics.csv")
+    assert history[["loss_fused", "loss_fine", "loss_coarse", "loss_graph"]].notna().all(axis=None)
 
 
 @pytest.mark.parametrize("command", WITH_FILES)

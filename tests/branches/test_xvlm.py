@@ -160,7 +160,7 @@ def test_a_file_of_xvlm_makes_an_equal_model(tmp_path, asked, wrapped):
     state = as_xvlm_saves(saved)
     torch.save({"model": state, "config": {"lr": 5e-5}} if wrapped else state, tmp_path / "model_state_9.th")
     before = model.rank(*asked)
-    model.load_state_dict(load_checkpoint(tmp_path / "model_state_9.th", model), strict=True)
+    model.load_state_dict(load_checkpoint(tmp_path / "model_state_9.th", model)[0], strict=True)
     assert (model.rank(*asked) - before).abs().max() > 0.1
     torch.testing.assert_close(model.rank(*asked), saved.rank(*asked), atol=0, rtol=0)
 
@@ -170,7 +170,7 @@ def test_a_file_of_our_own_makes_an_equal_model(tmp_path, asked):
     state = saved.state_dict()
     del state["text_decoder.cls.predictions.decoder.bias"]  # which is also called bias
     torch.save(state, tmp_path / "own.pt")
-    model.load_state_dict(load_checkpoint(tmp_path / "own.pt", model))
+    model.load_state_dict(load_checkpoint(tmp_path / "own.pt", model)[0])
     torch.testing.assert_close(model.rank(*asked), saved.rank(*asked), atol=0, rtol=0)
 
 
@@ -179,7 +179,7 @@ def test_what_was_pretrained_becomes_encoder_and_decoder(tmp_path):
     state = as_pretraining_saves(pretrained)
     torch.save({"model": state}, tmp_path / "pretrained.th")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(load_checkpoint(tmp_path / "pretrained.th", model))
+    model.load_state_dict(load_checkpoint(tmp_path / "pretrained.th", model)[0])
     after = model.state_dict()
     fresh = set()
     for name, tensor in after.items():
@@ -396,7 +396,7 @@ def test_texts_become_tokens_as_in_transformers(words, tmp_path):
     assert words.answers(["red", ""]).tolist() == [[2, 11, 3], [2, 3, 0]]
     assert words.questions(texts, max_tokens=4).tolist() == found[:, :4].tolist()
     assert words.answers(["light blue box"], max_tokens=4)[0, -1] == words.end
-    assert words.num_tokens == len(WORDS.split())
+    assert len(words.words) == len(WORDS.split())
 
 
 @pytest.mark.parametrize(

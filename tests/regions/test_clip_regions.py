@@ -252,7 +252,7 @@ def test_images_that_were_not_asked_for_are_not_there(reader, photos):
 
 def test_a_folder_without_room_is_told_and_stays_empty(reader, photos, looked):
     found = reader("tiny", photos, max_bytes=10_000)
-    with pytest.raises(ValueError, match=r"--cache_dir .*cache: has no room for 0\.0 GB of regions") as caught:
+    with pytest.raises(ValueError, match=r"--cache_dir .*cache: has no room for 0\.0 GB of what CLIP sees") as caught:
         found.fill(photos)
     small_models.assert_one_line(caught)
     assert looked == [] and list(found.kept.folder.parent.rglob("*.safetensors")) == []

@@ -111,7 +111,7 @@ def test_resuming_knows_other_weights(tmp_path):
     state = trained(1.0).state_dict()
     assert set(state["model"]) == {"1.weight", "1.bias"}
     trained(1.0).load_state_dict(state)
-    with pytest.raises(ValueError, match="the weights that CLIP starts from have changed"):
+    with pytest.raises(ValueError, match="the weights that training starts from have changed"):
         trained(2.0).load_state_dict(state)
     with pytest.raises(ValueError, match="of another model"):
         trained(1.0).load_state_dict({**state, "model": {"2.weight": torch.ones(1)}})
