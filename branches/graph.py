@@ -78,6 +78,18 @@ def gated_softmax(logits_M: Tensor, gates_M: Tensor, group: Tensor, num_groups: 
     return powers / torch.where(sums > 0, sums, 1.0)[group]
 
 
+class Relations(NamedTuple):
+    """What edges say. Few different words do, so that these are worked with, and not each edge for itself."""
+
+    words_RF: Tensor  # the vector of each word
+    of_edge_E: Tensor  # which of them an edge has
+    signs_E: Tensor  # -1: the way back
+
+    def through(self, layer: nn.Module) -> Tensor:
+        """What a linear layer without bias makes of each edge: (E, D)."""
+        return layer(self.words_RF).index_select(0, self.of_edge_E) * self.signs_E[:, None]
+
+
 class GraphAttention(nn.Module):
     """Attention of each node over those with an edge to it, and over itself (Brody et al., GATv2, 2022).
 
@@ -94,13 +106,15 @@ class GraphAttention(nn.Module):
         self.to_edge = nn.Linear(edge_width, width, bias=False)
         self.weight = nn.Parameter(torch.randn(heads, width // heads) / (width // heads) ** 0.5)
 
-    def forward(self, x_VD: Tensor, edges_2E: Tensor, features_EF: Tensor, gates_E: Tensor | None) -> Tensor:
-        """(V, D) nodes, edges from the first to the second, their features and gates -> (V, D)."""
+    def forward(self, x_VD: Tensor, edges_2E: Tensor, relations: Relations, gates_E: Tensor | None) -> Tensor:
+        """(V, D) nodes, edges from the first to the second, what these say, and their gates -> (V, D)."""
         num_nodes, num_edges = len(x_VD), edges_2E.shape[1]
         itself = torch.arange(num_nodes, device=x_VD.device)
         source, target = (torch.cat([ends, itself]) for ends in edges_2E)
         from_source = self.to_source(x_VD)[source]
-        joint = from_source + self.to_target(x_VD)[target] + F.pad(self.to_edge(features_EF), (0, 0, 0, num_nodes))
+        joint = (
+            from_source + self.to_target(x_VD)[target] + F.pad(relations.through(self.to_edge), (0, 0, 0, num_nodes))
+        )
         heads = (-1, len(self.weight))
         logits_EH = (F.leaky_relu(joint, SLOPE).view(*heads, self.weight.shape[1]) * self.weight).sum(dim=-1)
         gates = logits_EH.new_ones(num_edges) if gates_E is None else gates_E.to(logits_EH.dtype)
@@ -180,16 +194,16 @@ class GraphLayer(nn.Module):
         self.relevance = None if sampler is None else Relevance(width)
 
     def forward(
-        self, x: Tensor, edges_2E: Tensor, features_EF: Tensor, i_BD: Tensor | None, u_BD: Tensor, where: Packing
+        self, x: Tensor, edges_2E: Tensor, relations: Relations, i_BD: Tensor | None, u_BD: Tensor, where: Packing
     ) -> tuple[Tensor, Tensor | None]:
-        """(V, D), edges and their features, instructions and questions -> (V, D) and which nodes are chosen (V,)."""
+        """(V, D), edges and what they say, instructions and questions -> (V, D) and which nodes are chosen (V,)."""
         asked = F.gelu(x if i_BD is None else x * i_BD[where.graphs_V])
         chosen, gates = None, None
         if self.relevance is not None and self.sampler is not None:
             scores = where.pad(self.relevance(asked, u_BD, where.graphs_V))
             chosen = where.unpad(self.sampler(scores, where.mask_BK))
             gates = chosen[edges_2E[0]] * chosen[edges_2E[1]]
-        return x + self.dropout(self.norm(self.attend(asked, edges_2E, features_EF, gates))), chosen
+        return x + self.dropout(self.norm(self.attend(asked, edges_2E, relations, gates))), chosen
 
 
 class GraphBranch(nn.Module):
@@ -278,15 +292,16 @@ class GraphBranch(nn.Module):
         relations, are numbers of one vocabulary (0: none); graphs_V tells which question's graph each node belongs to.
         Boxes are x1, y1, x2, y2 on [0, 1]. Edges go from the first node to the second.
         """
-        words_BNE, nodes_V4E, relations_EF = look_up(self.embed, words_BN, nodes_V4, relations_E)
-        nodes_VE, features_EF = nodes_V4E.sum(dim=1), relations_EF * signs_E[:, None]
+        relations_R, of_edge_E = relations_E.unique(return_inverse=True)
+        words_BNE, nodes_V4E, relations_RF = look_up(self.embed, words_BN, nodes_V4, relations_R)
+        nodes_VE, relations = nodes_V4E.sum(dim=1), Relations(relations_RF, of_edge_E, signs_E)
         u_BD, instructions_BLD = self.read(words_BNE, words_BN > 0)
         where = packing(graphs_V, len(words_BN))
         x = self.project(torch.cat([nodes_VE, self.place(geometry(node_boxes_V4))], dim=-1))
         chosen = None
         for number, layer in enumerate(self.layers):
             i_BD = None if instructions_BLD is None else instructions_BLD[:, number]
-            x, chosen = layer(x, edges_2E, features_EF, i_BD, u_BD, where)
+            x, chosen = layer(x, edges_2E, relations, i_BD, u_BD, where)
         x = self.norm(x)
         gates_V = torch.ones_like(graphs_V) if chosen is None else chosen
         weights_V = gated_softmax(self.relevance(x, u_BD, graphs_V), gates_V, graphs_V, len(words_BN))

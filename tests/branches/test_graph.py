@@ -14,6 +14,7 @@ from branches.graph import (
     GraphBranch,
     GraphLayer,
     QuestionReader,
+    Relations,
     Relevance,
     gated_softmax,
     packing,
@@ -92,6 +93,11 @@ def assert_alike(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def said(features: Tensor) -> Relations:
+    """A relation of its own for each edge."""
+    return Relations(features, torch.arange(len(features)), torch.ones(len(features)))
+
+
 def plain_attention(layer: GraphAttention, x: Tensor, edges: Tensor, features: Tensor, gates: Tensor) -> Tensor:
     """What each node gets from all others, one at a time."""
     heads, size = layer.weight.shape
@@ -119,7 +125,7 @@ def test_graph_attention_is_that_of_a_plain_loop(gates):
     x, edges, features = attention_inputs()
     layer = GraphAttention(12, 5, heads=3)
     expected = plain_attention(layer, x, edges, features, torch.ones(6) if gates is None else gates)
-    assert_alike(layer(x, edges, features, gates), expected)
+    assert_alike(layer(x, edges, said(features), gates), expected)
 
 
 def test_graph_attention_is_that_of_torch_geometric():
@@ -131,23 +137,23 @@ def test_graph_attention_is_that_of_torch_geometric():
     other.att.data.copy_(layer.weight[None])
     loops = torch.arange(6).expand(2, 6)
     expected = other(x, torch.cat([edges, loops], dim=1), torch.cat([features, torch.zeros(6, 5)]))
-    assert_alike(layer(x, edges, features, None), expected)
+    assert_alike(layer(x, edges, said(features), None), expected)
 
 
 def test_a_node_without_neighbours_keeps_itself():
     x, edges, features = attention_inputs()
     layer = GraphAttention(12, 5, heads=3)
     alone = layer.to_source(x)
-    assert_alike(layer(x, edges, features, None)[5], alone[5])
-    assert_alike(layer(x, edges, features, torch.zeros(6)), alone)
-    assert_alike(layer(x, edges[:, :0], features[:0], None), alone)
+    assert_alike(layer(x, edges, said(features), None)[5], alone[5])
+    assert_alike(layer(x, edges, said(features), torch.zeros(6)), alone)
+    assert_alike(layer(x, edges[:, :0], said(features[:0]), None), alone)
 
 
 def test_the_gates_of_both_ends_of_an_edge_have_a_gradient():
     x, edges, features = attention_inputs()
     layer = GraphAttention(12, 5, heads=3)
     chosen = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0], requires_grad=True)
-    found = layer(x, edges, features, chosen[edges[0]] * chosen[edges[1]])
+    found = layer(x, edges, said(features), chosen[edges[0]] * chosen[edges[1]])
     (gradient,) = torch.autograd.grad((found[2] * torch.arange(12)).sum(), chosen)
     assert gradient[[1, 2, 3]].all() and not gradient[[0, 4, 5]].any()  # 1 and 3 lead to 2
 
@@ -215,8 +221,8 @@ def test_a_layer_adds_to_what_is_known():
     torch.manual_seed(0)
     layer, (x, edges, features) = GraphLayer(12, 5, 3, None).eval(), attention_inputs()
     i, u, where = torch.randn(2, 12), torch.randn(2, 12), packing(torch.tensor([0, 0, 0, 0, 1, 1]), 2)
-    gained = layer.norm(layer.attend(F.gelu(x * i[where.graphs_V]), edges, features, None))
-    found, chosen = layer(x, edges, features, i, u, where)
+    gained = layer.norm(layer.attend(F.gelu(x * i[where.graphs_V]), edges, said(features), None))
+    found, chosen = layer(x, edges, said(features), i, u, where)
     assert chosen is None
     assert_alike(found, x + gained)
 
