@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from answering.configs import BRANCH_OPTIONS, DEMO_SETTINGS, OPTIONS, VQAConfig
 from answering.experiment import Experiment
 from training import run_folder
@@ -15,6 +18,7 @@ FEW_QUESTIONS = 5_000  # below which large models learn questions by heart
 SMALL_WIDTH = 256
 OVERFIT = 0.05  # rise of the validation loss above its lowest, as a share
 NEAR = 0.01  # accuracy that is no difference
+COUNTED = 8  # questions of which is counted what training keeps
 SHOWN_KINDS = 8  # of each, on the terminal
 ADVISED = ("lr", "batch_size", "update_freq", "clip_norm", "dropout", "gamma", "AOA_layers", "num_hid", "omega_q")
 
@@ -80,13 +84,13 @@ def unused(config: VQAConfig) -> list[str]:
 def check_advice(experiment: Experiment) -> list[dict[str, str]]:
     """Say what is unusual about the settings. Raises ValueError for any of it if --advice is strict."""
     config, runtime = experiment.config, experiment.runtime
-    said = []
+    said, on_gpu = [], runtime.device.type != "cpu"
     if config.advice != "off":
         said = advise(
             config,
             num_train=len(experiment.folds["train"].questions),
-            free_memory=runtime.free_memory() if runtime.device.type != "cpu" else None,
-            bytes_per_question=bytes_per_question(config, experiment.model.feature_width),
+            free_memory=runtime.free_memory() if on_gpu else None,
+            bytes_per_question=bytes_per_question(experiment) if on_gpu else 0,
         )
     for one in said:
         runtime.say(
@@ -97,16 +101,30 @@ def check_advice(experiment: Experiment) -> list[dict[str, str]]:
     return said
 
 
-def bytes_per_question(config: VQAConfig, feature_width: int) -> float:
-    """About how many bytes the fine branch keeps of one question for the backward pass, in float32.
+def bytes_per_question(experiment: Experiment) -> float:
+    """How many bytes training keeps of a question for the backward pass, counted on a few of them.
 
-    Counted with autograd's hooks: 17 vectors for each word and region in each layer, 1 where that is computed again;
-    some 65 around the layers, 8 more for each glimpse; and each region's features twice.
+    Nothing is changed by it, random numbers included.
     """
-    regions = config.max_boxes if feature_width else 0
-    kept = 1 if config.memory_efficient_attention else 17
-    vectors = kept * config.AOA_layers + 65 + 8 * config.gamma
-    return 4.0 * ((config.question_len + regions) * config.num_hid * vectors + 2 * feature_width * regions)
+    model, runtime, feed = experiment.model, experiment.runtime, experiment.folds["train"].feed
+    rows = feed.parts(COUNTED)[-1]
+    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    was_training = model.training
+    devices = [] if runtime.device.type == "cpu" else [runtime.device]
+    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        with runtime.autocast():
+            found = model.train()(**feed.assemble(rows).inputs, learns=True)
+        del found
+    model.train(was_training)
+    return sum(kept.values()) / len(feed.share(rows))
 
 
 def advise(config: VQAConfig, *, num_train: int, free_memory: float | None, bytes_per_question: float) -> list[dict]:

@@ -35,7 +35,7 @@ CROP = 48  # pixels per side that a region is seen at
 MARGIN = 0.1  # of a box's sides that are seen around it
 CROPS_AT_ONCE = 64
 FEATURES = {"GQA": "objects", "VQA": "trainval.hdf5"}  # form -> where they lie in the folder
-VERSION = 2  # of what is drawn and computed; another one is drawn anew
+VERSION = 3  # of what is drawn and computed; another one is drawn anew
 
 
 def find_demo_set(cache: Path, form: str, runtime: Runtime) -> tuple[Path, Path]:

@@ -24,7 +24,20 @@ from PIL import Image, ImageDraw
 from storage.atomic import remove_if_empty, sync, temporary_name, write_errors
 from storage.locks import locked
 from vqa.answers import NUMBERS
-from vqa.drawn_questions import COLOURS, GROUPS, KINDS, RADII, TYPES, Question, Scene, Shape, ask_all, mixed, pick
+from vqa.drawn_questions import (
+    COLOURS,
+    GROUNDS,
+    GROUPS,
+    KINDS,
+    RADII,
+    TYPES,
+    Question,
+    Scene,
+    Shape,
+    ask_all,
+    mixed,
+    pick,
+)
 
 GAP = 4  # least distance between shapes, and from the edge, in pixels
 VAL_SHARE = 1 / 8
@@ -37,6 +50,7 @@ OTHERWISE = {  # what some people say instead
     "red": ("the red", "crimson"), "green": ("the green", "lime"), "blue": ("the blue", "navy"),
     "yellow": ("the yellow", "gold"), "purple": ("the purple", "violet"), "orange": ("the orange", "amber"),
     "small": ("the small", "little"), "large": ("the large", "big"),
+    "plain": ("one color", "no pattern"), "striped": ("stripes", "stripy"), "dotted": ("dots", "spotted"),
 } | {str(number): (word, f"about {word}") for number, word in enumerate(NUMBERS)}  # fmt: skip
 # How VQA v2 names a question's type, as far as it occurs here; the longest that fits.
 QUESTION_TYPES = ("what color is the", "is there a", "is there", "is the", "are the", "how many", "what is", "what")
@@ -80,7 +94,7 @@ def random_scene(seed: int, number: int, fold: str) -> Scene:
             turn = float(rng.uniform(-0.25, 0.25))
             shapes.append(Shape(name, pick(rng, kinds), pick(rng, colours), size, x, y, radius, turn))
     boxes = [*([float(side) for side in shape.box] for shape in shapes), *background(rng, width, height, shapes)]
-    return Scene(str(number), fold, width, height, tuple(shapes), mixed(rng, boxes))
+    return Scene(str(number), fold, width, height, tuple(shapes), mixed(rng, boxes), pick(rng, GROUNDS))
 
 
 def background(rng: np.random.Generator, width: int, height: int, shapes: Sequence[Shape]) -> list[list[float]]:
@@ -104,8 +118,8 @@ def paint(scene: Scene, seed: int) -> NDArray[np.uint8]:
     down, across = np.mgrid[: scene.height, : scene.width].astype(np.float32)
     angle, period = rng.uniform(0, math.pi), rng.uniform(8, 20)
     u, v = (2 * math.pi / period * (math.cos(a) * across + math.sin(a) * down) for a in (angle, angle + math.pi / 2))
-    texture = pick(rng, (0 * u, 6 * np.sign(np.sin(u)), 8 * (np.cos(u) + np.cos(v) > 0.9)))
-    ground = rng.uniform(150, 220) + rng.uniform(-8, 8, size=3) + texture[..., None]
+    textures = {"plain": 0 * u, "striped": 12 * np.sign(np.sin(u)), "dotted": 16 * (np.cos(u) + np.cos(v) > 0.9)}
+    ground = rng.uniform(150, 220) + rng.uniform(-8, 8, size=3) + textures[scene.ground][..., None]
     canvas = Image.fromarray(ground.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1))
     pen = ImageDraw.Draw(canvas)
     for shape in scene.shapes:

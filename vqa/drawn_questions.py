@@ -23,6 +23,7 @@ COLOURS = {  # name -> sRGB
     "red": (215, 35, 35), "green": (40, 160, 60), "blue": (40, 70, 215), "yellow": (240, 215, 40),
     "purple": (140, 45, 170), "orange": (245, 135, 25),
 }  # fmt: skip
+GROUNDS = ("plain", "striped", "dotted")
 RADII = {"small": 9.0, "large": 18.0}  # of the circle around a shape, in pixels, give or take a tenth
 OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 OPPOSITE |= {other: name for name, other in OPPOSITE.items()}
@@ -32,7 +33,7 @@ SAME_TEXT = 3  # weight of balance among questions of the same words, beside tha
 
 GROUPS = {  # what the answer to a question is one of
     "yes/no": ("yes", "no"), "color": tuple(COLOURS), "shape": KINDS, "thing": KINDS, "size": tuple(RADII),
-    "number": tuple(map(str, range(MOST_COUNTED + 1))),
+    "number": tuple(map(str, range(MOST_COUNTED + 1))), "pattern": GROUNDS,
 }  # fmt: skip
 # Variant of question -> GQA's structural, semantic and detailed type; the group of its answers.
 TYPES = {
@@ -43,6 +44,9 @@ TYPES = {
     "verify color": ("verify", "attr", "verifyAttr", "yes/no"), "verify rel": ("verify", "rel", "relVerify", "yes/no"),
     "verify size": ("verify", "attr", "verifyAttr", "yes/no"),
     "choose color": ("choose", "attr", "chooseAttr", "color"), "choose size": ("choose", "attr", "chooseAttr", "size"),
+    "query ground": ("query", "global", "ground", "pattern"),
+    "verify ground": ("verify", "global", "groundVerify", "yes/no"),
+    "choose ground": ("choose", "global", "groundChoose", "pattern"),
     "same color": ("compare", "attr", "twoSame", "yes/no"), "same shape": ("compare", "attr", "twoSame", "yes/no"),
 }  # fmt: skip
 WORDS = {"colour": "color", "kind": "shape", "size": "size"}  # attribute -> as questions call it
@@ -137,6 +141,7 @@ class Scene:
     height: int
     shapes: tuple[Shape, ...]
     boxes: list[list[float]]  # as `DrawnImage` has them
+    ground: str  # of GROUNDS; no scene graph tells of it
 
     def that(self, look: Look) -> list[Shape]:
         """The shapes that look so."""
@@ -295,6 +300,21 @@ def ask_count(scene: Scene, look: Look) -> Question:
     return Question("count", text, str(number), said, steps, (), [partial(ask_exist, scene, look)])
 
 
+def ask_ground(scene: Scene, options: tuple[str, ...]) -> Question:
+    """What pattern the ground has: one of all, of two, or whether it is this one."""
+    own, steps = scene.ground, [Step("select", "scene", [])]
+    said = f"The ground is {own}."
+    if len(options) == len(GROUNDS):
+        return Question("query ground", "What is the ground like?", own, said, then(steps, "query", "ground"))
+    if len(options) == 2:
+        text, steps = f"Is the ground {options[0]} or {options[1]}?", then(steps, "choose ground", "|".join(options))
+        implied = [partial(ask_ground, scene, (option,)) for option in options]
+        return Question("choose ground", text, own, said, steps, (), implied, options)
+    answer, steps = yes_no(own == options[0]), then(steps, "verify ground", options[0])
+    said = f"{answer.title()}, the ground is {own}."
+    return Question("verify ground", f"Is the ground {options[0]}?", answer, said, steps)
+
+
 def candidates(scene: Scene, rng: np.random.Generator) -> Iterator[list[Question]]:
     """For each template, what may be asked of a scene, with every answer that there is."""
     shapes, by_kind, by_colour = scene.shapes, scene.named_by("kind", "size"), scene.named_by("colour", "size")
@@ -336,6 +356,9 @@ def candidates(scene: Scene, rng: np.random.Generator) -> Iterator[list[Question
         *(ask_both(scene, "and", two) for two in (*combinations(present, 2), *either)),
         *(ask_both(scene, "or", two) for two in (*combinations(absent[:4], 2), *either)),
     ]
+    other = pick(rng, [ground for ground in GROUNDS if ground != scene.ground])
+    wanted = [GROUNDS, *permutations((scene.ground, other)), (scene.ground,), (other,)]
+    yield [ask_ground(scene, options) for options in wanted]
     yield [ask_count(scene, look) for look in plain if len(scene.that(look)) <= MOST_COUNTED]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_vqa import ONE_GRAPH, tiny_flags
 
-from answering.configs import VQAConfig
+from answering.configs import VQAConfig, parse_args
+from answering.experiment import build_experiment
 from answering.outcome import by_kind, confusion, interval
 from answering.remarks import ADVISED, advise, bytes_per_question, diagnose, recommended
 from answering.task import ban_factor, losses_of, probabilities
-from branches.fine import FineBranch
+from training import devices
 from vqa.questions import Questions
 
 CONFIG = VQAConfig(data_root="D", features="F")
@@ -134,29 +136,25 @@ def test_curves_and_floors_are_told(history, best, measured, found):
     assert all(one["evidence"] and one["proposal"] for one in said)
 
 
-@pytest.mark.parametrize("changes", [{}, {"AOA_layers": 1, "gamma": 4}, {"memory_efficient_attention": True}])
-def test_the_memory_of_a_question_is_what_autograd_keeps(changes):
-    config = VQAConfig(data_root="D", features="F", num_hid=128, max_boxes=30, **changes)
-    model = FineBranch(
-        num_words=9,
-        num_answers=20,
-        feature_width=256,
-        width=config.num_hid,
-        layers=config.AOA_layers,
-        glimpses=config.gamma,
-    ).train()
-    model.recomputes = config.memory_efficient_attention
-    own, kept, size = {value.untyped_storage().data_ptr() for value in model.parameters()}, {}, 4
+def memory(*flags: str) -> float:
+    """What training keeps of a question, of a run on the drawn set."""
+    torch.manual_seed(0)
+    experiment = build_experiment(parse_args(tiny_flags(*flags)), devices.start_runtime("cpu", "off"))
+    before = torch.random.get_rng_state()
+    found = bytes_per_question(experiment)
+    assert torch.equal(torch.random.get_rng_state(), before) and experiment.model.training
+    return found
 
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return value
 
-    words = torch.ones(size, config.question_len, dtype=torch.int32)
-    features, boxes = torch.randn(size, config.max_boxes, 256), torch.rand(size, config.max_boxes, 4)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        logits = model(words, words[:, :7], features, boxes, words[:, :1] * 0)
-    assert logits.requires_grad
-    assert bytes_per_question(config, 256) == pytest.approx(sum(kept.values()) / size, rel=0.15)
+def test_the_memory_of_a_question_is_what_autograd_keeps():
+    both, fine, graph = (
+        memory("--branches", name, "--sg_source", "gt", "--num_hid", "64", *ONE_GRAPH)
+        for name in ("fine,graph", "fine", "graph")
+    )
+    assert both == pytest.approx(fine + graph, rel=0.1) and min(fine, graph) > 0.05 * both
+    layers = [memory("--num_hid", "64", "--AOA_layers", number) for number in ("1", "2", "3")]
+    assert layers[2] - layers[1] == pytest.approx(layers[1] - layers[0], rel=0.05)
+    regions, words = 8, 6  # or so; 17 vectors of each in each layer
+    assert layers[1] - layers[0] == pytest.approx(17 * 4 * 64 * (regions + words), rel=0.4)
+    recomputed = memory("--num_hid", "64", "--AOA_layers", "3", "--memory_efficient_attention")
+    assert layers[2] - recomputed > 2 * (layers[1] - layers[0])

@@ -60,7 +60,7 @@ def made(tmp_path_factory, runtime) -> dict[str, Made]:
         for form in FORMS:
             folder, path = demo_set.find_demo_set(cache, form, runtime)
             found[form] = Made(folder, open_features(path, lambda archive: archive), *computed.pop())
-    assert sorted(path.name for path in cache.iterdir()) == ["drawn-gqa-2", "drawn-vqa-2"]
+    assert sorted(path.name for path in cache.iterdir()) == ["drawn-gqa-3", "drawn-vqa-3"]
     return found
 
 
@@ -199,10 +199,10 @@ def test_a_set_that_is_there_is_not_made_again(few, runtime, tmp_path, monkeypat
 
 
 def test_what_a_killed_process_left_is_swept_away(few, runtime, tmp_path):
-    left = tmp_path / ".drawn-gqa-2.7123.tmp" / "drawn-gqa-2"
+    left = tmp_path / ".drawn-gqa-3.7123.tmp" / "drawn-gqa-3"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"x")
-    other = tmp_path / ".drawn-vqa-2.7123.tmp"
+    other = tmp_path / ".drawn-vqa-3.7123.tmp"
     other.mkdir()
     folder, _ = demo_set.find_demo_set(tmp_path, "GQA", runtime)
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, other.name}
@@ -246,8 +246,8 @@ def test_where_folders_have_no_locks_the_quicker_of_two_is_kept(drawn, runtime, 
         yield False
 
     def be_quicker() -> None:
-        (tmp_path / "drawn-gqa-2").mkdir()
-        (tmp_path / "drawn-gqa-2" / "of another process").write_bytes(b"")
+        (tmp_path / "drawn-gqa-3").mkdir()
+        (tmp_path / "drawn-gqa-3" / "of another process").write_bytes(b"")
 
     monkeypatch.setattr(demo_set, "locked", unlocked)
     meanwhile(monkeypatch, be_quicker)
