@@ -20,7 +20,6 @@ from branches.coarse import ClipBranch, XvlmBranch
 from branches.fusion import AnswerModel
 from branches.xvlm import Tokenizer
 from regions.features import RegionFiles
-from regions.whole_images import ClipEmbeddings
 from storage.atomic import atomic_write
 from storage.json_files import schema_mismatch
 from training import checkpoints, devices
@@ -243,11 +242,8 @@ def choosing(answerer: Answerer, coarse: images.Coarse | None, answers: Sequence
     if len(set(answers)) < max(2, len(answers)) or "" in answers:
         raise ValueError("--answers A|B: name at least two, each once")
     branch = answerer.model.branches["coarse"]
-    if isinstance(branch, ClipBranch):
-        assert isinstance(coarse.images, ClipEmbeddings)
-        branch.choose_among(coarse.images.embed(answers))
-    elif isinstance(branch, XvlmBranch):
-        branch.choose_among(coarse.tokens(answers))
+    assert isinstance(branch, ClipBranch | XvlmBranch)
+    coarse.let_choose(branch, answers)
     model = AnswerModel({"coarse": branch}, answerer.model.inputs, len(answers), answerer.config.loss)
     lexicon = replace(answerer.lexicon, answers=AnswerList(tuple(answers)))
     return replace(answerer, model=model.to(answerer.runtime.device).eval(), lexicon=lexicon)

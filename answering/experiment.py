@@ -198,11 +198,10 @@ def start_coarse(config: VQAConfig, model: AnswerModel, coarse: images.Coarse, a
     """Let the coarse branch start from what has been learnt before. Raises ValueError."""
     branch = model.branches["coarse"]
     if isinstance(branch, ClipBranch):
-        assert isinstance(coarse.images, ClipEmbeddings)
-        branch.start_from(coarse.images.embed(answers))
+        branch.start_from(coarse.embedded(answers))
     elif isinstance(branch, XvlmBranch):
         branch.xvlm.recomputes = config.memory_efficient_attention
-        branch.choose_among(coarse.tokens(answers))
+        coarse.let_choose(branch, answers)
         branch.start_from(Path(str(config.checkpoint)))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from answering.configs import CLIP, VQAConfig
 from backbones.download import download
 from backbones.loading import load_backbone
-from branches.coarse import XvlmBranch
+from branches.coarse import ClipBranch, XvlmBranch
 from branches.xvlm import Tokenizer, XvlmConfig, read_config
 from inputs import frozen_cache
 from regions.clip_regions import PatchRegions
@@ -99,7 +99,7 @@ class Coarse:
     def inputs(self, texts: Sequence[str], table: QuestionTable, answers: Sequence[str]) -> CoarseInputs:
         """What is read of the questions of a table, which are these texts. Raises ValueError if there is no room."""
         if isinstance(self.images, ClipEmbeddings):
-            return EmbeddedQuestions(self.images, self.images.embed(texts))
+            return EmbeddedQuestions(self.images, *self.images.embed(texts))
         assert self.xvlm is not None and self.tokenizer is not None
         questions_QL, answers_AT = self.tokenizer.questions(texts, self.xvlm.max_tokens), self.tokens(answers)
         asked = WordedQuestions(self.images, questions_QL.numpy(), answers_AT.numpy(), table.targets_QA)
@@ -120,6 +120,19 @@ class Coarse:
         """(A, T) tokens of answers, as X-VLM reads them."""
         assert self.tokenizer is not None
         return self.tokenizer.answers(answers)
+
+    def let_choose(self, branch: ClipBranch | XvlmBranch, answers: Sequence[str]) -> None:
+        """Let the branch answer by one of these, whether it has learned them or not."""
+        if isinstance(branch, XvlmBranch):
+            branch.choose_among(self.tokens(answers))
+            return
+        branch.choose_among(self.embedded(answers))
+
+    def embedded(self, answers: Sequence[str]) -> Tensor:
+        """(A, E) embeddings of answers by the CLIP."""
+        assert isinstance(self.images, ClipEmbeddings)
+        found_UE, place_A = self.images.embed(answers)
+        return found_UE[place_A]
 
 
 def open_coarse(config: VQAConfig, runtime: Runtime, paths: Mapping[str, Path] | None = None) -> Coarse | None:

@@ -1,7 +1,8 @@
 """Images as a whole, with the questions about them: what the coarse branch is given to read.
 
-Shapes: Q questions of a fold, B of a batch, I images, E width of a CLIP's embeddings, S pixels of a side; L tokens of a
-question, A answers of T tokens, K right answers of the questions of a batch, k answers that were tried.
+Shapes: Q questions of a fold, U different ones, B of a batch, I images, E width of a CLIP's embeddings, S pixels of a
+side; L tokens of a question, A answers of T tokens, K right answers of the questions of a batch, k answers that were
+tried.
 """
 
 from __future__ import annotations
@@ -68,14 +69,18 @@ class ClipEmbeddings(ClipImages):
         """(I, E) of images that `fill` was asked for."""
         return self.kept.stack([self.digests[image] for image in images])
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """(n, E) of texts, each distinct one embedded once and kept. Raises ValueError if there is no room."""
+    def embed(self, texts: Sequence[str]) -> tuple[Tensor, NDArray[np.int64]]:
+        """(U, E) of the distinct ones of some texts, embedded once and kept, and which of these each text is (n,).
+
+        Raises:
+            ValueError: there is no room.
+        """
         device = self.runtime.device
         table = TextTable(texts, self.tokenizer, device, trim=towers.trims_exactly(self.text))
         if said := frozen_cache.cache_texts(self.caching, self.text.to(device).eval(), table):
             raise ValueError(f"{FLAG}: embeddings of {len(texts):,} texts: {said}")
         assert table.activations is not None
-        return F.normalize(table.activations.float(), dim=-1).cpu()[torch.from_numpy(table.text_of_row)]
+        return F.normalize(table.activations.float(), dim=-1).cpu(), table.text_of_row
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,15 @@ class EmbeddedQuestions:
     """Questions and images as embeddings; see `CoarseInputs`."""
 
     images: ClipEmbeddings
-    questions_QE: Tensor
+    texts_UE: Tensor
+    text_of_Q: NDArray[np.int64]
 
     def read(self, rows: Rows, images: Sequence[str]) -> dict[str, Any]:
         """See `CoarseInputs`."""
-        return {"image_IE": self.images.read(images).numpy(), "question_BE": self.questions_QE[rows].numpy()}
+        return {
+            "image_IE": self.images.read(images).numpy(),
+            "question_BE": self.texts_UE[self.text_of_Q[rows]].numpy(),
+        }
 
 
 class Pixels:
