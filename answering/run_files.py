@@ -86,13 +86,15 @@ def open_folder(experiment: Experiment, folder: Path, *, resume: bool) -> run_fo
 
 
 def fingerprint(experiment: Experiment) -> str:
-    """Of all questions, answers and folds, and of the regions of some of their images."""
-    digest, known = hashlib.sha256(), experiment.regions
+    """Of all questions, answers and folds, of the regions of some of their images, and of those seen as a whole."""
+    digest, known, coarse = hashlib.sha256(), experiment.regions, experiment.coarse
     for name, fold in experiment.folds.items():
         asked = fold.questions
         digest.update(json.dumps([name, asked.ids, asked.images, asked.texts, asked.answers]).encode())
+        names = sorted(set(asked.images))
+        if coarse is not None:
+            digest.update(json.dumps([coarse.images.digests[name] for name in names]).encode())
         if known is not None:
-            names = sorted(set(asked.images))
             for name in names[:: 1 + len(names) // MOST_CHECKED]:
                 found = known.read(name)
                 digest.update(found.features.tobytes() + found.boxes.tobytes())

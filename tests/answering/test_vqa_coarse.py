@@ -136,6 +136,16 @@ def test_a_run_is_gone_on_with_exactly(kind, tmp_path):
     assert differences(tmp_path / "whole", tmp_path / "part") == []
 
 
+def test_changed_images_are_refused(tmp_path, capsys):
+    shutil.copytree(drawn_set("GQA"), tmp_path / "set")
+    flags = [*tiny_flags(*KINDS["clip"])[1:], "--data_root", str(tmp_path / "set")]
+    run_until(flags, tmp_path / "run", 9)
+    capsys.readouterr()
+    pictures = tmp_path / "set/images"
+    shutil.copy(pictures / "2.jpg", pictures / "1.jpg")
+    assert "the data has changed" in error_of("--resume", str(tmp_path / "run"), capsys=capsys)
+
+
 @pytest.mark.parametrize("kind", ["clip", "all"])
 def test_answers_that_were_never_learned_are_chosen_among(kind, runs, capsys):
     picture = str(drawn_set("GQA") / "images" / "1.jpg")
