@@ -16,8 +16,8 @@ import pandas as pd
 
 from cli.errors import one_line_errors
 from cli.parser import OneLineParser
-from evaluation.comparison import compare_protocols, compare_runs, table_lines
-from evaluation.summaries import PROTOCOL_FILE
+from multirun.comparison import compare_protocols, compare_runs, table_lines
+from multirun.summaries import PROTOCOL_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli.errors import one_line_errors
-from evaluation.protocol import summary_lines
-from evaluation.summaries import read_summary
+from multirun.summaries import read_summary
+from multirun.summary_text import summary_lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:

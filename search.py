@@ -45,9 +45,9 @@ import data
 from cli.errors import one_line_errors
 from cli.memo import Memo
 from configs import TrainingConfig
-from evaluation import protocol, summaries
 from finetune import experiment, initial_model, outcome
 from guidance.presets import FREEZING
+from multirun import protocol, summaries
 from storage.json_files import read_json
 from training import checkpoints, devices, loop, micro_batches, run_folder
 from training.signals import end_quietly
@@ -179,7 +179,7 @@ def repeat_best(search: Search, config: TrainingConfig) -> None:
             "note      folds are drawn: seeds after the first test on images that helped to choose the settings; "
             "fixed folds (--split_file) avoid that"
         )
-    protocol.run_all(config, baseline.run, folder, runtime)
+    protocol.run_all(protocol.SCORER, config, baseline.run, folder, runtime)
     outcome.write_report(config, folder, runtime)
 
 
@@ -194,7 +194,7 @@ def place_of_best(folder: Path, config: TrainingConfig, number: int) -> tuple[Pa
         {results.parent.parent for results in folder.glob(f"{BEST_RUNS}*/*/{run_folder.RESULTS_FILE}")}
     ):
         saved = read_json(place / summaries.PROTOCOL_FILE)
-        if protocol.result_options(replace(config, repeats=saved.get("repeats", 1))) == saved:
+        if protocol.SCORER.result_options(replace(config, repeats=saved.get("repeats", 1))) == saved:
             own = place
         else:
             before.append(place.name)

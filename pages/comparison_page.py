@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from configs import NOT_SAVED
-from evaluation import comparison, summaries
+from multirun import comparison, summaries
 from pages import figures
 from pages.elements import NOTHING, Picture, Pictures, Table, interval_text, number, truncate, value_text, write_page
 from pages.repeated_page import spread

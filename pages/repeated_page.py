@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation import summaries
+from multirun import summaries
 from pages import figures
 from pages.elements import NOTHING, Pictures, Table, interval_text, number, seconds_text
 from pages.run_data import REPORT_FILE, check_results, read_json

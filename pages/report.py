@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evaluation import summaries
+from multirun import summaries
 from pages import figures
 from pages.answers_page import PROGRAM, answers_content, read_answers_run
 from pages.elements import FIGURES_DIR, Pictures, write_page, write_pictures

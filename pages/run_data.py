@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evaluation import comparison, summaries
+from multirun import comparison, summaries
 from pages.elements import truncate
 from sources.scores import columns_of, tasks_of
 from storage import json_files, tables

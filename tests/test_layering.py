@@ -17,7 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # import each other, but not in a circle.
 ORDER = (
     *("storage", "cli", "training", "losses", "configs", "sources", "backbones", "models", "inputs", "evaluation"),
-    *("guidance", "data", "pages", "vqa", "regions", "branches", "answering", "finetune", "serving", "tuning"),
+    *(
+        "guidance",
+        "data",
+        "multirun",
+        "pages",
+        "vqa",
+        "regions",
+        "branches",
+        "answering",
+        "finetune",
+        "serving",
+        "tuning",
+    ),
     *("baseline", "main", "app", "compare", "predict", "protocol", "report", "search"),
 )
 PROGRAMS = ("app", "baseline", "compare", "main", "predict", "protocol", "report", "search")
@@ -35,6 +47,7 @@ ONLY = {
         "configs",
         "sources.scores",
         "evaluation",
+        "multirun",
     },  # run folders are read through their files alone
     "evaluation.metrics": set(),
     "evaluation.ridge": set(),
@@ -53,9 +66,9 @@ FREE_OF_TORCH = (
     *("storage.atomic", "storage.locks", "storage.messages", "storage.plain_files", "storage.json_files"),
     *("storage.tables", "storage.chunks", "storage.image_files"),
     *("training.signals", "guidance.presets", "guidance.advice", "guidance.diagnosis", "guidance.arguments"),
-    *("serving.commands", "tuning.space", "evaluation.metrics", "evaluation.probes", "evaluation.comparison"),
+    *("serving.commands", "tuning.space", "evaluation.metrics", "evaluation.probes", "multirun.comparison"),
     *(
-        "evaluation.summaries",
+        "multirun.summaries",
         "sources.demo",
         "sources.labels",
         "sources.scores",

@@ -30,9 +30,9 @@ import baseline
 import configs
 import predict
 from backbones import build, loading, names, weights
-from evaluation import comparison, protocol, summaries
 from finetune import initial_model
 from guidance import arguments
+from multirun import comparison, protocol, summaries
 from pages import run_data
 from serving import answers, scorer
 from sources.examples import prompt_keys
@@ -306,7 +306,7 @@ HOSTILE_JSON = {
 
 def finished(folder: Path) -> Any:
     config = arguments.parse_args(["--demo"])
-    return protocol.finished_runs(folder.parent, {folder.name: config})
+    return protocol.finished_runs(protocol.SCORER, folder.parent, {folder.name: config})
 
 
 def part_of(folder: Path) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cli.memo import Memo
-from evaluation import protocol
+from multirun import protocol
 from storage import json_files
 from storage.locks import locked
 from training import checkpoints, run_folder
@@ -141,7 +141,7 @@ def without_password(url: str) -> str:
 def check_same_search(study: optuna.Study, request: Request, space: Space) -> None:
     """Write down what is searched, or raise ValueError if the study was begun with something else."""
     asked = {
-        "options": protocol.result_options(request.config),
+        "options": protocol.SCORER.result_options(request.config),
         "space": {name: dimension.to_json() for name, dimension in space.items()},
     }
     has_trials = bool(study.trials)  # looked at first, for what is searched is written before them

@@ -33,9 +33,9 @@ import search
 from backbones import loading
 from cli.memo import Memo
 from configs import TrainingConfig
-from evaluation import protocol
 from finetune import experiment, outcome, task
 from guidance.arguments import parse_args
+from multirun import protocol
 from search import SearchFailed, main, run_workers
 from training import devices, loop
 from tuning import space, study
@@ -516,12 +516,12 @@ class Repeats:
         monkeypatch.setattr(protocol, "run_all", self.run_all)
         monkeypatch.setattr(outcome, "write_report", lambda config, folder, runtime: self.pages.append(folder.name))
 
-    def run_all(self, config: TrainingConfig, run: Any, folder: Path, runtime: Any) -> dict[str, Any]:
+    def run_all(self, program: Any, config: TrainingConfig, run: Any, folder: Path, runtime: Any) -> dict[str, Any]:
         assert not config.overwrite
-        protocol.refuse_occupied(folder, config)
+        protocol.refuse_occupied(program, folder, config)
         self.asked.append((folder.name, config))
         (folder / "seed42").mkdir(parents=True, exist_ok=True)
-        (folder / "protocol.json").write_text(json.dumps(protocol.result_options(config)))
+        (folder / "protocol.json").write_text(json.dumps(protocol.SCORER.result_options(config)))
         (folder / "seed42" / "results.json").write_text(json.dumps({"lr": config.lr}))
         return {}
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation import metrics
-from evaluation.summaries import read_summary
+from multirun.summaries import read_summary
 from sources.scores import stem_of, tasks_of, title_of_stem
 from storage import tables
 
