@@ -159,6 +159,13 @@ class VQAConfig(Config):
         0, "training", "stop after so many epochs without a gain; 0 = never", within="[0, 100000]"
     )
     seed: int = option(1204, "training", "of folds, weights and order", within="[0, 4294967295]")
+    repeats: int = option(
+        1,
+        "training",
+        "run so often, with seeds --seed, --seed + 1, ..., each with a validation fold of its own and, where that is "
+        "drawn, a test fold",
+        within="[1, 1000]",
+    )
 
     # fine
     gamma: int = option(2, "fine", "glimpses of the bilinear attention", within="[1, 64]", recommended="1-4")
@@ -244,6 +251,7 @@ class VQAConfig(Config):
     resume: str | None = option(None, "meta", "go on with a run that was interrupted", metavar="RUN")
     demo: bool = option(False, "meta", "draw a small set in the form of --dataset; needs neither data nor network")
     dry_run: bool = option(False, "meta", "build everything, print the plan, train nothing")
+    test: bool = option(True, "meta", "leave the test fold unread: while settings are still being compared")
     advice: str = option(
         "print", "meta", "compare settings with what usually works; strict: refuse on any remark",
         choices=("print", "strict", "off"),
@@ -257,6 +265,11 @@ class VQAConfig(Config):
     keep_states: int = option(2, "meta", "so many of these are kept", within="[1, 1000]")
     cache_dir: str = option(".cache", "meta", "folder for what is computed once", metavar="DIR")
     device: str = option("auto", "meta", "where to compute", choices=("auto", "cpu", "cuda"))
+
+    @property
+    def measured_fold(self) -> str:
+        """The fold that a trained model is measured on."""
+        return "test" if self.test else "val"
 
     @property
     def branch_names(self) -> list[str]:
@@ -325,6 +338,8 @@ def check_training(config: VQAConfig) -> None:
         raise ValueError("--features PATH or --features clip: say what is known of images, or take --question_only")
     if config.val_size + config.test_size >= 1:
         raise ValueError(f"--val_size {config.val_size} --test_size {config.test_size}: must leave a training fold")
+    if config.repeats > 1 and not config.test:
+        raise ValueError("--no_test: --repeats is for measuring on test folds; drop one of the two")
     for flag, path in (("--checkpoint", config.checkpoint), ("--config", config.config)):
         if path and not Path(path).exists():
             raise ValueError(f"{flag} {path}: there is no such file (X-VLM's, for the coarse branch)")
@@ -347,6 +362,8 @@ def check_answering(config: VQAConfig) -> None:
     for name in ("resume", "demo", "dry_run"):
         if getattr(config, name):
             raise ValueError(f"--{name}: belongs to training; drop it, or --mode {config.mode}")
+    if config.repeats > 1:
+        raise ValueError(f"--repeats {config.repeats}: belongs to training; drop it, or --mode {config.mode}")
 
 
 OPTIONS = options_of(VQAConfig)
@@ -382,10 +399,11 @@ def parse_args(argv: Sequence[str] | None = None) -> VQAConfig:
 
 
 def resumed_config(flags: Mapping[str, Any]) -> VQAConfig:
-    """The options of the run that is to be gone on with; flags may change those in FREE. Raises ValueError."""
+    """The options of the run or runs to be gone on with; flags may change those in FREE. Raises ValueError."""
     folder = Path(flags["resume"])
-    if not (folder / "config.json").is_file():
+    files = [folder / name for name in ("config.json", "protocol.json") if (folder / name).is_file()]
+    if not files:
         raise ValueError(f"--resume {folder}: there is no run in it")
-    saved = load_options(folder / "config.json", OPTIONS, not_saved=NOT_SAVED, flag="--resume")
+    saved = load_options(files[0], OPTIONS, not_saved=NOT_SAVED, flag="--resume")
     refuse_another_run(folder, flags, saved, OPTIONS, free=FREE, instead="start a new one")
     return VQAConfig(**{**saved, **flags, "output": str(folder)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,15 @@ class Folds:
 
     questions: Mapping[str, Questions]  # "train", "val", which chooses the epoch, and "test"
     notes: list[str]
+
+
+def digest_of(folds: Iterable[Questions]) -> str:
+    """Of all questions with their images and answers, however they are split into folds, and in whatever order."""
+    rows = (row for part in folds for row in zip(part.ids, part.images, part.texts, part.answers, strict=True))
+    digest = hashlib.sha256()
+    for row in sorted(rows):
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def read_questions(config: VQAConfig, fold: str) -> Questions:

@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from answering import images, remarks
-from answering.configs import NOT_SAVED, OPTIONS
+from answering.configs import NOT_SAVED, OPTIONS, VQAConfig
 from answering.experiment import Experiment, build_fold, number
 from answering.feed import QuestionFeed
+from answering.folds import digest_of
 from answering.task import Answers, answer, answers_of, probabilities
 from branches.fine import FineBranch
 from branches.fusion import AnswerModel
@@ -318,6 +319,8 @@ def conclude(
         "epochs": len(progress.history),
         "val": {"accuracy": max(progress.selection), "loss": row.get("val_loss")},
         **measured,
+        "data_fingerprint": digest_of(fold.questions for fold in experiment.folds.values()),
+        "test_digest": digest_of([experiment.folds["test"].questions]),
         "defaults": {name: spec.default for name, spec in OPTIONS.items() if name not in NOT_SAVED},
         "notes": images.graph_notes(experiment.config),
         "advice": list(said),
@@ -338,16 +341,17 @@ def finished_results(folder: Path, runtime: devices.Runtime) -> dict[str, Any]:
     return read_json(folder / run_folder.RESULTS_FILE)
 
 
-def write_report(experiment: Experiment, folder: Path) -> None:
-    """Write the page of a finished run, unless it is not wanted."""
-    if experiment.config.report and experiment.runtime.is_main:
+def write_report(config: VQAConfig, folder: Path, runtime: devices.Runtime) -> None:
+    """Write the page of a finished run, or of repeated ones, unless it is not wanted."""
+    if config.report and runtime.is_main:
         report.write_report(folder)
 
 
 def write_findings(experiment: Experiment, model: AnswerModel, answers: Answers, writer: run_folder.RunFolder) -> None:
     """Write predictions.csv, and examples.json for the page."""
-    table = predictions_table(experiment, "test", answers)
+    fold = experiment.config.measured_fold
+    table = predictions_table(experiment, fold, answers)
     writer.csv("predictions.csv", table)
-    shown = examples(experiment, model, "test", table)
+    shown = examples(experiment, model, fold, table)
     if writer.active:
         atomic_write(writer.path / "examples.json", lambda path: path.write_text(json.dumps(shown, indent=1) + "\n"))

@@ -32,20 +32,19 @@ class Program:
     options: Mapping[str, Option]
     folder: str  # the option that names a run's folder
     free: Collection[str]  # options that results do not depend on
-    drawn: Collection[str]  # options that --demo fills in by itself
+    without_drawn: Callable[[dict[str, Any]], dict[str, Any]]  # JSON values but for what --demo fills in by itself
     planned: Callable[[Any], dict[str, Any]]  # options -> those of each run, by the name of its folder
     results: Mapping[Any, Any]  # what is read of the results of a run, as `json_files.schema_mismatch` checks it
     findings: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # results -> what `summaries.summarise` takes of them
 
     def result_options(self, config: Config) -> dict[str, Any]:
         """The options that decide the results, as JSON values."""
-        values = config.to_json()
-        unread = {*self.free, *(self.drawn if values["demo"] else ())}
-        return {key: value for key, value in values.items() if key not in unread}
+        return {key: value for key, value in self.without_drawn(config.to_json()).items() if key not in self.free}
 
     def refuse_other_options(self, folder: Path, what: str, saved: Mapping[str, Any], config: Config) -> None:
         """Raise ValueError if saved options are not those of `config`."""
-        other = [self.options[key].flag for key, now in self.result_options(config).items() if saved.get(key) != now]
+        before, asked = self.without_drawn(dict(saved)), self.result_options(config)
+        other = [self.options[key].flag for key, now in asked.items() if before.get(key) != now]
         if other:
             raise ValueError(
                 f"--{self.folder} {folder}: {what} with other options ({', '.join(other[:5])}); choose another "
@@ -68,11 +67,17 @@ def planned_runs(config: TrainingConfig) -> dict[str, TrainingConfig]:
     return found
 
 
+def without_drawn(values: dict[str, Any]) -> dict[str, Any]:
+    """Options of baseline.py as JSON values, without the paths to the demo's data."""
+    drawn = ("data_csv_path", "image_base_dir") if values.get("demo") else ()
+    return {key: value for key, value in values.items() if key not in drawn}
+
+
 SCORER = Program(  # baseline.py
     options=OPTIONS,
     folder="output_dir",
     free=(*NOT_SAVED, *FREE),
-    drawn=("data_csv_path", "image_base_dir"),
+    without_drawn=without_drawn,
     planned=planned_runs,
     results={
         **dict.fromkeys(("data_fingerprint", "test_digest"), str),

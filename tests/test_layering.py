@@ -56,7 +56,7 @@ ONLY = {
     "branches": set(),
     "answering": {
         *("storage", "cli", "training", "backbones", "inputs", "evaluation.metrics", "evaluation.ridge"),
-        *("pages", "vqa", "regions", "branches"),
+        *("multirun", "pages", "vqa", "regions", "branches"),
     },
     "guidance.presets": {"cli", "configs"},
 }
