@@ -28,6 +28,7 @@ from answering.folds import digest_of
 from answering.task import Answers, answer, answers_of, probabilities
 from branches.fine import FineBranch
 from branches.fusion import AnswerModel
+from evaluation.metrics import mean_interval
 from pages import report
 from storage.atomic import atomic_write
 from storage.json_files import read_json
@@ -36,8 +37,6 @@ from vqa import floors, gqa_metrics
 from vqa.questions import Questions, gqa_questions, read_choices
 from vqa.targets import ceiling
 
-RESAMPLES = 1000  # of whole images
-PER_DRAW = 50  # of these at once
 FREQUENT = 10  # answers in the confusion
 NUM_EXAMPLES = 8  # worst, and best, questions
 MOST_ANSWERS = 5  # of an example
@@ -50,20 +49,6 @@ def load_best(experiment: Experiment, trained: AnswerModel, folder: Path) -> Ans
         trained.load_state_dict(checkpoints.load_weights(folder / checkpoints.BEST_DIR)[1])
     experiment.runtime.copy_weights(trained)
     return trained
-
-
-def interval(accuracy_Q: NDArray[np.float64], of_image: Sequence[str], seed: int = 0) -> list[float]:
-    """The 95 % interval of the mean accuracy of questions, by a bootstrap of whole images; of one image, nothing."""
-    _, place = np.unique(np.asarray(of_image), return_inverse=True)
-    counts_I = np.bincount(place)
-    if len(counts_I) < 2:
-        return []
-    sums_I = np.bincount(place, weights=accuracy_Q)
-    draw, means = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES // PER_DRAW):
-        drawn = draw.integers(len(counts_I), size=(PER_DRAW, len(counts_I)))
-        means.append(sums_I[drawn].sum(axis=1) / counts_I[drawn].sum(axis=1))
-    return [float(end) for end in np.quantile(np.concatenate(means), (0.025, 0.975))]
 
 
 def by_kind(
@@ -80,7 +65,7 @@ def by_kind(
             found[key][kind] = {
                 "accuracy": float(own.mean()),
                 "questions": count,
-                "interval": interval(own, names[are_of_it].tolist()),
+                "interval": mean_interval(own, names[are_of_it].tolist()),
                 "floors": {name: float(values[are_of_it].mean()) for name, values in floors_Q.items()},
             }
     return found
@@ -168,7 +153,7 @@ def measure(
     return {
         "fold": fold,
         "measures": measures | gqa_measures(experiment, model, own.questions, given),
-        "interval": interval(accuracy_Q, own.questions.images),
+        "interval": mean_interval(accuracy_Q, own.questions.images),
         "by_kind": by_kind(own.questions, accuracy_Q, floors_Q),
         "branches": branch_accuracies(experiment, own.questions, answers, accuracy_Q),
         "floors": {name: float(values.mean()) for name, values in floors_Q.items()},
@@ -191,9 +176,9 @@ def branch_accuracies(
         own_Q = questions.score(words_of(experiment, answers[name]))
         found[name.removeprefix("answer_")] = {
             "accuracy": float(own_Q.mean()),
-            "interval": interval(own_Q, questions.images),
+            "interval": mean_interval(own_Q, questions.images),
             "gain_of_fused": float((fused_Q - own_Q).mean()),
-            "gain_interval": interval(fused_Q - own_Q, questions.images),
+            "gain_interval": mean_interval(fused_Q - own_Q, questions.images),
         }
     return found
 

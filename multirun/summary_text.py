@@ -88,3 +88,8 @@ def answer_lines(summary: Mapping[str, Any]) -> list[str]:
 def interval_text(interval: list[float] | None, sign: str = "") -> str:
     """An interval in words; "" if there is none."""
     return f"{interval[0]:{sign}.3f} .. {interval[1]:{sign}.3f}" if interval else ""
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of a difference says."""
+    return "better" if low > 0 else "worse" if high < 0 else "not told apart"

@@ -32,7 +32,6 @@ from storage.json_files import NUMBER, parse_json, schema_mismatch
 from storage.messages import one_line
 from storage.plain_files import check_plain_file
 
-PROGRAM = "vqa"  # "program" in results.json
 MAX_GROUPINGS = 8  # of questions: by type of answer, by words, ...
 MAX_KINDS = 24  # drawn of each grouping; the table has all
 MAX_CONFUSED = 20  # answers in the confusions, beside "other"

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_runs import Page, undraw
-from small_vqa import drawn_cache, error_of, people, read, table, tiny_flags, tiny_run, write_table
+from made_runs import Page, undraw, write_run
+from small_vqa import drawn_cache, error_of, finished, people, read, table, tiny_flags, tiny_run, write_table
 from stopped_runs import StopsAt
 
+import compare
 import main
 import protocol
 import report
@@ -19,6 +20,8 @@ from answering.configs import parse_args
 from answering.folds import digest_of
 from answering.run_files import PROGRAM
 from evaluation import metrics
+from multirun import comparison
+from pages.comparison_page import compare_folders
 from training import signals
 from vqa.questions import Questions
 
@@ -202,3 +205,55 @@ def test_what_a_demo_fills_in_is_no_other_option_and_what_a_user_says_is():
     with pytest.raises(ValueError, match=r"--output f: .*\(--features\)"):
         PROGRAM.refuse_other_options(Path("f"), "", {**filled, "features": "clip"}, plain)
     assert "cache_dir" not in before and before["num_hid"] == 128
+
+
+def refusal_of(program: Any, *folders: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a program refuses folders with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        program.main([str(folder) for folder in folders])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+def test_repeated_runs_are_compared_seed_by_seed(repeated, tmp_path, capsys):
+    _, folder, summary = repeated
+    better = tmp_path / "better"
+    better.mkdir()
+    (better / "protocol.json").write_text((folder / "protocol.json").read_text())
+    shifted = json.loads(json.dumps(summary))
+    shifted["test"]["accuracy"] |= {"values": [value + 0.1 for value in summary["test"]["accuracy"]["values"]]}
+    (better / "summary.json").write_text(json.dumps(shifted))
+    found = comparison.compare_protocols([folder, better])
+    assert found["d_accuracy"][1] == pytest.approx(0.1)
+    assert found[["accuracy_low", "accuracy_high"]].iloc[1].tolist() == pytest.approx([0.1, 0.1])
+    assert found[found["by"] != ""]["d_accuracy"].dropna().eq(0).all() and len(found) > 4
+    shifted["tests"] = ["x", "y"]
+    (better / "summary.json").write_text(json.dumps(shifted))
+    assert "has other seeds, folds, images or scores" in refusal_of(compare, folder, better, capsys=capsys)
+    single = folder / SEEDS[0]
+    assert "cannot be compared with each other" in refusal_of(compare, folder, single, capsys=capsys)
+
+
+def test_runs_have_a_page_that_compares_them(tmp_path, monkeypatch):
+    undraw(monkeypatch)
+    first, other = finished("GQA"), tiny_run(tmp_path / "other", "--num_hid", "8", "--no_test")
+    third = tiny_run(tmp_path / "third", "--num_hid", "24")
+    compare_folders([first, other, third], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    rows = {row[0]: row for row in page.tables["runs"]}
+    names = {name.rpartition("/")[2]: row for name, row in rows.items()}
+    assert names["other"][2] == "–" and names["third"][2].startswith("0.")
+    assert page.tables["runs"][0][:3] == ["run", "val accuracy", "accuracy"]
+    assert "num_hid" in page.tables["options that differ"][0] and "output" not in page.tables["options that differ"][0]
+    differences = page.tables["paired differences"]
+    assert differences[0][2:] == ["kind", "questions", "accuracy", "by accuracy"]
+    assert differences[1][2:4] == ["all questions", "35"] and differences[2][2].startswith("answer: ")
+    assert "Accuracy is that of the test fold" in page.text and "Accuracy on the validation fold" in page.text
+
+
+def test_programs_are_not_mixed_on_a_page(tmp_path):
+    scorer = write_run(tmp_path / "scorer")
+    with pytest.raises(ValueError, match=r"is of main\.py, .* of baseline\.py"):
+        compare_folders([scorer, finished("GQA")], tmp_path / "page.html")
