@@ -364,7 +364,7 @@ def test_tables(cases, tmp_path):
             batch_scoring.image_paths(Namespace(**vars(flags), image_dir="", follow_links=False), piece)
             for piece in batch_scoring.csv_pieces(flags)
         ],
-        lambda: comparison.read_predictions(tmp_path),
+        lambda: comparison.scores_of(tmp_path, comparison.read_predictions(tmp_path)),
         lambda: run_data.read_csv(path, tmp_path, ["name"]),
         lambda: run_data.read_csv(path, tmp_path, ["name"], texts=True),
     ]
@@ -830,7 +830,7 @@ def test_run_folders(cases, tmp_path, finished_run, capsys):
         first / "predictions.csv": [
             shown,
             lambda: prompts_seen_by(first),
-            lambda: comparison.read_predictions(first),
+            lambda: comparison.scores_of(first, comparison.read_predictions(first)),
         ],
         first / "splits.csv": [shown, seen],
         first / "metrics.csv": [shown],

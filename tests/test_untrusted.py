@@ -87,6 +87,11 @@ def asked(monkeypatch) -> list[Any]:
     return calls
 
 
+def scores_in(folder: Path) -> pd.DataFrame:
+    """The test scores of a run, as a comparison reads them."""
+    return comparison.scores_of(folder, comparison.read_predictions(folder))
+
+
 def refusal(call: Callable[..., Any], *args: Any, **options: Any) -> str:
     """The one line with which a call is refused."""
     message = told(call, *args, **options)
@@ -357,7 +362,7 @@ def test_a_pipe_in_a_run_is_not_waited_for(run, tmp_path, name):
     readers = {"best/model.safetensors": scorer.Scorer.load, "splits.csv": seen_by}
     refusal(readers.get(name, run_data.read_run), folder)
     if name == "predictions.csv":
-        refusal(comparison.read_predictions, folder)
+        refusal(scores_in, folder)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -559,7 +564,7 @@ def test_names_and_prompts_that_begin_as_formulas_go_through_a_run(run, module_d
     found = run_data.read_run(run)
     assert set(found.files) == names == set(found.predictions["name"])
     assert {prompt[0] for prompt in found.predictions["prompt"]} == {"=", "+", "-", "@", "'", "p"}
-    assert set(comparison.read_predictions(run).index) < names
+    assert set(scores_in(run).index) < names
     seen = prompts_seen_by(run)
     assert seen and seen <= set(prompt_keys(found.predictions))
     baseline.main([*module_dataset, *TINY, "--split_file", str(run / "splits.csv"), "--dry_run"])
