@@ -5,13 +5,15 @@ No torch here: `python main.py --help` and every mistake in the flags answer at 
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cli.options import Config, option, options_of, split_list
-from cli.parser import OneLineParser, build_parser, load_options, parse_flags, refuse_another_run
+from cli.parser import OneLineParser, build_parser, flag_words, load_options, parse_flags, refuse_another_run
 
 DATASET_NAMES = ("GQA", "VQA", "csv")
 BRANCHES = ("fine", "coarse", "graph")
@@ -367,6 +369,19 @@ def check_answering(config: VQAConfig) -> None:
 
 
 OPTIONS = options_of(VQAConfig)
+
+
+def recommended(name: str) -> tuple[float, float]:
+    """The ends of an option's recommended range, as its help says it."""
+    low, high = re.split(r" to |(?<=\d)-(?=\d)", OPTIONS[name].metadata["recommended"])
+    return float(low), float(high)
+
+
+def command_line(config: VQAConfig) -> str:
+    """The shell command that runs main.py with these options, but for what belongs to one place (NOT_SAVED)."""
+    values = {name: value for name, value in vars(config).items() if name not in NOT_SAVED}
+    base = {**(DEMO_SETTINGS if config.demo else {}), "demo": False}
+    return shlex.join(["python", "main.py", *flag_words(values, OPTIONS, base)])
 
 
 def parser() -> OneLineParser:

@@ -21,6 +21,7 @@ class Folds:
 
     questions: Mapping[str, Questions]  # "train", "val", which chooses the epoch, and "test"
     notes: list[str]
+    draws_test: bool  # whether another seed has another test fold
 
 
 def digest_of(folds: Iterable[Questions]) -> str:
@@ -104,6 +105,7 @@ def read_folds(config: VQAConfig, known: Collection[str] | None) -> Folds:
     if known is not None and test is not None:
         test, said = with_regions(test, known, config.bad_images == "skip")
         notes += [said] * bool(said)
+    draws_test = test is None
     if test is None:
         test, train = draw_images(train, config.test_size, config.seed)
     else:
@@ -116,4 +118,4 @@ def read_folds(config: VQAConfig, known: Collection[str] | None) -> Folds:
             )
         train = train.of(rows)
     val, train = draw_images(train, config.val_size, config.seed + 1)
-    return Folds({"train": train, "val": val, "test": test}, notes)
+    return Folds({"train": train, "val": val, "test": test}, notes, draws_test)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from answering.configs import BRANCH_OPTIONS, DEMO_SETTINGS, OPTIONS, VQAConfig
+from answering.configs import BRANCH_OPTIONS, DEMO_SETTINGS, OPTIONS, VQAConfig, recommended
 from answering.experiment import Experiment
 from training import run_folder
 
@@ -147,12 +146,6 @@ def advise(config: VQAConfig, *, num_train: int, free_memory: float | None, byte
 def remark(flag: str, value: object, usual: str, why: str, change: str) -> dict[str, str]:
     """A remark on a setting, as `results.json` has it."""
     return {"flag": f"--{flag}", "value": str(value), "recommended": usual, "why": why, "change": change}
-
-
-def recommended(name: str) -> tuple[float, float]:
-    """The ends of an option's recommended range, as its help says it."""
-    low, high = re.split(r" to |(?<=\d)-(?=\d)", OPTIONS[name].metadata["recommended"])
-    return float(low), float(high)
 
 
 def diagnose(

@@ -25,7 +25,7 @@ from configs import OPTIONS, TrainingConfig
 from guidance import arguments, presets
 from serving import commands
 from sources import demo
-from tuning import space
+from tuning import arguments as tuning_arguments
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")])
 PROGRAMS = ("python", "torchrun", "make", "pip", "tensorboard", "source", "scripts/")
@@ -79,7 +79,7 @@ def check_words(script: str, words: list[str]) -> None:
     if script == "baseline.py":
         arguments.parse_args(words)
     elif script == "search.py":
-        space.parse_search_args(words)
+        tuning_arguments.parse_search_args(words)
     elif script == "predict.py":
         commands.parse_predict_args(words)
     elif script == "app.py":
@@ -247,7 +247,7 @@ def test_the_space_files_in_the_docs_can_be_read(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.json"
         path.write_text(text, encoding="utf-8")
         words = ["--space", str(path), "--output_dir", str(tmp_path / "out"), "--demo"]
-        found = space.parse_search_args(words).space
+        found = tuning_arguments.parse_search_args(words).space
         assert found is not None and found["lr"].log
 
 
@@ -267,7 +267,7 @@ def test_the_python_in_the_readme_runs(demo_set, tmp_path: Path, monkeypatch: py
 def test_every_flag_in_the_docs_exists() -> None:
     known = {"--with_flags", "--seeds"} | {"--model", "--num_images", "--cases", "--ours_only"}  # of tools/ and bench/
     parsers = (
-        *(arguments.build_parser(), space.build_search_parser()),
+        *(arguments.build_parser(), tuning_arguments.build_search_parser()),
         *(commands.build_predict_parser(), commands.build_app_parser(), vqa_configs.parser()),
     )
     for parser in parsers:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from answering.configs import VQAConfig
+from answering.configs import VQAConfig, recommended
 from answering.outcome import by_kind, confusion
-from answering.remarks import ADVISED, advise, bytes_per_question, diagnose, recommended
+from answering.remarks import ADVISED, advise, bytes_per_question, diagnose
 from answering.task import ban_factor, losses_of, probabilities
 from branches.fine import FineBranch
 from evaluation.metrics import mean_interval
