@@ -209,6 +209,9 @@ def test_a_command_in_the_docs_works(command: str, world: Path, monkeypatch: pyt
         own, flags = words[: words.index("--")], words[words.index("--") + 1 :]
         sides = [word for word in own if word.startswith("--with_flags")]
         module.main([sides[0], "--seeds", "1", "2", "--", *fitted(flags, world)])
+    elif script == "search.py" and "--program" in words:
+        monkeypatch.setattr("regions.demo_set.NUM_IMAGES", 32)
+        module.main([*words, "--cache_dir", str(world / "small"), "--epochs", "1", "--trials", "2", "--seeds", "0"])
     elif script == "search.py":
         small = shlex.join(fitted(words, world))
         small = small.replace(" --overwrite", "").replace(" --batch_size 16", "").split()  # which may be searched
