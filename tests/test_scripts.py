@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT
 
 from guidance.arguments import parse_args
+from regions import demo_set
+from training import devices
 
 
 @pytest.fixture
@@ -153,9 +155,15 @@ def test_a_script_of_questions_makes_the_runs_of_the_guide(name, flags, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vqa_ablation.sh", "vqa_isubgvqa.sh"])
-def test_a_script_of_questions_ends_with_one_table(name, tmp_path):
-    flags = "--demo --sg_source gt --num_hid 16 --general_hidden_dim 16 --epochs 1"
-    done = run_script(name, tmp_path, *flags.split(), OUT="runs/here")
+def test_a_script_of_questions_ends_with_one_table(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_set, "NUM_IMAGES", 32)
+    root, features = demo_set.find_demo_set(tmp_path / "drawn", "GQA", devices.start_runtime("cpu", "off"))
+    flags = (
+        "--sg_source gt --num_hid 16 --AOA_layers 1 --general_hidden_dim 16 --epochs 1 --batch_size 16 --update_freq 1"
+    )
+    done = run_script(
+        name, tmp_path, "--data_root", str(root), "--features", str(features), *flags.split(), OUT="runs/here"
+    )
     assert done.returncode == 0, done.stderr
     table = done.stdout[done.stdout.rindex("run folder:") :]
     assert all(run in table for run in VQA_SWEEPS[name][1]) and "val accuracy" in table
