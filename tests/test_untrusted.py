@@ -39,7 +39,7 @@ from sources.examples import prompt_keys
 from sources.seen import prompts_seen_by, seen_by
 from storage import chunks, tables, tensors
 from training import checkpoints
-from tuning import space
+from tuning import programs
 
 TINY = ["--clip_model", "tiny", "--clip_pretrained", "none", "--image_size", "56", "--freeze_clip", "--epochs", "1"]
 FORMULAS = ("=1+1", "+1", "-1", "@a", "'=1", "plain")
@@ -322,7 +322,7 @@ def part_of(folder: Path) -> None:
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "scorer.json": ("best/scorer.json", scorer.Scorer.load),
     "--config": ("config.json", lambda folder: arguments.load_options(folder / "config.json")),
-    "--space": ("space.json", lambda folder: space.read_space(folder / "space.json", frozenset())),
+    "--space": ("space.json", lambda folder: programs.SCORER.read_space(folder / "space.json", frozenset())),
     "report, config": ("config.json", run_data.read_run),
     "report, results": ("results.json", run_data.read_run),
     "summary": ("summary.json", summaries.read_summary),

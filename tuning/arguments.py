@@ -10,7 +10,7 @@ from typing import Any
 
 from cli.parser import OneLineParser
 from tuning.programs import EXPERIMENTS, PROGRAMS, Program
-from tuning.space import Space, read_space
+from tuning.space import Space
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def named_space(name: str, program: Program, config: Any, given: frozenset[str])
     """The space of --space: one that is ready, or a file. Raises ValueError."""
     ready = program.ready_spaces(config)
     if name not in ready:
-        return read_space(Path(name), given, program.options, program.may_be_searched, program.check_value)
+        return program.read_space(Path(name), given)
     space = {option: dimension for option, dimension in ready[name].items() if option not in given}
     if not space:
         raise ValueError(

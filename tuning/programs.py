@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from answering import configs as answering_configs
@@ -16,7 +17,7 @@ from cli.parser import OneLineParser
 from configs import NOT_SAVED, OPTIONS, VIEWS, TrainingConfig, parse_loss, parse_unfreeze_schedule
 from guidance import arguments
 from guidance.presets import command_line
-from tuning.space import Dimension, Space
+from tuning.space import Dimension, Space, read_space
 
 # Of these groups an option says what is compared (images, scores, folds), or is the search's own to set.
 COMPARED = ("data", "meta")
@@ -66,6 +67,10 @@ class Program:
     ready_spaces: Callable[[Any], Mapping[str, Space]]
     complete: Callable[[Space, dict[str, Any], frozenset[str]], dict[str, Any]]  # adds what follows from values
     command_line: Callable[[Any], str]
+
+    def read_space(self, path: Path, given: Collection[str]) -> Space:
+        """The space in a file, which names none of the options that flags fix. Raises ValueError."""
+        return read_space(path, given, self.options, self.may_be_searched, self.check_value)
 
     def options_of(self, config: Any, space: Space, values: Mapping[str, Any], given: frozenset[str]) -> Any:
         """The options of a trial with these values. Raises ValueError where some exclude others."""
