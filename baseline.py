@@ -31,11 +31,12 @@ import data
 from cli.errors import one_line_errors
 from cli.memo import NO_MEMO, Memo
 from configs import TrainingConfig
-from evaluation import agreement, protocol
+from evaluation import agreement
 from finetune import frozen_clip, initial_model, optimisation, outcome, plan, run_files
 from finetune.experiment import build_experiment
 from finetune.task import ScoreTask
 from guidance.arguments import parse_args
+from multirun import protocol
 from training import devices, loop, micro_batches, run_folder, signals
 from training.fit import fit
 
@@ -118,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if config.is_protocol:
                 runtime = devices.start_runtime(config.device, config.amp, config.deterministic)
                 folder = run_files.name_run_folder(config)
-                results = protocol.run_all(config, partial(run, stop_signals=stop_signals), folder, runtime)
+                results = protocol.run_all(
+                    protocol.SCORER, config, partial(run, stop_signals=stop_signals), folder, runtime
+                )
                 if results:
                     outcome.write_report(config, folder, runtime)
             else:

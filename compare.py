@@ -1,8 +1,9 @@
-"""Tell whether runs differ: paired, on the test images that they share, by bootstrap over prompts.
+"""Tell whether runs differ: paired, on the test images or questions that they share, by bootstrap.
 
     python compare.py runs/a runs/b [runs/c ...]
 
-Every run is compared with the first. Folders of repeated runs (--repeats, --kfold) are compared split by split.
+Every run is compared with the first. Folders of repeated runs (--repeats, --kfold) are compared split by split. Runs of
+baseline.py are resampled by prompts; those of main.py by images, and compared by kinds of questions too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import pandas as pd
 
 from cli.errors import one_line_errors
 from cli.parser import OneLineParser
-from evaluation.comparison import compare_protocols, compare_runs, table_lines
-from evaluation.summaries import PROTOCOL_FILE
+from multirun.comparison import compare_protocols, compare_runs, table_lines
+from multirun.summaries import PROTOCOL_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     with one_line_errors():
         parser = OneLineParser(
             prog="compare.py",
-            description="Tell whether runs differ, on the test images that they share: paired bootstrap over prompts. "
+            description="Tell whether runs differ, on the test images or questions that they share: paired bootstrap "
+            "over prompts (baseline.py) or images (main.py, by kinds of questions too). "
             "Folders of repeated runs (--repeats, --kfold) are compared split by split.",
             allow_abbrev=False,
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
@@ -31,6 +32,7 @@ from answering import asking, outcome, remarks, run_files, task
 from answering.configs import VQAConfig, parse_args
 from answering.experiment import build_experiment
 from cli.errors import one_line_errors
+from multirun import protocol
 from training import devices, loop, micro_batches, run_folder, signals
 from training.fit import fit
 
@@ -80,15 +82,17 @@ def run(
 
             # The test fold's answers are looked at here, once, with the weights that validation has chosen.
             best = outcome.load_best(experiment, state.average.weights, folder)
-            answers = task.answer(experiment, best, experiment.folds["test"], saver.check)
-            floors = outcome.floor_answers(experiment, best, "test")
-            measured = outcome.measure(experiment, best, "test", answers, floors)
+            fold = config.measured_fold  # the validation fold where the test fold is left unread
+            answers = task.answer(experiment, best, experiment.folds[fold], saver.check)
+            floors = outcome.floor_answers(experiment, best, fold) if config.test else {}
+            measured = outcome.measure(experiment, best, fold, answers, floors)
             results = outcome.conclude(experiment, progress, measured, said)
             results |= outcome.timing(progress, started, ready)
-            trackers.log({f"test_{name}": value for name, value in measured["measures"].items()}, len(progress.history))
+            sent = {f"{fold}_{name}": value for name, value in measured["measures"].items()}
+            trackers.log(sent, len(progress.history))
             outcome.write_findings(experiment, best, answers, writer)
             writer.json(run_folder.RESULTS_FILE, results)
-        outcome.write_report(experiment, folder)
+        outcome.write_report(config, folder, runtime)
         writer.forget_states()
     runtime.say("\n".join(remarks.closing_lines(results, folder)))
     return results
@@ -104,7 +108,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if config.mode != "train":
             return asking.ASKING[config.mode](config)
         with run_files.with_folder(config) as config:
-            results = run(config, stop_signals=stop_signals)
+            if config.repeats > 1:
+                runtime = devices.start_runtime(config.device, config.amp)
+                folder, once = run_files.name_run_folder(config), partial(run, stop_signals=stop_signals)
+                results = protocol.run_all(run_files.PROGRAM, config, once, folder, runtime)
+                if results:
+                    outcome.write_report(config, folder, runtime)
+            else:
+                results = run(config, stop_signals=stop_signals)
         devices.stop_runtime()
         return results
 

@@ -1,4 +1,4 @@
-"""Print the tables of repeated runs (baseline.py with --repeats or --kfold) again.
+"""Print the tables of repeated runs (--repeats or --kfold) again.
 
 python protocol.py FOLDER...
 """
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli.errors import one_line_errors
-from evaluation.protocol import summary_lines
-from evaluation.summaries import read_summary
+from multirun.summaries import read_summary
+from multirun.summary_text import summary_lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         folders = sys.argv[1:] if argv is None else argv
         if not folders or folders[0].startswith("-"):
-            raise ValueError("usage: python protocol.py FOLDER... (made by baseline.py with --repeats or --kfold)")
+            raise ValueError("usage: python protocol.py FOLDER... (made with --repeats or --kfold)")
         for folder in folders:
             print("\n".join(summary_lines(read_summary(Path(folder)))))
 

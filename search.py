@@ -1,9 +1,11 @@
-"""Search the options of baseline.py for the best validation score, with Optuna.
+"""Search the options of baseline.py or main.py for the best validation score, with Optuna.
 
     python search.py --demo --trials 20 --output_dir runs/search      # works without data or network
+    python search.py --program vqa --demo --trials 20 --output runs/search-vqa
     python search.py --help
 
-A trial is one `baseline.run` that leaves the test fold unread; the best one is repeated in the end, and that reads it.
+A trial is one `baseline.run` or `main.run` that leaves the test fold unread; the best one is repeated in the end, and
+that reads it.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ if __name__ == "__main__":
     # --help, mistakes in the flags and Ctrl-C answer here, before torch and Optuna are imported, which takes seconds.
     from cli.errors import one_line_errors
     from training.signals import end_as_usual, end_quietly
-    from tuning.space import parse_search_args
+    from tuning.arguments import parse_search_args
 
     end_quietly(silently="--parent" in sys.argv)  # a worker's parent says it
     with one_line_errors():
@@ -42,18 +44,23 @@ from optuna.trial import TrialState
 
 import baseline
 import data
+import main as answering_program
+from answering import folds, images
+from answering import outcome as answers_outcome
+from answering import run_files as answers_run_files
 from cli.errors import one_line_errors
 from cli.memo import Memo
-from configs import TrainingConfig
-from evaluation import protocol, summaries
 from finetune import experiment, initial_model, outcome
 from guidance.presets import FREEZING
+from multirun import protocol, summaries
 from storage.json_files import read_json
 from training import checkpoints, devices, loop, micro_batches, run_folder
 from training.signals import end_quietly
+from tuning.arguments import Request, parse_search_args
+from tuning.programs import ANSWERER, SCORER
 from tuning.queue import heartbeat, next_trial, requeue_own, suggest
 from tuning.results import trial_line, write_findings
-from tuning.space import Request, default_space, options_of, parse_search_args
+from tuning.space import Space
 from tuning.study import (
     BEST_RUNS,
     STORAGE_ERRORS,
@@ -70,6 +77,71 @@ from tuning.study import (
 )
 
 FAILURES = (ValueError, micro_batches.OutOfMemory, torch.OutOfMemoryError)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What runs the program whose options are searched."""
+
+    runs: protocol.Program  # as repeated runs know it
+    run: Callable[..., dict[str, Any]]  # options, after_epoch, memo -> results
+    space: Callable[[Request], Space]  # what is searched
+    look: Callable[[Request, Memo], tuple[str, bool]]  # digest of the data; whether other seeds draw other test folds
+    start: Callable[[Any], devices.Runtime]
+    write_report: Callable[[Any, Path, devices.Runtime], None]
+
+
+def scorer_space(request: Request) -> Space:
+    """What is searched of baseline.py. Raises ValueError."""
+    config = data.find_demo(request.config) if request.config.demo else request.config
+    depth = initial_model.num_blocks(config)
+    return request.space or SCORER.default_space(config, depth, request.given)
+
+
+def look_at_scores(request: Request, memo: Memo) -> tuple[str, bool]:
+    """See `Trainer.look`. Raises ValueError for data that cannot be used."""
+    config = data.find_demo(request.config) if request.config.demo else request.config
+    examples = experiment.read_examples(config, memo)
+    return examples.fingerprint, not config.split_file and bool((examples.table["split"] == "").any())
+
+
+def look_at_questions(request: Request, memo: Memo) -> tuple[str, bool]:
+    """See `Trainer.look`. Raises ValueError for data that cannot be used."""
+    runtime, config = start_answers(request.config), request.config
+    config = images.find_demo(config, runtime) if config.demo else config
+    known = images.usable(images.open_regions(config, runtime), images.open_coarse(config, runtime))
+    found = folds.read_folds(config, known)
+    return folds.digest_of(found.questions.values()), found.draws_test
+
+
+def start_answers(config: Any) -> devices.Runtime:
+    """Join the other processes, if any, for runs of main.py."""
+    return devices.start_runtime(config.device, config.amp)
+
+
+TRAINERS = {
+    SCORER.script: Trainer(
+        runs=protocol.SCORER,
+        run=lambda config, **how: baseline.run(config, **how),
+        space=scorer_space,
+        look=look_at_scores,
+        start=lambda config: devices.start_runtime(config.device, config.amp, config.deterministic),
+        write_report=lambda *given: outcome.write_report(*given),
+    ),
+    ANSWERER.script: Trainer(
+        runs=answers_run_files.PROGRAM,
+        run=lambda config, memo=None, **how: answering_program.run(config, **how),
+        space=lambda request: request.space or ANSWERER.default_space(request.config, None, request.given),
+        look=look_at_questions,
+        start=start_answers,
+        write_report=answers_outcome.write_report,
+    ),
+}
+
+
+def trainer_of(request: Request) -> Trainer:
+    """What runs the program that a request names."""
+    return TRAINERS[request.program.script]
 
 
 def run_trial(search: Search, trial: optuna.Trial) -> None:
@@ -106,10 +178,10 @@ def train_trial(
             raise optuna.TrialPruned
 
     try:
-        config = options_of(request.config, search.space, values, request.given)
-        config = replace(config, output_dir=str(folder), test=False, report=False, save_every_minutes=0.0)
+        config = request.program.options_of(request.config, search.space, values, request.given)
+        config = replace(config, **apart(request, folder), save_every_minutes=0.0)
         with folder.with_suffix(".log").open("w", encoding="utf-8") as log, redirect_stdout(log):
-            results = baseline.run(config, after_epoch=after_epoch, memo=search.memo)
+            results = trainer_of(request).run(config, after_epoch=after_epoch, memo=search.memo)
     except optuna.TrialPruned:
         return TrialState.PRUNED, None, None
     except loop.NonFiniteLoss as error:  # as good as stopped early: the same values would break down again
@@ -122,6 +194,11 @@ def train_trial(
         gc.collect()  # what refers to itself holds a model in memory
     trial.set_user_attr("best_epoch", results["best_epoch"])
     return TrialState.COMPLETE, results["val"][search.score], None
+
+
+def apart(request: Request, folder: Path) -> dict[str, Any]:
+    """The options that a trial has beside its values: a folder of its own, and the test fold left unread."""
+    return {request.program.folder: str(folder), "test": False, "report": False}
 
 
 def work(search: Search) -> None:
@@ -165,36 +242,37 @@ def run_workers(request: Request, argv: Sequence[str]) -> None:
             print(f"note      worker {number} was killed (signal {-code}); its trial is run again")
 
 
-def repeat_best(search: Search, config: TrainingConfig) -> None:
+def repeat_best(search: Search, config: Any) -> None:
     """Run the best options with --seeds seeds, each reading its test fold once; goes on where it was stopped."""
-    request = search.request
+    request, trainer = search.request, trainer_of(search.request)
     config = replace(config, repeats=request.seeds)
-    runtime = devices.start_runtime(config.device, config.amp, config.deterministic)
-    folder, before = place_of_best(request.folder, config, search.study.best_trial.number)
+    runtime = trainer.start(config)
+    folder, before = place_of_best(request, config, search.study.best_trial.number)
     print(f"\nthe best {request.seeds} times, from seed {config.seed} on, in {folder}; this reads the test fold")
     if before:
         print(f"note      the test fold has been read before with other settings, kept in {', '.join(before)}")
     if search.draws_folds and request.seeds > 1:
         print(
             "note      folds are drawn: seeds after the first test on images that helped to choose the settings; "
-            "fixed folds (--split_file) avoid that"
+            "fixed folds avoid that" + (" (--split_file)" if request.program is SCORER else "")
         )
-    protocol.run_all(config, baseline.run, folder, runtime)
-    outcome.write_report(config, folder, runtime)
+    protocol.run_all(trainer.runs, config, trainer.run, folder, runtime)
+    trainer.write_report(config, folder, runtime)
 
 
-def place_of_best(folder: Path, config: TrainingConfig, number: int) -> tuple[Path, list[str]]:
+def place_of_best(request: Request, config: Any, number: int) -> tuple[Path, list[str]]:
     """Where the repeated runs of the best trial go, and the names of the folders that hold those of other settings.
 
     The first go to best/; if the best settings have changed since the test fold was read, to best-trial<number>/.
     """
+    folder, result_options = request.folder, trainer_of(request).runs.result_options
     first, other = folder / BEST_RUNS, folder / f"{BEST_RUNS}-trial{number}"
     own, before = first, []
     for place in sorted(
         {results.parent.parent for results in folder.glob(f"{BEST_RUNS}*/*/{run_folder.RESULTS_FILE}")}
     ):
         saved = read_json(place / summaries.PROTOCOL_FILE)
-        if protocol.result_options(replace(config, repeats=saved.get("repeats", 1))) == saved:
+        if result_options(replace(config, repeats=saved.get("repeats", 1))) == saved:
             own = place
         else:
             before.append(place.name)
@@ -205,19 +283,16 @@ def prepare(request: Request, memo: Memo) -> Search:
     """Open the study, having made sure that what is asked for can be run at all. Raises ValueError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("search.py: every trial is one process; leave torchrun out, --workers starts several")
-    refuse_occupied(request.folder)
-    began = datetime.now()
-    config = data.find_demo(request.config) if request.config.demo else request.config
-    depth = initial_model.num_blocks(config)
-    space = request.space or default_space(config, depth, request.given)
+    refuse_occupied(request.folder, f"--{request.program.folder}")
+    began, trainer = datetime.now(), trainer_of(request)
+    space = trainer.space(request)
     with study_lock(request):
         write_search_file(request)
         study = open_study(request)
-        check_same_search(study, request, space)
-    examples = experiment.read_examples(config, memo)
-    drawn = not config.split_file and bool((examples.table["split"] == "").any())
+        check_same_search(study, request, space, trainer.runs.result_options(request.config))
+    fingerprint, drawn = trainer.look(request, memo)
     search = Search(study, request, space, memo, began, drawn)
-    check_same_data(search, examples.fingerprint)
+    check_same_data(search, fingerprint)
     return search
 
 
@@ -232,7 +307,7 @@ def search_all(request: Request, argv: Sequence[str]) -> optuna.Study:
     have = len(search.finished())
     if have < request.trials:
         print(f"search    {', '.join(dimension.describe() for dimension in search.space.values())}")
-        print(f"          CLIP: {freezing(search)}")
+        print(f"          {about_trials(search)}")
         finished = f", {have} of them finished" if have else ""
         print(f"          {request.trials} trials{finished}, by validation {search.score}")
         check_plan(search)
@@ -250,20 +325,22 @@ def search_all(request: Request, argv: Sequence[str]) -> optuna.Study:
     return search.study
 
 
-def freezing(search: Search) -> str:
-    """How CLIP is frozen in the trials, in words."""
+def about_trials(search: Search) -> str:
+    """What all trials have in common: how CLIP is frozen, or which branches are trained."""
+    if search.request.program is ANSWERER:
+        return f"--branches {','.join(search.request.config.branch_names)}"
     searched = [name for name in FREEZING if name in search.space]
-    return search.request.config.freezing + (f", but {' and '.join(searched)} searched" if searched else "")
+    return f"CLIP: {search.request.config.freezing}" + (f", but {' and '.join(searched)} searched" if searched else "")
 
 
 def check_plan(search: Search) -> None:
     """Build what a trial trains, without training. Raises ValueError for what cannot work."""
     folder = search.request.folder / TRIALS_DIR / "plan"
-    config = replace(search.request.config, output_dir=str(folder), dry_run=True, test=False, report=False)
+    config = replace(search.request.config, **apart(search.request, folder), dry_run=True)
     path = folder.with_suffix(".log")
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as log, redirect_stdout(log):
-        baseline.run(config, memo=search.memo)
+        trainer_of(search.request).run(config, memo=search.memo)
 
 
 def main(argv: Sequence[str] | None = None) -> optuna.Study:

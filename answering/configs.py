@@ -5,13 +5,15 @@ No torch here: `python main.py --help` and every mistake in the flags answer at 
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cli.options import Config, option, options_of, split_list
-from cli.parser import OneLineParser, build_parser, load_options, parse_flags, refuse_another_run
+from cli.parser import OneLineParser, build_parser, flag_words, load_options, parse_flags, refuse_another_run
 
 DATASET_NAMES = ("GQA", "VQA", "csv")
 BRANCHES = ("fine", "coarse", "graph")
@@ -163,6 +165,13 @@ class VQAConfig(Config):
         0, "training", "stop after so many epochs without a gain; 0 = never", within="[0, 100000]"
     )
     seed: int = option(1204, "training", "of folds, weights and order", within="[0, 4294967295]")
+    repeats: int = option(
+        1,
+        "training",
+        "run so often, with seeds --seed, --seed + 1, ..., each with a validation fold of its own and, where that is "
+        "drawn, a test fold",
+        within="[1, 1000]",
+    )
 
     # fine
     gamma: int = option(2, "fine", "glimpses of the bilinear attention", within="[1, 64]", recommended="1-4")
@@ -274,6 +283,7 @@ class VQAConfig(Config):
     resume: str | None = option(None, "meta", "go on with a run that was interrupted", metavar="RUN")
     demo: bool = option(False, "meta", "draw a small set in the form of --dataset; needs neither data nor network")
     dry_run: bool = option(False, "meta", "build everything, print the plan, train nothing")
+    test: bool = option(True, "meta", "leave the test fold unread: while settings are still being compared")
     advice: str = option(
         "print", "meta", "compare settings with what usually works; strict: refuse on any remark",
         choices=("print", "strict", "off"),
@@ -289,6 +299,11 @@ class VQAConfig(Config):
     device: str = option("auto", "meta", "where to compute", choices=("auto", "cpu", "cuda"))
 
     @property
+    def measured_fold(self) -> str:
+        """The fold that a trained model is measured on."""
+        return "test" if self.test else "val"
+
+    @property
     def branch_names(self) -> list[str]:
         """The branches to train."""
         if self.branches is not None:
@@ -300,6 +315,13 @@ class VQAConfig(Config):
     def asks_xvlm(self) -> bool:
         """Whether X-VLM is trained, or asked, in a run with the coarse branch."""
         return (self.coarse or ("xvlm" if self.checkpoint else "clip")) == "xvlm"
+
+    @property
+    def owners(self) -> list[str]:
+        """Those keys of BRANCH_OPTIONS whose options this run uses."""
+        own = self.branch_names
+        asks = "coarse" in own and self.asks_xvlm
+        return [*own, *(["fused"] if len(own) > 1 else []), *(["xvlm"] if asks else [])]
 
     @property
     def batches_per_step(self) -> int:
@@ -364,6 +386,8 @@ def check_training(config: VQAConfig) -> None:
         raise ValueError("--features PATH or --features clip: say what is known of images, or take --question_only")
     if config.val_size + config.test_size >= 1:
         raise ValueError(f"--val_size {config.val_size} --test_size {config.test_size}: must leave a training fold")
+    if config.repeats > 1 and not config.test:
+        raise ValueError("--no_test: --repeats is for measuring on test folds; drop one of the two")
     for flag, path in (("--checkpoint", config.checkpoint), ("--config", config.config)):
         if path and not Path(path).exists():
             raise ValueError(f"{flag} {path}: there is no such file (X-VLM's, for the coarse branch)")
@@ -398,9 +422,24 @@ def check_answering(config: VQAConfig) -> None:
     for name in ("resume", "demo", "dry_run"):
         if getattr(config, name):
             raise ValueError(f"--{name}: belongs to training; drop it, or --mode {config.mode}")
+    if config.repeats > 1:
+        raise ValueError(f"--repeats {config.repeats}: belongs to training; drop it, or --mode {config.mode}")
 
 
 OPTIONS = options_of(VQAConfig)
+
+
+def recommended(name: str) -> tuple[float, float]:
+    """The ends of an option's recommended range, as its help says it."""
+    low, high = re.split(r" to |(?<=\d)-(?=\d)", OPTIONS[name].metadata["recommended"])
+    return float(low), float(high)
+
+
+def command_line(config: VQAConfig) -> str:
+    """The shell command that runs main.py with these options, but for what belongs to one place (NOT_SAVED)."""
+    values = {name: value for name, value in vars(config).items() if name not in NOT_SAVED}
+    base = {**(DEMO_SETTINGS if config.demo else {}), "demo": False}
+    return shlex.join(["python", "main.py", *flag_words(values, OPTIONS, base)])
 
 
 def parser() -> OneLineParser:
@@ -433,10 +472,11 @@ def parse_args(argv: Sequence[str] | None = None) -> VQAConfig:
 
 
 def resumed_config(flags: Mapping[str, Any]) -> VQAConfig:
-    """The options of the run that is to be gone on with; flags may change those in FREE. Raises ValueError."""
+    """The options of the run or runs to be gone on with; flags may change those in FREE. Raises ValueError."""
     folder = Path(flags["resume"])
-    if not (folder / "config.json").is_file():
+    files = [folder / name for name in ("config.json", "protocol.json") if (folder / name).is_file()]
+    if not files:
         raise ValueError(f"--resume {folder}: there is no run in it")
-    saved = load_options(folder / "config.json", OPTIONS, not_saved=NOT_SAVED, flag="--resume")
+    saved = load_options(files[0], OPTIONS, not_saved=NOT_SAVED, flag="--resume")
     refuse_another_run(folder, flags, saved, OPTIONS, free=FREE, instead="start a new one")
     return VQAConfig(**{**saved, **flags, "output": str(folder)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,16 @@ class Folds:
 
     questions: Mapping[str, Questions]  # "train", "val", which chooses the epoch, and "test"
     notes: list[str]
+    draws_test: bool  # whether another seed has another test fold
+
+
+def digest_of(folds: Iterable[Questions]) -> str:
+    """Of all questions with their images and answers, however they are split into folds, and in whatever order."""
+    rows = (row for part in folds for row in zip(part.ids, part.images, part.texts, part.answers, strict=True))
+    digest = hashlib.sha256()
+    for row in sorted(rows):
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def read_questions(config: VQAConfig, fold: str) -> Questions:
@@ -101,6 +113,7 @@ def read_folds(config: VQAConfig, known: Collection[str] | None) -> Folds:
     if known is not None and test is not None:
         test, said = with_regions(test, known, config.bad_images == "skip", sources(config))
         notes += [said] * bool(said)
+    draws_test = test is None
     if test is None:
         test, train = draw_images(train, config.test_size, config.seed)
     else:
@@ -113,4 +126,4 @@ def read_folds(config: VQAConfig, known: Collection[str] | None) -> Folds:
             )
         train = train.of(rows)
     val, train = draw_images(train, config.val_size, config.seed + 1)
-    return Folds({"train": train, "val": val, "test": test}, notes)
+    return Folds({"train": train, "val": val, "test": test}, notes, draws_test)

@@ -22,12 +22,14 @@ import torch
 from numpy.typing import NDArray
 
 from answering import images, remarks
-from answering.configs import NOT_SAVED, OPTIONS
+from answering.configs import NOT_SAVED, OPTIONS, VQAConfig
 from answering.experiment import Experiment
 from answering.feed import QuestionFeed
+from answering.folds import digest_of
 from answering.task import Answers, answer, answers_of, probabilities
 from branches.fine import FineBranch
 from branches.fusion import AnswerModel
+from evaluation.metrics import mean_interval
 from pages import report
 from storage.atomic import atomic_write
 from storage.json_files import read_json
@@ -36,8 +38,6 @@ from vqa import floors, gqa_metrics
 from vqa.questions import Questions, gqa_questions, read_choices
 from vqa.targets import ceiling
 
-RESAMPLES = 1000  # of whole images
-PER_DRAW = 50  # of these at once
 FREQUENT = 10  # answers in the confusion
 NUM_EXAMPLES = 8  # worst, and best, questions
 MOST_ANSWERS = 5  # of an example
@@ -50,20 +50,6 @@ def load_best(experiment: Experiment, trained: AnswerModel, folder: Path) -> Ans
         trained.load_state_dict(checkpoints.load_weights(folder / checkpoints.BEST_DIR)[1])
     experiment.runtime.copy_weights(trained)
     return trained
-
-
-def interval(accuracy_Q: NDArray[np.float64], of_image: Sequence[str], seed: int = 0) -> list[float]:
-    """The 95 % interval of the mean accuracy of questions, by a bootstrap of whole images; of one image, nothing."""
-    _, place = np.unique(np.asarray(of_image), return_inverse=True)
-    counts_I = np.bincount(place)
-    if len(counts_I) < 2:
-        return []
-    sums_I = np.bincount(place, weights=accuracy_Q)
-    draw, means = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES // PER_DRAW):
-        drawn = draw.integers(len(counts_I), size=(PER_DRAW, len(counts_I)))
-        means.append(sums_I[drawn].sum(axis=1) / counts_I[drawn].sum(axis=1))
-    return [float(end) for end in np.quantile(np.concatenate(means), (0.025, 0.975))]
 
 
 def by_kind(
@@ -80,7 +66,7 @@ def by_kind(
             found[key][kind] = {
                 "accuracy": float(own.mean()),
                 "questions": count,
-                "interval": interval(own, names[are_of_it].tolist()),
+                "interval": mean_interval(own, names[are_of_it].tolist()),
                 "floors": {name: float(values[are_of_it].mean()) for name, values in floors_Q.items()},
             }
     return found
@@ -164,7 +150,7 @@ def measure(
     return {
         "fold": fold,
         "measures": measures | gqa_measures(experiment, model, own.questions, given),
-        "interval": interval(accuracy_Q, own.questions.images),
+        "interval": mean_interval(accuracy_Q, own.questions.images),
         "by_kind": by_kind(own.questions, accuracy_Q, floors_Q),
         "branches": branch_accuracies(experiment, own.questions, answers, accuracy_Q),
         "floors": {name: float(values.mean()) for name, values in floors_Q.items()},
@@ -187,9 +173,9 @@ def branch_accuracies(
         own_Q = questions.score(words_of(experiment, answers[name]))
         found[name.removeprefix("answer_")] = {
             "accuracy": float(own_Q.mean()),
-            "interval": interval(own_Q, questions.images),
+            "interval": mean_interval(own_Q, questions.images),
             "gain_of_fused": float((fused_Q - own_Q).mean()),
-            "gain_interval": interval(fused_Q - own_Q, questions.images),
+            "gain_interval": mean_interval(fused_Q - own_Q, questions.images),
         }
     return found
 
@@ -312,6 +298,8 @@ def conclude(
         "epochs": len(progress.history),
         "val": {"accuracy": max(progress.selection), "loss": row.get("val_loss")},
         **measured,
+        "data_fingerprint": digest_of(fold.questions for fold in experiment.folds.values()),
+        "test_digest": digest_of([experiment.folds["test"].questions]),
         "defaults": {name: spec.default for name, spec in OPTIONS.items() if name not in NOT_SAVED},
         "notes": images.graph_notes(experiment.config),
         "advice": list(said),
@@ -332,16 +320,17 @@ def finished_results(folder: Path, runtime: devices.Runtime) -> dict[str, Any]:
     return read_json(folder / run_folder.RESULTS_FILE)
 
 
-def write_report(experiment: Experiment, folder: Path) -> None:
-    """Write the page of a finished run, unless it is not wanted."""
-    if experiment.config.report and experiment.runtime.is_main:
+def write_report(config: VQAConfig, folder: Path, runtime: devices.Runtime) -> None:
+    """Write the page of a finished run, or of repeated ones, unless it is not wanted."""
+    if config.report and runtime.is_main:
         report.write_report(folder)
 
 
 def write_findings(experiment: Experiment, model: AnswerModel, answers: Answers, writer: run_folder.RunFolder) -> None:
     """Write predictions.csv, and examples.json for the page."""
-    table = predictions_table(experiment, "test", answers)
+    fold = experiment.config.measured_fold
+    table = predictions_table(experiment, fold, answers)
     writer.csv("predictions.csv", table)
-    shown = examples(experiment, model, "test", table)
+    shown = examples(experiment, model, fold, table)
     if writer.active:
         atomic_write(writer.path / "examples.json", lambda path: path.write_text(json.dumps(shown, indent=1) + "\n"))

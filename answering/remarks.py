@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from answering.configs import BRANCH_OPTIONS, DEMO_SETTINGS, OPTIONS, VQAConfig
+from answering.configs import BRANCH_OPTIONS, DEMO_SETTINGS, OPTIONS, VQAConfig, recommended
 from answering.experiment import Experiment
 from training import run_folder
 
@@ -72,13 +71,12 @@ def coarse_lines(experiment: Experiment) -> list[tuple[str, str]]:
 
 def unused(config: VQAConfig) -> list[str]:
     """Options that were set for branches that are not trained."""
-    own = config.branch_names
-    used = {*own, *(["fused"] if len(own) > 1 else []), *(["xvlm"] if "coarse" in own and config.asks_xvlm else [])}
-    names = [name for branch, names in BRANCH_OPTIONS.items() if branch not in used for name in names]
+    own, others = config.owners, ",".join(config.branch_names)
+    names = [name for branch, names in BRANCH_OPTIONS.items() if branch not in own for name in names]
     given = [OPTIONS[name].flag for name in names if getattr(config, name) != OPTIONS[name].default]
     if config.demo:
         given = [flag for flag in given if flag.removeprefix("--") not in DEMO_SETTINGS]
-    return [f"{', '.join(given)}: nothing in --branches {','.join(config.branch_names)} uses this"] if given else []
+    return [f"{', '.join(given)}: nothing in --branches {others} uses this"] if given else []
 
 
 def check_advice(experiment: Experiment) -> list[dict[str, str]]:
@@ -179,12 +177,6 @@ def advise(config: VQAConfig, *, num_train: int, free_memory: float | None, byte
 def remark(flag: str, value: object, usual: str, why: str, change: str) -> dict[str, str]:
     """A remark on a setting, as `results.json` has it."""
     return {"flag": f"--{flag}", "value": str(value), "recommended": usual, "why": why, "change": change}
-
-
-def recommended(name: str) -> tuple[float, float]:
-    """The ends of an option's recommended range, as its help says it."""
-    low, high = re.split(r" to |(?<=\d)-(?=\d)", OPTIONS[name].metadata["recommended"])
-    return float(low), float(high)
 
 
 def diagnose(

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from answering.configs import VQAConfig
+from answering.configs import FREE, NOT_SAVED, OPTIONS, VQAConfig
 from answering.experiment import Experiment
-from storage.json_files import read_json
+from multirun import protocol
+from storage.json_files import NUMBER, read_json
 from training import checkpoints, devices, loop, resuming, run_folder, signals, tracking
 
 SAVE_EVERY_SECONDS = 60.0  # new best weights may stay in memory so long before they are written
@@ -34,6 +35,54 @@ DESCRIPTION: dict[str, Any] = {  # what a checkpoint says of itself, as `json_fi
         "features": (str, type(None)),
     },
 }
+
+
+def planned_runs(config: VQAConfig) -> dict[str, VQAConfig]:
+    """The runs of --repeats: name of the folder -> options."""
+    seeds = range(config.seed, config.seed + config.repeats)
+    return {f"seed{seed}": replace(config, repeats=1, seed=seed) for seed in seeds}
+
+
+def without_drawn(values: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON values, without the paths to the demo's data."""
+    root = values.get("data_root")
+    if not values["demo"] or root is None:
+        return values
+    drawn = [name for name in ("features", "scene_graphs") if str(values[name]).startswith(root)]
+    return {**values, **dict.fromkeys(("data_root", *drawn))}
+
+
+def findings(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What repeated runs are summarised by: results.json -> what `summaries.summarise` takes."""
+    alone = {f"{name} branch alone": one for name, one in results["branches"].items()}
+    floors = {name: {"accuracy": value} for name, value in results["floors"].items()}
+    return {
+        **{name: results[name] for name in ("program", "data_fingerprint", "test_digest")},
+        "images": {fold: size["images"] for fold, size in results["data"].items()},
+        "test": results["measures"],
+        "floors": {**{name: {"accuracy": one["accuracy"]} for name, one in alone.items()}, **floors},
+        "kinds": {
+            key: {kind: one["accuracy"] for kind, one in kinds.items()} for key, kinds in results["by_kind"].items()
+        },
+    }
+
+
+PROGRAM = protocol.Program(
+    options=OPTIONS,
+    folder="output",
+    free=(*NOT_SAVED, *FREE),
+    without_drawn=without_drawn,
+    planned=planned_runs,
+    results={
+        **dict.fromkeys(("program", "data_fingerprint", "test_digest"), str),
+        "data": {fold: {"images": int} for fold in ("train", "val", "test")},
+        "measures": {"accuracy": NUMBER, str: NUMBER},
+        "floors": {str: NUMBER},
+        "branches": {str: {"accuracy": NUMBER}},
+        "by_kind": {str: {str: {"accuracy": NUMBER}}},
+    },
+    findings=findings,
+)
 
 
 @contextmanager
@@ -61,12 +110,18 @@ def start(config: VQAConfig) -> tuple[devices.Runtime, Path, str]:
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
     tracking.check_installed(tracker_names(config))
-    folder, found = Path(config.output or "runs/dry-run"), ""
-    if config.resume:
+    folder, found = name_run_folder(config), ""
+    if config.resume and runtime.is_main:
+        PROGRAM.refuse_other_options(folder, "its run was begun", read_json(folder / run_folder.CONFIG_FILE), config)
         found = "finished" if (folder / run_folder.RESULTS_FILE).exists() else "interrupted"
     elif runtime.is_main and config.output:
         run_folder.refuse_occupied(folder, overwrite=config.overwrite, flag=FLAG)
     return runtime, *runtime.agree((folder, found))
+
+
+def name_run_folder(config: VQAConfig) -> Path:
+    """--output; without it nothing is written (see `with_folder`)."""
+    return Path(config.output or "runs/dry-run")
 
 
 def tracker_names(config: VQAConfig) -> list[str]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from backbones import loading
 from configs import TrainingConfig
-from evaluation import protocol
 from finetune import feed, initial_model
 from finetune.experiment import Experiment
 from finetune.optimisation import compiles, tracker_names
+from multirun import protocol
 from sources.examples import SKIPPED, Examples
 from storage import locks, tables
 from storage.atomic import write_new
@@ -62,7 +62,7 @@ def find_run(config: TrainingConfig, folder: Path) -> str:
     if not config.resume or not run_folder.is_run(folder):
         return ""
     saved = read_json(folder / run_folder.CONFIG_FILE)
-    protocol.refuse_other_options(folder, "its run was begun", saved, config)
+    protocol.SCORER.refuse_other_options(folder, "its run was begun", saved, config)
     return "finished" if (folder / run_folder.RESULTS_FILE).exists() else "interrupted"
 
 

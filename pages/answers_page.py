@@ -32,7 +32,6 @@ from storage.json_files import NUMBER, parse_json, schema_mismatch
 from storage.messages import one_line
 from storage.plain_files import check_plain_file
 
-PROGRAM = "vqa"  # "program" in results.json
 MAX_GROUPINGS = 8  # of questions: by type of answer, by words, ...
 MAX_KINDS = 24  # drawn of each grouping; the table has all
 MAX_CONFUSED = 20  # answers in the confusions, beside "other"
@@ -229,7 +228,7 @@ def answers_content(run: AnswersRun, pictures: Pictures) -> dict[str, Any]:
     floors = floors_pictures(run, pictures)
     kinds = kind_parts(run, pictures)
     drawn = training_curves(run, pictures)
-    changed, unchanged = options_tables(run)
+    changed, unchanged = options_tables(run.options, results)
     worst, best = cards(run)
     return {
         "run": run,
@@ -455,13 +454,13 @@ def times_table(run: AnswersRun) -> Table:
     return Table(table.head, rows)
 
 
-def options_tables(run: AnswersRun) -> tuple[Table | None, Table]:
+def options_tables(options: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[Table | None, Table]:
     """The options that are not at the defaults that results.json tells, and all others; None where it tells none."""
-    found = run.results.get("defaults")
+    found = results.get("defaults")
     defaults = found if isinstance(found, dict) else {}
-    changed = [name for name, value in run.options.items() if name in defaults and value != defaults[name]]
-    rows = [[truncate(name), value_text(run.options[name]), value_text(defaults[name])] for name in changed]
-    others = [[truncate(name), value_text(value)] for name, value in run.options.items() if name not in changed]
+    changed = [name for name, value in options.items() if name in defaults and value != defaults[name]]
+    rows = [[truncate(name), value_text(options[name]), value_text(defaults[name])] for name in changed]
+    others = [[truncate(name), value_text(value)] for name, value in options.items() if name not in changed]
     own = Table(["option", "value", "default"], rows, words=3) if defaults else None
     return own, Table(["option", "value"], others, words=3)
 

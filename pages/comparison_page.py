@@ -8,22 +8,24 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 
 from configs import NOT_SAVED
-from evaluation import comparison, summaries
+from multirun import answer_comparison, comparison, summaries
 from pages import figures
+from pages.answers_page import read_answers_run
 from pages.elements import NOTHING, Picture, Pictures, Table, interval_text, number, truncate, value_text, write_page
 from pages.repeated_page import spread
-from pages.run_data import REPORT_FILE, read_json, read_run
+from pages.run_data import REPORT_FILE, Run, is_of_answers, read_json, read_run
 from pages.run_page import MAX_GENERATORS, intervals_of
 from sources.scores import tasks_of, title_of, title_of_stem
 from storage.messages import one_line
 
+DRAWN = ("data_csv_path", "image_base_dir", "data_root", "features", "scene_graphs")  # that a demo fills in
 COMPARISON_FILE = "comparison.html"
 MAX_COLOURED = 6  # runs in a chart of several; the others are grey
 
@@ -40,6 +42,7 @@ class Entry:
     best_epoch: str
     seconds: float
     is_repeated: bool
+    of_answers: bool  # of main.py
     epochs: list[pd.DataFrame]  # metrics.csv of each run
 
 
@@ -47,6 +50,8 @@ def read_entry(folder: Path, name: str) -> Entry:
     """Read a run or a folder of repeated runs. Raises ValueError."""
     if (folder / summaries.PROTOCOL_FILE).exists():
         return read_repeated(folder, name)
+    if is_of_answers(folder):
+        return read_answers(folder, name)
     run = read_run(folder)
     test = run.results["test"]
     ends = {f"{key}_{task}": found for task in run.tasks for key, found in intervals_of(run, task).items()}
@@ -59,6 +64,25 @@ def read_entry(folder: Path, name: str) -> Entry:
         best_epoch=f"{run.results['best_epoch']}/{run.results['epochs']}",
         seconds=run.results["seconds"],
         is_repeated=False,
+        of_answers=False,
+        epochs=[run.epochs],
+    )
+
+
+def read_answers(folder: Path, name: str) -> Entry:
+    """As `read_entry` for a run of main.py. Raises ValueError."""
+    run = read_answers_run(folder)
+    accuracy = figures.Estimate(name, run.accuracy.value, run.accuracy.interval)
+    return Entry(
+        folder=folder,
+        name=name,
+        options={key: value for key, value in run.options.items() if key in run.results.get("defaults", {})},
+        main=run.results["val"]["accuracy"],
+        test={"accuracy": accuracy} if run.fold == "test" else {},
+        best_epoch=f"{run.results['best_epoch']}/{run.results['epochs']}",
+        seconds=run.results["seconds"],
+        is_repeated=False,
+        of_answers=True,
         epochs=[run.epochs],
     )
 
@@ -77,7 +101,7 @@ def default_page(folders: Sequence[Path]) -> Path:
 def differing_options(entries: Sequence[Entry]) -> list[str]:
     """Names of the options that are not the same in all, beside those that only say where something is."""
     demo = all(entry.options.get("demo") for entry in entries)
-    places = {*NOT_SAVED, "cache_dir", *(("data_csv_path", "image_base_dir") if demo else ())}
+    places = {*NOT_SAVED, "cache_dir", *(DRAWN if demo else ())}
     shared = [name for name in entries[0].options if all(name in entry.options for entry in entries)]
     return [
         name
@@ -115,22 +139,29 @@ def options_beside(entries: Sequence[Entry]) -> Table:
 def comparison_table(entries: Sequence[Entry]) -> Table:
     """A row for each entry, in their order."""
     names = differing_options(entries)
-    tasks = tasks_of(dict.fromkeys(key for entry in entries for key in entry.test))
-    keys = [f"{name}_{task}" for task in tasks for name in ("srocc", "plcc")]
-    titles = {"srocc": "SROCC", "plcc": "PLCC"}
-    heads = [f"{titles[name]} {title_of(task)}" for name, _, task in (key.partition("_") for key in keys)]
+    heads = measures_of(entries)
     rows = [
         [
             entry.name,
             number(entry.main),
-            *(estimate_text(entry, key) for key in keys),
+            *(estimate_text(entry, key) for key in heads),
             entry.best_epoch,
             f"{entry.seconds:.0f}",
             in_words(entry, entries, names) or NOTHING,
         ]
         for entry in entries
     ]
-    return Table(["run", "val main", *heads, "best epoch", "seconds", "differs in"], rows, strong=1)
+    main = "val accuracy" if entries[0].of_answers else "val main"
+    return Table(["run", main, *heads.values(), "best epoch", "seconds", "differs in"], rows, strong=1)
+
+
+def measures_of(entries: Sequence[Entry]) -> dict[str, str]:
+    """The measures of the test fold that any entry has: key -> how it is called."""
+    keys = dict.fromkeys(key for entry in entries for key in entry.test)
+    if entries[0].of_answers:
+        return {key: key for key in keys}
+    titles = {"srocc": "SROCC", "plcc": "PLCC"}
+    return {f"{name}_{task}": f"{titles[name]} {title_of(task)}" for task in tasks_of(keys) for name in titles}
 
 
 def text_lines(table: Table) -> list[str]:
@@ -172,7 +203,8 @@ def paired_differences(entries: Sequence[Entry]) -> tuple[pd.DataFrame, list[str
             tables.append(found[found["run"] == str(other.folder)].assign(run=other.name, best=group[0].name))
     if not tables and not notes:
         notes = ["no paired differences: fewer than two runs of a kind have test predictions"]
-    empty = pd.DataFrame(columns=[*comparison.COLUMNS, "best"])
+    columns = answer_comparison.COLUMNS if entries[0].of_answers else comparison.COLUMNS
+    empty = pd.DataFrame(columns=[*columns, "best"])
     return (pd.concat(tables, ignore_index=True) if tables else empty), list(dict.fromkeys(notes))
 
 
@@ -184,42 +216,56 @@ def score_name(found: pd.DataFrame, score: str, title: str) -> str:
 
 def differences_table(found: pd.DataFrame) -> Table:
     """Paired differences as cells."""
+    of_answers = "accuracy" in found
+    keys = ("accuracy",) if of_answers else ("srocc", "plcc")
     rows = []
     for row in found.to_dict("records"):
-        name = score_name(found, row["score"], row["set"])
-        cells = [row["run"], row["best"], name, str(row["images"])]
+        name = title_of_row(found, row)
+        cells = [row["run"], row["best"], name, number(row["questions" if of_answers else "images"], 0)]
         said = NOTHING
-        for key in ("srocc", "plcc"):
+        for key in keys:
             ends = [row[f"{key}_low"], row[f"{key}_high"]]
             known = bool(np.isfinite(ends).all())
             cells.append(number(row[f"d_{key}"], sign="+") + (f"\n({interval_text(ends, '+')})" if known else ""))
-            said = comparison.verdict(*ends) if known and key == "srocc" else said
+            said = comparison.verdict(*ends) if known and key == keys[0] else said
         rows.append([*cells, said])
-    return Table(["run", "minus", "score", "images", "SROCC", "PLCC", "by SROCC"], rows, words=3)
+    head = ["questions", "accuracy", "by accuracy"] if of_answers else ["images", "SROCC", "PLCC", "by SROCC"]
+    return Table(["run", "minus", "kind" if of_answers else "score", *head], rows, words=3)
+
+
+def title_of_row(found: pd.DataFrame, row: Mapping[Any, Any]) -> str:
+    """What a row of differences is about."""
+    if "accuracy" in found:
+        return answer_comparison.title_of_kind(row["by"], row["kind"])
+    return score_name(found, row["score"], row["set"])
 
 
 def differences_pictures(found: pd.DataFrame, pictures: Pictures) -> list[Picture]:
-    """The differences in SROCC with their intervals, a picture for each score and data set."""
+    """The differences in SROCC or accuracy with their intervals, a picture for each score and data set."""
     drawn = []
-    for key, rows in found.groupby(["score", "set", "best"], sort=False):
-        score, title, best = map(str, cast(tuple, key))
-        known = rows[np.isfinite(rows["srocc_low"].astype(float))].head(MAX_GENERATORS)
+    key, measure, by = "srocc", "SROCC", ["score", "set", "best"]
+    if "accuracy" in found:
+        key, measure, by = "accuracy", "Accuracy", ["best"]
+        found = found[found["by"] == ""]
+    for _, rows in found.groupby(by, sort=False):
+        known = rows[np.isfinite(rows[f"{key}_low"].astype(float))].head(MAX_GENERATORS)
         if known.empty:
             continue
-        name = score_name(found, score, title)
+        records = known.to_dict("records")
+        name, best = title_of_row(found, records[0]), records[0]["best"]
         estimates = [
-            figures.Estimate(row["run"], row["d_srocc"], (row["srocc_low"], row["srocc_high"]), (), 0)
-            for row in known.to_dict("records")
+            figures.Estimate(row["run"], row[f"d_{key}"], (row[f"{key}_low"], row[f"{key}_high"]), (), 0)
+            for row in records
         ]
-        figure = figures.estimates(estimates, f"SROCC minus that of {figures.shorten(best)}", zero=True)
-        caption = f"SROCC of {name}: difference to {best}, paired, with 95 % interval"
+        figure = figures.estimates(estimates, f"{measure} minus that of {figures.shorten(best)}", zero=True)
+        caption = f"{measure} of {name}: difference to {best}, paired, with 95 % interval"
         drawn.append(pictures.add(f"difference-{name}", caption, figure))
     return drawn
 
 
 def overlaid_curves(entries: Sequence[Entry], pictures: Pictures) -> list[Picture]:
     """Validation scores over epochs, a picture for each score; of many runs the best have colours."""
-    columns = {"val_main": "main score (mean of SROCC and PLCC)"}
+    columns = {"val_main": "main score (mean of SROCC and PLCC)", "val_accuracy": "accuracy"}
     names = [str(column) for entry in entries for table in entry.epochs for column in table]
     columns |= {name: f"SROCC of {title_of(name[10:])}" for name in names if name.startswith("val_srocc_")}
     drawn = []
@@ -260,6 +306,7 @@ def compare_folders(folders: Sequence[Path], out: Path) -> list[str]:
     entries = [
         read_entry(folder, str(place.relative_to(parent))) for folder, place in zip(folders, places, strict=True)
     ]
+    comparison.are_answers(folders, [entry.of_answers for entry in entries])
     entries.sort(key=lambda entry: (entry.main is None, -(entry.main or 0.0), entry.name))
     table = comparison_table(entries)
     found, notes = paired_differences(entries)
@@ -272,6 +319,7 @@ def compare_folders(folders: Sequence[Path], out: Path) -> list[str]:
             table=replace(table, head=table.head[:-1], rows=[row[:-1] for row in table.rows]),
             options=options_beside(entries),
             links=report_links(entries, out),
+            of_answers=entries[0].of_answers,
             curves=overlaid_curves(entries, pictures),
             differences=differences_table(found),
             differences_pictures=differences_pictures(found, pictures),
@@ -298,17 +346,20 @@ def correlations(measured: Mapping[str, Any]) -> list[str]:
 def read_repeated(folder: Path, name: str) -> Entry:
     """As `read_entry` for repeated runs: means over them, seconds of all. Raises ValueError."""
     summary = summaries.read_summary(folder)
-    runs = [read_run(folder / part) for part in summary["runs"]]
-    mains = [run.results["val"].get("main") for run in runs]
+    of_answers = summaries.is_of_answers(summary)
+    runs: list[Run] = [(read_answers_run if of_answers else read_run)(folder / part) for part in summary["runs"]]
+    mains = [run.results["val"].get("accuracy" if of_answers else "main") for run in runs]
+    keys = ["accuracy"] if of_answers else correlations(summary["test"])
     epochs = sorted({run.results["best_epoch"] for run in runs})
     return Entry(
         folder=folder,
         name=name,
         options=read_json(folder / summaries.PROTOCOL_FILE, folder),
         main=None if None in mains else float(np.mean([main for main in mains if main is not None])),
-        test={key: figures.Estimate(name, *spread(summary["test"][key])) for key in correlations(summary["test"])},
+        test={key: figures.Estimate(name, *spread(summary["test"][key])) for key in keys},
         best_epoch=f"{epochs[0]}-{epochs[-1]}/{max(run.results['epochs'] for run in runs)}",
         seconds=sum(run.results["seconds"] for run in runs),
         is_repeated=True,
+        of_answers=of_answers,
         epochs=[run.epochs for run in runs],
     )

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation import summaries
+from multirun import summaries
 from pages import figures
 from pages.elements import NOTHING, Pictures, Table, interval_text, number, seconds_text
+from pages.repeated_answers import repeated_answers_content
 from pages.run_data import REPORT_FILE, check_results, read_json
 from pages.run_page import about, options_table
 from sources.scores import MEASURES, tasks_of, title_of
@@ -17,6 +18,13 @@ from sources.scores import MEASURES, tasks_of, title_of
 def repeated_content(folder: Path, pictures: Pictures) -> dict[str, Any]:
     """What the page of a folder of repeated runs shows. Raises ValueError."""
     summary = summaries.read_summary(folder)
+    links = [name for name in summary["runs"] if (folder / name / REPORT_FILE).exists()]
+    of_program = repeated_answers_content if summaries.is_of_answers(summary) else repeated_scores_content
+    return {"summary": summary, "links": links, **of_program(folder, summary, pictures)}
+
+
+def repeated_scores_content(folder: Path, summary: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
+    """Of runs of baseline.py. Raises ValueError."""
     options = read_json(folder / summaries.PROTOCOL_FILE, folder)
     tasks = tasks_of(summary["test"])
     rows = {"trained model": summary["test"], **summary["floors"]}
@@ -32,19 +40,30 @@ def repeated_content(folder: Path, pictures: Pictures) -> dict[str, Any]:
         caption = f"SROCC of {title_of(task)}: mean with 95 % interval, and each run"
         drawn.append(pictures.add(f"summary-{title_of(task)}", caption, figures.estimates(found, "SROCC, test fold")))
     return {
-        "summary": summary,
         "about": about(options, {}),
         "headlines": [
-            {"title": title_of(task), **{name: summary["test"][f"{name}_{task}"] for name in ("srocc", "plcc")}}
+            headline(title_of(task), *(summary["test"][f"{name}_{task}"] for name in ("srocc", "plcc")))
             for task in tasks
         ],
         "scores": summary_table(rows, tasks),
         "pictures": drawn,
         "over": over_table(summary, tasks),
+        "kinds": [],
+        "measures": None,
         "runs": parts_table(folder, summary["runs"], tasks),
-        "links": [name for name in summary["runs"] if (folder / name / REPORT_FILE).exists()],
         "changed": options_table(options, changed=True),
         "unchanged": options_table(options, changed=False),
+    }
+
+
+def headline(title: str, srocc: Mapping[str, Any], plcc: Mapping[str, Any]) -> dict[str, str]:
+    """The most important numbers of a score, as text."""
+    return {
+        "title": title,
+        "big": number(srocc["mean"]),
+        "small": f"SROCC ± {number(srocc['sd'])}",
+        "interval": interval_text(srocc["interval"]),
+        "more": f"PLCC {number(plcc['mean'])} ± {number(plcc['sd'])}",
     }
 
 

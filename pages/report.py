@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evaluation import summaries
+from multirun import summaries
 from pages import figures
-from pages.answers_page import PROGRAM, answers_content, read_answers_run
+from pages.answers_page import answers_content, read_answers_run
 from pages.elements import FIGURES_DIR, Pictures, write_page, write_pictures
 from pages.repeated_page import repeated_content
-from pages.run_data import REPORT_FILE, read_json, read_run
+from pages.run_data import REPORT_FILE, is_of_answers, read_run
 from pages.run_page import run_content
 
 
@@ -36,7 +36,6 @@ def content_of(folder: Path, pictures: Pictures) -> tuple[str, dict[str, Any]]:
     """The template of a folder's page, and what it shows. Raises ValueError."""
     if (folder / summaries.PROTOCOL_FILE).exists():
         return "repeated.html.j2", repeated_content(folder, pictures)
-    results = folder / "results.json"
-    if results.exists() and read_json(results, folder).get("program") == PROGRAM:
+    if is_of_answers(folder):
         return "answers.html.j2", answers_content(read_answers_run(folder), pictures)
     return "report.html.j2", run_content(read_run(folder), pictures)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evaluation import comparison, summaries
+from multirun import comparison, summaries
 from pages.elements import truncate
 from sources.scores import columns_of, tasks_of
 from storage import json_files, tables
@@ -110,6 +110,12 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def is_of_answers(folder: Path) -> bool:
+    """Whether this is a finished run of main.py."""
+    results = folder / "results.json"
+    return results.exists() and read_json(results, folder).get("program") == summaries.ANSWERS
+
+
 def read_epochs(folder: Path) -> pd.DataFrame:
     """The numbers of every epoch. Raises ValueError."""
     epochs = read_csv(folder / "metrics.csv", folder, ["epoch"])
@@ -153,7 +159,7 @@ def missing(path: Path, folder: Path) -> str:
 def check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     """The same, if it has every part that a page shows. Raises ValueError."""
     if results.get("program") == "vqa":
-        raise ValueError(f"{path.parent}: is a run of main.py; runs of baseline.py are compared here")
+        raise ValueError(f"{path.parent}: is a run of main.py; one of baseline.py is looked for")
     if said := json_files.schema_mismatch(results, RESULTS):
         raise ValueError(f"{path}: {said}; run it again with this version")
     if not tasks_of(results["val"]):

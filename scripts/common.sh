@@ -1,4 +1,5 @@
-# What the scripts beside this one share; they source it. Each takes flags of baseline.py (without any: the demo) and
+# What the scripts beside this one share; they source it. Each takes flags of baseline.py, vqa_*.sh those of main.py
+# (without any: the demo), and
 #
 # OUT     where the runs go; a run that is finished there is not made again
 # PYTHON  the interpreter
@@ -9,6 +10,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}
 out=${OUT:-runs/$(basename "$0" .sh)}
 runs=()
+case $(basename "$0") in
+    vqa_*) program=main.py output=--output ;;
+    *) program=baseline.py output=--output_dir ;;
+esac
 
 # Flags of all runs: those given, or the ones named for the demo.
 begin() {
@@ -27,7 +32,7 @@ train() {
     if [ ! -f "$folder/results.json" ]; then
         echo "== $folder: $asked"
         echo "$asked" >"$folder.flags"
-        "$python" "$here/baseline.py" "${flags[@]}" "$@" --output_dir "$folder" --overwrite
+        "$python" "$here/$program" "${flags[@]}" "$@" "$output" "$folder" --overwrite
     elif [ "$(cat "$folder.flags")" = "$asked" ]; then
         echo "== $folder is finished"
     else

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import compare
-from evaluation import comparison
+from multirun import comparison
 
 
 @pytest.fixture

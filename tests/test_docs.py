@@ -25,7 +25,7 @@ from configs import OPTIONS, TrainingConfig
 from guidance import arguments, presets
 from serving import commands
 from sources import demo
-from tuning import space
+from tuning import arguments as tuning_arguments
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")])
 PROGRAMS = ("python", "torchrun", "make", "pip", "tensorboard", "source", "scripts/")
@@ -79,7 +79,7 @@ def check_words(script: str, words: list[str]) -> None:
     if script == "baseline.py":
         arguments.parse_args(words)
     elif script == "search.py":
-        space.parse_search_args(words)
+        tuning_arguments.parse_search_args(words)
     elif script == "predict.py":
         commands.parse_predict_args(words)
     elif script == "app.py":
@@ -209,6 +209,9 @@ def test_a_command_in_the_docs_works(command: str, world: Path, monkeypatch: pyt
         own, flags = words[: words.index("--")], words[words.index("--") + 1 :]
         sides = [word for word in own if word.startswith("--with_flags")]
         module.main([sides[0], "--seeds", "1", "2", "--", *fitted(flags, world)])
+    elif script == "search.py" and "--program" in words:
+        monkeypatch.setattr("regions.demo_set.NUM_IMAGES", 32)
+        module.main([*words, "--cache_dir", str(world / "small"), "--epochs", "1", "--trials", "2", "--seeds", "0"])
     elif script == "search.py":
         small = shlex.join(fitted(words, world))
         small = small.replace(" --overwrite", "").replace(" --batch_size 16", "").split()  # which may be searched
@@ -247,7 +250,7 @@ def test_the_space_files_in_the_docs_can_be_read(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.json"
         path.write_text(text, encoding="utf-8")
         words = ["--space", str(path), "--output_dir", str(tmp_path / "out"), "--demo"]
-        found = space.parse_search_args(words).space
+        found = tuning_arguments.parse_search_args(words).space
         assert found is not None and found["lr"].log
 
 
@@ -267,7 +270,7 @@ def test_the_python_in_the_readme_runs(demo_set, tmp_path: Path, monkeypatch: py
 def test_every_flag_in_the_docs_exists() -> None:
     known = {"--with_flags", "--seeds"} | {"--model", "--num_images", "--cases", "--ours_only"}  # of tools/ and bench/
     parsers = (
-        *(arguments.build_parser(), space.build_search_parser()),
+        *(arguments.build_parser(), tuning_arguments.build_search_parser()),
         *(commands.build_predict_parser(), commands.build_app_parser(), vqa_configs.parser()),
     )
     for parser in parsers:

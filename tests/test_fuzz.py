@@ -35,9 +35,9 @@ import models
 from cli import errors
 from configs import NOT_SAVED, OPTIONS, TrainingConfig
 from data import fixed_splits
-from evaluation import comparison, protocol, summaries
 from guidance import arguments, presets
 from inputs import decoding
+from multirun import comparison, protocol, summaries
 from pages import comparison_page, run_data
 from serving import answers, batch_scoring
 from sources import csv_files, examples, splits
@@ -364,7 +364,7 @@ def test_tables(cases, tmp_path):
             batch_scoring.image_paths(Namespace(**vars(flags), image_dir="", follow_links=False), piece)
             for piece in batch_scoring.csv_pieces(flags)
         ],
-        lambda: comparison.read_predictions(tmp_path),
+        lambda: comparison.scores_of(tmp_path, comparison.read_predictions(tmp_path)),
         lambda: run_data.read_csv(path, tmp_path, ["name"]),
         lambda: run_data.read_csv(path, tmp_path, ["name"], texts=True),
     ]
@@ -816,7 +816,10 @@ def test_run_folders(cases, tmp_path, finished_run, capsys):
             run.pairs(task)
 
     entry, entries = (lambda: comparison_page.read_entry(first, "a")), (lambda: comparison_page.read_entry(whole, "a"))
-    kept, seen = (lambda: protocol.finished_runs(whole, {first.name: config})), (lambda: seen_by(first))
+    kept, seen = (
+        (lambda: protocol.finished_runs(protocol.SCORER, whole, {first.name: config})),
+        (lambda: seen_by(first)),
+    )
     again = [
         lambda flag=flag, path=path: arguments.parse_args([flag, str(path)])
         for flag, path in (("--config", first / "config.json"), ("--resume", first))
@@ -827,7 +830,7 @@ def test_run_folders(cases, tmp_path, finished_run, capsys):
         first / "predictions.csv": [
             shown,
             lambda: prompts_seen_by(first),
-            lambda: comparison.read_predictions(first),
+            lambda: comparison.scores_of(first, comparison.read_predictions(first)),
         ],
         first / "splits.csv": [shown, seen],
         first / "metrics.csv": [shown],

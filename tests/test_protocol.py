@@ -15,7 +15,7 @@ import baseline
 import compare
 import protocol
 from configs import TrainingConfig
-from evaluation.protocol import summary_lines
+from multirun.summary_text import summary_lines
 from pages import figures
 
 

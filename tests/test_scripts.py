@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT
 
 from guidance.arguments import parse_args
+from regions import demo_set
+from training import devices
 
 
 @pytest.fixture
@@ -72,6 +74,43 @@ SWEEPS = {  # script -> its variables, and the runs that they make, with an opti
 }
 
 
+VQA_SWEEPS = {  # as above, of main.py; each run with the options that tell it from the others
+    "vqa_ablation.sh": (
+        {"BRANCHES": "fine graph fine,graph"},
+        {name.replace(",", "-"): {"branches": name, "test": True} for name in ("fine", "graph", "fine,graph")},
+    ),
+    "vqa_learning_rate.sh": (
+        {},
+        {
+            "lr-2.8e-4": {"lr": 2.8e-4, "xvlm_lr": 5e-5, "test": False},
+            "lr-3.5e-4": {"lr": 3.5e-4, "xvlm_lr": 7e-5},
+            "lr-2e-4": {"lr": 2e-4, "xvlm_lr": 3e-5},
+        },
+    ),
+    "vqa_complexity.sh": (
+        {},
+        {
+            "layers-4-width-512": {"AOA_layers": 4, "num_hid": 512, "test": False},
+            "layers-6-width-1024": {"AOA_layers": 6, "num_hid": 1024},
+            "layers-8-width-2048": {"AOA_layers": 8, "num_hid": 2048},
+        },
+    ),
+    "vqa_isubgvqa.sh": (
+        {},
+        {
+            "layers-4": {"mgat_layers": 4, "alpha": 1.0, "beta": 10.0, "branches": "fine,graph", "test": False},
+            "layers-6": {"mgat_layers": 6, "alpha": 1.5, "beta": 15.0},
+            "layers-3": {"mgat_layers": 3, "alpha": 0.8, "beta": 8.0},
+        },
+    ),
+    "vqa_8gb.sh": (
+        {},
+        {"run": {"gradient_accumulation_steps": 4, "mixed_precision": True, "max_memory_usage": 0.7}},
+    ),
+    "vqa_24gb.sh": ({}, {"run": {"batch_size": 48, "gradient_accumulation_steps": 1, "max_memory_usage": 0.9}}),
+}
+
+
 def check_runs(place: Path, expected: dict[str, tuple[str, object]]) -> None:
     """Each run is there, with the option that tells it from the others."""
     for run, (option, value) in expected.items():
@@ -90,6 +129,46 @@ def test_a_sweep_names_its_runs_makes_none_twice_and_mixes_none(name, tmp_path, 
     assert again.returncode == 0 and again.stdout.count("is finished") == len(expected)
     other = run_script(name, tmp_path, "--batch_size", "16", "--seed", "7", OUT="runs/here", **variables, **at_once)
     assert other.returncode == 2 and "OUT=" in other.stderr and "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize("name", VQA_SWEEPS)
+@pytest.mark.parametrize("flags", [["--demo", "--sg_source", "gt", "--seed", "3"], []])
+def test_a_script_of_questions_makes_the_runs_of_the_guide(name, flags, tmp_path, at_once):
+    variables, expected = VQA_SWEEPS[name]
+    done = run_script(name, tmp_path, *flags, OUT="runs/here", **variables, **at_once)
+    assert done.returncode == 0, done.stderr
+    made = {
+        path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs" / "here").glob("*/config.json")
+    }
+    assert all(config["demo"] for config in made.values())
+    if flags:
+        assert all(config["seed"] == 3 and config["sg_source"] == "gt" for config in made.values())
+    if flags or name != "vqa_complexity.sh":  # which is smaller on the demo
+        assert made.keys() == expected.keys()
+        for run, options in expected.items():
+            assert {option: made[run][option] for option in options} == options
+    if len(expected) > 1:
+        assert {Path(word).name for word in done.stdout.splitlines()[-1].split()[2:]} == made.keys()
+    again = run_script(name, tmp_path, *flags, OUT="runs/here", **variables, **at_once)
+    assert again.returncode == 0 and again.stdout.count("is finished") == len(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vqa_ablation.sh", "vqa_isubgvqa.sh"])
+def test_a_script_of_questions_ends_with_one_table(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_set, "NUM_IMAGES", 32)
+    root, features = demo_set.find_demo_set(tmp_path / "drawn", "GQA", devices.start_runtime("cpu", "off"))
+    flags = (
+        "--sg_source gt --num_hid 16 --AOA_layers 1 --general_hidden_dim 16 --epochs 1 --batch_size 16 --update_freq 1"
+    )
+    done = run_script(
+        name, tmp_path, "--data_root", str(root), "--features", str(features), *flags.split(), OUT="runs/here"
+    )
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.rindex("run folder:") :]
+    assert all(run in table for run in VQA_SWEEPS[name][1]) and "val accuracy" in table
+    assert ("difference, 95 % interval" in table) == (name == "vqa_ablation.sh")
+    assert (tmp_path / "runs" / "here" / "comparison.html").is_file()
 
 
 @pytest.mark.slow
@@ -173,4 +252,5 @@ def test_every_script_is_named_in_the_docs_and_can_be_run():
     for script in (ROOT / "scripts").glob("*.sh"):
         if script.name != "common.sh":
             assert os.access(script, os.X_OK), script.name
-            assert f"scripts/{script.name}" in (ROOT / "docs" / "tuning.md").read_text(), script.name
+            page = "vqa.md" if script.name.startswith("vqa_") else "tuning.md"
+            assert f"scripts/{script.name}" in (ROOT / "docs" / page).read_text(), script.name

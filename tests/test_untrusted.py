@@ -30,16 +30,16 @@ import baseline
 import configs
 import predict
 from backbones import build, loading, names, weights
-from evaluation import comparison, protocol, summaries
 from finetune import initial_model
 from guidance import arguments
+from multirun import comparison, protocol, summaries
 from pages import run_data
 from serving import answers, scorer
 from sources.examples import prompt_keys
 from sources.seen import prompts_seen_by, seen_by
 from storage import chunks, tables, tensors
 from training import checkpoints
-from tuning import space
+from tuning import programs
 
 TINY = ["--clip_model", "tiny", "--clip_pretrained", "none", "--image_size", "56", "--freeze_clip", "--epochs", "1"]
 FORMULAS = ("=1+1", "+1", "-1", "@a", "'=1", "plain")
@@ -85,6 +85,11 @@ def asked(monkeypatch) -> list[Any]:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr("builtins.input", refuse)
     return calls
+
+
+def scores_in(folder: Path) -> pd.DataFrame:
+    """The test scores of a run, as a comparison reads them."""
+    return comparison.scores_of(folder, comparison.read_predictions(folder))
 
 
 def refusal(call: Callable[..., Any], *args: Any, **options: Any) -> str:
@@ -306,7 +311,7 @@ HOSTILE_JSON = {
 
 def finished(folder: Path) -> Any:
     config = arguments.parse_args(["--demo"])
-    return protocol.finished_runs(folder.parent, {folder.name: config})
+    return protocol.finished_runs(protocol.SCORER, folder.parent, {folder.name: config})
 
 
 def part_of(folder: Path) -> None:
@@ -317,7 +322,7 @@ def part_of(folder: Path) -> None:
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "scorer.json": ("best/scorer.json", scorer.Scorer.load),
     "--config": ("config.json", lambda folder: arguments.load_options(folder / "config.json")),
-    "--space": ("space.json", lambda folder: space.read_space(folder / "space.json", frozenset())),
+    "--space": ("space.json", lambda folder: programs.SCORER.read_space(folder / "space.json", frozenset())),
     "report, config": ("config.json", run_data.read_run),
     "report, results": ("results.json", run_data.read_run),
     "summary": ("summary.json", summaries.read_summary),
@@ -357,7 +362,7 @@ def test_a_pipe_in_a_run_is_not_waited_for(run, tmp_path, name):
     readers = {"best/model.safetensors": scorer.Scorer.load, "splits.csv": seen_by}
     refusal(readers.get(name, run_data.read_run), folder)
     if name == "predictions.csv":
-        refusal(comparison.read_predictions, folder)
+        refusal(scores_in, folder)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -559,7 +564,7 @@ def test_names_and_prompts_that_begin_as_formulas_go_through_a_run(run, module_d
     found = run_data.read_run(run)
     assert set(found.files) == names == set(found.predictions["name"])
     assert {prompt[0] for prompt in found.predictions["prompt"]} == {"=", "+", "-", "@", "'", "p"}
-    assert set(comparison.read_predictions(run).index) < names
+    assert set(scores_in(run).index) < names
     seen = prompts_seen_by(run)
     assert seen and seen <= set(prompt_keys(found.predictions))
     baseline.main([*module_dataset, *TINY, "--split_file", str(run / "splits.csv"), "--dry_run"])

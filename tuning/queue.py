@@ -15,7 +15,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tuning.space import Dimension, Request
+from tuning.arguments import Request
+from tuning.space import Dimension
 from tuning.study import FINISHED, POLL_SECONDS, STORAGE_ERRORS, Search, SearchFailed, sampler_of, study_lock
 
 BEAT_SECONDS = 30.0  # how often a running trial says that it is alive

@@ -9,13 +9,10 @@ import numpy as np
 import pandas as pd
 from optuna.trial import TrialState
 
-from configs import NOT_SAVED, TrainingConfig
-from guidance.presets import command_line
 from storage import json_files, tables
 from storage.atomic import atomic_write
 from tuning import sensitivity
 from tuning.queue import superseded
-from tuning.space import options_of
 from tuning.study import FINISHED, Search, SearchFailed
 
 
@@ -45,21 +42,22 @@ def trial_line(search: Search, number: int) -> str:
     )
 
 
-def best_config(search: Search) -> TrainingConfig:
+def best_config(search: Search) -> Any:
     """The options of the best trial. Raises SearchFailed if none was finished."""
     if not any(trial.state == TrialState.COMPLETE for trial in search.trials()):
         causes = [trial.user_attrs["cause"] for trial in search.trials() if "cause" in trial.user_attrs]
         said = f", the last one: {causes[-1]}" if causes else ""
         raise SearchFailed(f"no trial has come to its end{said}")
-    return options_of(search.request.config, search.space, search.study.best_params, search.request.given)
+    request = search.request
+    return request.program.options_of(request.config, search.space, search.study.best_params, request.given)
 
 
-def write_findings(search: Search) -> TrainingConfig:
+def write_findings(search: Search) -> Any:
     """Write and print what the trials say; returns the options of the best one."""
-    folder, study = search.request.folder, search.study
+    folder, study, program = search.request.folder, search.study, search.request.program
     config = best_config(search)
     tables.write_csv(folder / "trials.csv", trials_table(search))
-    saved = {name: value for name, value in config.to_json().items() if name not in NOT_SAVED}
+    saved = {name: value for name, value in config.to_json().items() if name not in program.not_saved}
     json_files.write_json(folder / "best_config.json", saved)
     scored = sensitivity.scored_trials(search.finished())
     table = sensitivity.importance_table(scored, search.space, study.best_params, search.request.config.seed)
@@ -75,7 +73,7 @@ def write_findings(search: Search) -> TrainingConfig:
             print(f"failed    trial {trial.number}: {values_line(trial.params)}: {trial.user_attrs['cause']}")
     best = study.best_trial
     print(f"\nbest: trial {best.number}, validation {search.score} {best.value:.4f}, {values_line(best.params)}")
-    print(command_line(config))
+    print(program.command_line(config))
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,11 +18,12 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cli.memo import Memo
-from evaluation import protocol
 from storage import json_files
 from storage.locks import locked
 from training import checkpoints, run_folder
-from tuning.space import Request, Space
+from tuning.arguments import Request
+from tuning.programs import SCORER
+from tuning.space import Space
 
 STARTUP_TRIALS = 10  # drawn at random before TPE begins to learn
 PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
@@ -55,7 +57,7 @@ class Search:
     @property
     def score(self) -> str:
         """What trials are compared by."""
-        return self.request.config.select_by
+        return self.request.program.score(self.request.config)
 
     @property
     def is_over(self) -> bool:
@@ -72,13 +74,13 @@ class Search:
         return [trial for trial in self.trials() if trial.state in FINISHED]
 
 
-def refuse_occupied(folder: Path) -> None:
-    """Raise ValueError unless the folder is absent, empty, or that of a search, which may go on."""
+def refuse_occupied(folder: Path, flag: str) -> None:
+    """Raise ValueError unless the folder that `flag` names is absent, empty, or that of a search, which may go on."""
     runs = (run_folder.CONFIG_FILE, f"{checkpoints.BEST_DIR}/{checkpoints.DESCRIPTION_FILE}")
     if any((folder / name).exists() for name in runs):
-        raise ValueError(f"--output_dir {folder}: holds a run; choose a new or empty folder")
+        raise ValueError(f"{flag} {folder}: holds a run; choose a new or empty folder")
     own = (SEARCH_FILE, STUDY_FILE)
-    run_folder.refuse_foreign(folder, "a search", lambda folder: any((folder / name).exists() for name in own))
+    run_folder.refuse_foreign(folder, "a search", lambda folder: any((folder / name).exists() for name in own), flag)
 
 
 def study_lock(request: Request) -> AbstractContextManager[bool]:
@@ -138,10 +140,11 @@ def without_password(url: str) -> str:
         return "(no database URL)"
 
 
-def check_same_search(study: optuna.Study, request: Request, space: Space) -> None:
+def check_same_search(study: optuna.Study, request: Request, space: Space, result_options: Mapping[str, Any]) -> None:
     """Write down what is searched, or raise ValueError if the study was begun with something else."""
-    asked = {
-        "options": protocol.result_options(request.config),
+    asked: dict[str, Any] = {
+        "program": request.program.script,
+        "options": dict(result_options),
         "space": {name: dimension.to_json() for name, dimension in space.items()},
     }
     has_trials = bool(study.trials)  # looked at first, for what is searched is written before them
@@ -151,7 +154,11 @@ def check_same_search(study: optuna.Study, request: Request, space: Space) -> No
     if saved is None:
         study.set_user_attr("searched", asked)  # as one, lest others see a half of it
         return
-    other = []
+    if (before := saved.get("program", SCORER.script)) != request.program.script:
+        raise ValueError(
+            f"--study_name {study.study_name}: is a search of {before}; choose a new --{request.program.folder}"
+        )
+    other: list[str] = []
     for name, now in asked["space"].items():
         if name in saved["space"] and saved["space"][name] != now:
             other.append(f"{name} in {now}, not {saved['space'][name]}")
@@ -165,7 +172,7 @@ def check_same_search(study: optuna.Study, request: Request, space: Space) -> No
     if other:
         raise ValueError(
             f"--study_name {study.study_name}: was begun with other options ({'; '.join(other[:5])}); use the same "
-            "flags, or a new --output_dir"
+            f"flags, or a new --{request.program.folder}"
         )
 
 

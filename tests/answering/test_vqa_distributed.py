@@ -29,9 +29,9 @@ pytestmark = pytest.mark.slow
 
 LR = 3e-3
 GRAPH = ["--branches", "fine,graph", "--sg_source", "gt", *ONE_GRAPH]
-# Of 225 questions, batches of 16 leave a last one of a single question: one process has no share of it.
+# Of 250 questions, batches of 83 leave a last one of a single question: one process has no share of it.
 CASES = {
-    "GQA": ("GQA", ["--use_counter", "--branches", "fine", "--sg_source", "gt"]),
+    "GQA": ("GQA", ["--use_counter", "--branches", "fine", "--sg_source", "gt", "--batch_size", "83"]),
     "VQA": ("VQA", ["--batch_size", "7", "--update_freq", "2", "--ema_decay", "0.5", "--loss", "ce"]),
     "graph": (
         "GQA",

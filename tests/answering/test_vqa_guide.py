@@ -115,10 +115,10 @@ def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     epochs, width = int(given.get("epochs", 8)), int(given.get("num_hid", 128))
     batch, layers = int(given.get("batch_size", 64)), int(given.get("AOA_layers", 1))
     batches = int(given.get("update_freq", 1)) * int(given.get("gradient_accumulation_steps", 1))
-    steps = -(-225 // (batch * batches)) * epochs  # 225 questions
+    steps = -(-250 // (batch * batches)) * epochs  # 250 questions
     expected = f"{epochs} epochs, {steps} steps of {batch * batches} questions (--batch_size {batch} x {batches}), "
     assert plan["schedule"].startswith(f"{expected}lr {float(given.get('lr', 1e-3)):g} cosine")
-    assert plan["questions"].startswith("train 225 on 25 images")
+    assert plan["questions"].startswith("train 250 on 25 images")
     answers, vocabulary = (int(number) for number in re.findall(r"\d+", plan["answers"])[:2])
     count = parameters(width, layers, words=vocabulary, answers=answers)
     asks = "checkpoint" in given
@@ -126,8 +126,10 @@ def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert plan["coarse"] == (
             f"X-VLM of pretrained/model, images of 32 pixels, lr {float(given['xvlm_lr']):g} linear"
         )
-        count += sum(value.numel() for value in torch.load("pretrained/model", weights_only=True)["model"].values())
-        count += 2 * answers  # what the branches weigh; the words' table is one with the last layer
+        state = torch.load("pretrained/model", weights_only=True)["model"]
+        tied = [f"text_decoder.cls.predictions.decoder.{name}" for name in ("weight", "bias")]
+        count += sum(value.numel() for name, value in state.items() if name not in tied)
+        count += 2 * answers  # what the branches weigh
     assert plan["model"].startswith(
         f"{'fine,coarse' if asks else 'fine'}, {count / 1e6:.2f}M parameters, width {width}"
     )

@@ -7,11 +7,12 @@ import pytest
 import torch
 from small_vqa import ONE_GRAPH, tiny_flags
 
-from answering.configs import VQAConfig, parse_args
+from answering.configs import VQAConfig, parse_args, recommended
 from answering.experiment import build_experiment
-from answering.outcome import by_kind, confusion, interval
-from answering.remarks import ADVISED, advise, bytes_per_question, diagnose, recommended
+from answering.outcome import by_kind, confusion
+from answering.remarks import ADVISED, advise, bytes_per_question, diagnose
 from answering.task import ban_factor, losses_of, probabilities
+from evaluation.metrics import mean_interval
 from training import devices
 from vqa.questions import Questions
 
@@ -51,15 +52,15 @@ def test_an_interval_covers_the_true_accuracy_as_often_as_it_should_where_images
     for trial in range(200):
         easy = np.repeat(draw.random(60), 5)  # five questions on an image share how easy it is
         right = (draw.random(300) < easy).astype(float)
-        low, high = interval(right, [f"image{number // 5}" for number in range(300)], seed=trial)
+        low, high = mean_interval(right, [f"image{number // 5}" for number in range(300)], seed=trial)
         covered += low <= 0.5 <= high
     assert 180 <= covered <= 198  # 95 % of 200, and chance
-    naive = [interval(np.tile([0.0, 1.0], 150), [str(n) for n in range(300)])]
+    naive = [mean_interval(np.tile([0.0, 1.0], 150), [str(n) for n in range(300)])]
     assert naive[0][1] - naive[0][0] == pytest.approx(2 * 1.96 * 0.5 / 300**0.5, rel=0.1)
 
 
 def test_one_image_has_no_interval():
-    assert interval(np.array([0.0, 1.0]), ["7", "7"]) == []
+    assert mean_interval(np.array([0.0, 1.0]), ["7", "7"]) == []
 
 
 ASKED = Questions(

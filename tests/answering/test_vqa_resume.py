@@ -188,7 +188,7 @@ def test_what_is_said_of_a_run_may_change(stopped, whole, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f"resume    {stopped}" in lines
     (told,) = [line for line in lines if line.startswith("resume    epoch 2 after ")]
-    assert told.endswith(" of 15 steps")
+    assert told.endswith(" of 16 steps")
     assert (stopped / "report.html").exists()
     assert differences(whole["as it comes"][0], stopped) == []
 
@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_questions_and_can_be_repeate
         found = real(logits_BA, *given)
         if logits_BA.requires_grad:  # in training
             seen.append(found.detach().clone())
-            if len(seen) == 15 + 4 and not (folder / "failure.json").exists():  # fourth step of the second epoch
+            if len(seen) == 16 + 4 and not (folder / "failure.json").exists():  # fourth step of the second epoch
                 return found * math.nan
         return found
 

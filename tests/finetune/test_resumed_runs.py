@@ -25,9 +25,9 @@ from torch import Tensor
 import baseline
 import data
 import losses
-from evaluation import protocol
 from finetune.frozen_clip import FrozenLayers
 from guidance.arguments import parse_args
+from multirun import protocol
 from storage import locks
 from training import checkpoints, devices, resuming, run_folder, signals
 
@@ -514,7 +514,9 @@ def test_repeated_runs_that_are_made_again_otherwise_go_on_too_and_have_their_fo
     stop_signals = StopsAt(3)  # in the first of the new runs
     config = parse_args([*argv, "--output_dir", str(folder), "--lr", "2e-3", "--overwrite"])
     with pytest.raises(signals.Stopped, match=f"--resume {folder} goes on"):
-        protocol.run_all(config, functools.partial(baseline.run, stop_signals=stop_signals), folder, CPU)
+        protocol.run_all(
+            protocol.SCORER, config, functools.partial(baseline.run, stop_signals=stop_signals), folder, CPU
+        )
     with locks.exclusive_folder(folder), pytest.raises(SystemExit):
         baseline.main(["--resume", str(folder)])
     assert "another run is using it now" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from made_runs import (
     write_run,
 )
 
-from evaluation import comparison
+from multirun import comparison
 from pages.comparison_page import compare_folders, default_page
 from pages.report import write_report
 

@@ -26,7 +26,7 @@ from configs import TrainingConfig
 from search import main, prepare, run_trial
 from storage.locks import locked
 from training import run_folder
-from tuning import queue, space, study
+from tuning import arguments, queue, study
 from tuning.study import (
     FINISHED,
     OPENINGS,
@@ -142,7 +142,7 @@ def test_whose_trial_was_taken_over_says_so_and_goes_on(call, tmp_path, train, c
 def worker_of(folder: Path, trials: int = 8) -> Search:
     """A worker of a search, or another one."""
     (folder / "out").mkdir(exist_ok=True)
-    request = space.parse_search_args(flags_of(folder, LR, f"--trials {trials}"))
+    request = arguments.parse_search_args(flags_of(folder, LR, f"--trials {trials}"))
     return Search(open_study(request), request, dict(request.space or {}), Memo(), datetime.now())
 
 
@@ -214,7 +214,7 @@ def test_a_trial_that_just_ends_is_not_put_back(tmp_path, train, monkeypatch):
 )
 def test_the_same_search_may_be_started_twice_at_once(statement, tmp_path, train, monkeypatch):
     train()
-    request = space.parse_search_args(flags_of(tmp_path))
+    request = arguments.parse_search_args(flags_of(tmp_path))
     with meanwhile(monkeypatch, statement, lambda: prepare(request, Memo()).study.study_name) as found:
         assert prepare(request, Memo()).study.study_name == "search"
     assert found == ["search"]
@@ -227,10 +227,10 @@ def test_what_is_searched_is_never_half_written(tmp_path, monkeypatch):
 
     def then_the_others(name: str, value: Any) -> None:
         write(name, value)
-        check_same_search(others.study, others.request, others.space)
+        check_same_search(others.study, others.request, others.space, {})
 
     monkeypatch.setattr(mine.study, "set_user_attr", then_the_others)
-    check_same_search(mine.study, mine.request, mine.space)
+    check_same_search(mine.study, mine.request, mine.space, {})
 
 
 def test_a_search_that_begins_this_very_moment_is_no_other_thing(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_a_search_that_begins_this_very_moment_is_no_other_thing(tmp_path, monke
         return look(folder)
 
     monkeypatch.setattr(run_folder, "is_empty_folder", late)
-    refuse_occupied(tmp_path)
+    refuse_occupied(tmp_path, "--output_dir")
 
 
 @pytest.mark.parametrize(("failures", "url"), [(2, "postgresql://h/db"), (99, "postgresql://h/db"), (1, "sqlite://")])
@@ -256,7 +256,7 @@ def test_a_database_server_is_tried_again_since_others_may_be_making_its_tables(
         return optuna.storages.InMemoryStorage()
 
     monkeypatch.setattr(study, "storage_at", storage_at)
-    request = space.parse_search_args(flags_of(tmp_path, LR, f"--storage {url}"))
+    request = arguments.parse_search_args(flags_of(tmp_path, LR, f"--storage {url}"))
     with pytest.raises(ValueError, match="exists already") if failures != 2 else nullcontext():
         open_study(request)
     assert calls == [url] * {2: 3, 99: OPENINGS, 1: 1}[failures]
@@ -310,7 +310,7 @@ def test_a_trial_that_kills_its_process_twice_is_not_tried_a_third_time(tmp_path
 def test_who_asks_a_moment_too_late_steps_back_and_waits(tmp_path, train, monkeypatch):
     train()
     study = main(flags_of(tmp_path, LR, "--trials 2"))
-    request = space.parse_search_args(flags_of(tmp_path, LR, "--trials 3"))
+    request = arguments.parse_search_args(flags_of(tmp_path, LR, "--trials 3"))
     ask, others = study.ask, []
 
     def late() -> Any:

@@ -33,12 +33,12 @@ import search
 from backbones import loading
 from cli.memo import Memo
 from configs import TrainingConfig
-from evaluation import protocol
 from finetune import experiment, outcome, task
 from guidance.arguments import parse_args
+from multirun import protocol
 from search import SearchFailed, main, run_workers
 from training import devices, loop
-from tuning import space, study
+from tuning import arguments, study
 from tuning.study import FINISHED, STARTUP_TRIALS
 
 TINY = shlex.split("--clip_model tiny --clip_pretrained none --image_size 56 --freeze_clip --batch_size 16")
@@ -401,7 +401,7 @@ def test_how_a_worker_ended_is_said(ends, failure, note, tmp_path, monkeypatch, 
     script.write_text(f"import os, signal, sys\nif os.environ['LOCAL_RANK'] == '1': {ends}\n")
     monkeypatch.setattr(search, "__file__", str(script))
     monkeypatch.setattr(devices, "num_gpus", lambda: 2)
-    request = space.parse_search_args([*flags_of(tmp_path), "--workers", "2"])
+    request = arguments.parse_search_args([*flags_of(tmp_path), "--workers", "2"])
     with pytest.raises(SearchFailed, match=failure) if failure else nullcontext():
         run_workers(request, [])
     said = capfd.readouterr()
@@ -516,12 +516,12 @@ class Repeats:
         monkeypatch.setattr(protocol, "run_all", self.run_all)
         monkeypatch.setattr(outcome, "write_report", lambda config, folder, runtime: self.pages.append(folder.name))
 
-    def run_all(self, config: TrainingConfig, run: Any, folder: Path, runtime: Any) -> dict[str, Any]:
+    def run_all(self, program: Any, config: TrainingConfig, run: Any, folder: Path, runtime: Any) -> dict[str, Any]:
         assert not config.overwrite
-        protocol.refuse_occupied(folder, config)
+        protocol.refuse_occupied(program, folder, config)
         self.asked.append((folder.name, config))
         (folder / "seed42").mkdir(parents=True, exist_ok=True)
-        (folder / "protocol.json").write_text(json.dumps(protocol.result_options(config)))
+        (folder / "protocol.json").write_text(json.dumps(protocol.SCORER.result_options(config)))
         (folder / "seed42" / "results.json").write_text(json.dumps({"lr": config.lr}))
         return {}
 

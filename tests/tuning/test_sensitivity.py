@@ -52,8 +52,13 @@ def test_importance_and_spread_of_a_known_function():
     [
         (space.Dimension("lr", low=1e-4, high=1.0, log=True), [1e-4, 2e-3, 0.5, 1.0], [0, 1, 3, 3], 4),
         (space.Dimension("dropout", low=0.0, high=0.8), [0.0, 0.3, 0.8], [0, 1, 3], 4),
-        (space.Dimension("freeze_layers", low=16, high=22, step=2), [16, 22, 20], [0, 3, 2], ["16", "18", "20", "22"]),
-        (space.Dimension("freeze_layers", low=8, high=11), [8, 11], [0, 3], ["8", "9", "10", "11"]),
+        (
+            space.Dimension("freeze_layers", low=16, high=22, step=2, is_whole=True),
+            [16, 22, 20],
+            [0, 3, 2],
+            ["16", "18", "20", "22"],
+        ),
+        (space.Dimension("freeze_layers", low=8, high=11, is_whole=True), [8, 11], [0, 3], ["8", "9", "10", "11"]),
         (space.Dimension("loss", choices=("mse", "l1")), ["l1", "mse"], [1, 0], ["mse", "l1"]),
         (space.Dimension("head_lr", choices=(None, 0.1)), [0.1, None], [1, 0], ["None", "0.1"]),
     ],

@@ -8,13 +8,13 @@ import shlex
 import pytest
 
 from configs import OPTIONS, VIEWS
-from tuning import space
+from tuning import arguments, programs
 
 
 def default(flags: str, depth: int | None = 24) -> dict[str, str]:
     """The default space after a command line: option -> how it is described."""
-    request = space.parse_search_args([*shlex.split(flags), "--output_dir", "out"])
-    found = space.default_space(request.config, depth, request.given)
+    request = arguments.parse_search_args([*shlex.split(flags), "--output_dir", "out"])
+    found = programs.SCORER.default_space(request.config, depth, request.given)
     return {name: dimension.describe().removeprefix(f"{name} ") for name, dimension in found.items()}
 
 
@@ -61,7 +61,7 @@ def test_freeze_layers_follow_the_depth_and_are_searched_only_where_they_do_some
     ],
 )
 def test_a_search_freezes_in_part_unless_something_else_was_said(flags, freezing):
-    assert space.parse_search_args([*shlex.split(flags), "--output_dir", "out"]).config.freezing == freezing
+    assert arguments.parse_search_args([*shlex.split(flags), "--output_dir", "out"]).config.freezing == freezing
 
 
 def test_a_config_file_decides_about_freezing_but_fixes_nothing_else(tmp_path):
@@ -81,17 +81,17 @@ def test_flags_leave_the_space_and_frozen_heads_get_larger_rates():
 
 
 def test_w_c_is_what_w_q_leaves():
-    request = space.parse_search_args(["--output_dir", "out"])
-    found = space.default_space(request.config, 24, request.given)
-    config = space.options_of(request.config, found, {"w_q": 0.3}, request.given)
+    request = arguments.parse_search_args(["--output_dir", "out"])
+    found = programs.SCORER.default_space(request.config, 24, request.given)
+    config = programs.SCORER.options_of(request.config, found, {"w_q": 0.3}, request.given)
     assert (config.w_q, config.w_c) == (0.3, 0.7)
     both = {**found, "w_c": found["w_q"]}
-    assert space.options_of(request.config, both, {"w_q": 0.3, "w_c": 0.4}, request.given).w_c == 0.4
+    assert programs.SCORER.options_of(request.config, both, {"w_q": 0.3, "w_c": 0.4}, request.given).w_c == 0.4
 
 
 def test_of_the_data_only_the_views_may_be_searched():
     """What is compared is the same in all trials: images, scores, their ranges, folds."""
-    searched = {name for name in OPTIONS if space.may_be_searched(name)}
+    searched = {name for name in OPTIONS if programs.SCORER.may_be_searched(name)}
     for name, option in OPTIONS.items():
         if option.metadata["group"] in ("data", "meta"):
             assert (name in searched) == (name in VIEWS), name

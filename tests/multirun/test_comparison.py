@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from refusals import refusal
 from scipy import stats
 
-from evaluation import comparison, metrics
+from evaluation import metrics
+from multirun import comparison
 from sources.scores import MEASURES
 
 NUM_IMAGES = 60

@@ -1,6 +1,7 @@
 """Whether runs differ: paired, on the test images that they share, by bootstrap over prompts.
 
-Every run is compared with the first. Folders of repeated runs are compared split by split.
+Every run is compared with the first. Folders of repeated runs are compared split by split. Runs of main.py, which
+answer questions, are compared by `answer_comparison`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import numpy as np
 import pandas as pd
 
 from evaluation import metrics
-from evaluation.summaries import read_summary
+from multirun import answer_comparison
+from multirun.answer_comparison import ASKED
+from multirun.summaries import is_of_answers, read_summary
+from multirun.summary_text import verdict
 from sources.scores import stem_of, tasks_of, title_of_stem
 from storage import tables
 
@@ -37,18 +41,20 @@ COLUMNS = [
 
 
 def read_predictions(folder: Path) -> pd.DataFrame:
-    """The test fold's predictions of a run, by image name. Raises ValueError."""
-    path = folder / PREDICTIONS_FILE
+    """The predictions of a run, as its file has them. Raises ValueError."""
+    texts = dict.fromkeys(("name", "id", *ASKED), str)
     try:
-        table = tables.read_csv(path, keep_default_na=False, na_values=[""], dtype={"name": str})
+        return tables.read_csv(folder / PREDICTIONS_FILE, keep_default_na=False, na_values=[""], dtype=texts)
     except FileNotFoundError:
         unfinished = "an unfinished run" if (folder / "config.json").exists() else "no run folder"
         raise ValueError(f"{folder}: {unfinished}, {PREDICTIONS_FILE} is missing") from None
+
+
+def scores_of(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The test fold's predictions of a run of baseline.py, by image name. Raises ValueError."""
     missing = [column for column in ("name", "set", "split", "cluster") if column not in table.columns]
-    if "question" in table.columns:
-        raise ValueError(f"{folder}: is a run of main.py; runs of baseline.py are compared here")
     if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}; run it again with this version")
+        raise ValueError(f"{folder / PREDICTIONS_FILE}: no column {missing[0]!r}; run it again with this version")
     if not (table["split"] == "test").any():
         raise ValueError(f"{folder}: has no test scores, being a run with --no_test; run it again without")
     return table[table["split"] == "test"].set_index("name")
@@ -65,12 +71,16 @@ def compare_runs(folders: Sequence[Path]) -> pd.DataFrame:
     """A row for each score and run, in MOS units, compared on the test images of all runs.
 
     Returns:
-        COLUMNS; differences are to the first run, with their 95 % intervals (paired bootstrap over prompts).
+        COLUMNS, or those of `answer_comparison` for runs of main.py; differences are to the first run, with their 95 %
+        intervals (paired bootstrap over prompts).
 
     Raises:
         ValueError: a folder is no finished run, the runs share too few test images, or their human scores differ.
     """
-    tables = [read_predictions(folder) for folder in folders]
+    found = [read_predictions(folder) for folder in folders]
+    if are_answers(folders, ["question" in table.columns for table in found]):
+        return answer_comparison.compare_answers(folders, found)
+    tables = [scores_of(folder, table) for folder, table in zip(folders, found, strict=True)]
     common = tables[0].index
     for table in tables[1:]:
         common = common.intersection(table.index, sort=False)
@@ -89,6 +99,14 @@ def compare_runs(folders: Sequence[Path]) -> pd.DataFrame:
         for name in scores:
             rows += compare_score(folders, [table[here] for table in tables], str(title), name)
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def are_answers(folders: Sequence[Path], of_answers: Sequence[bool]) -> bool:
+    """Whether these are runs of main.py. Raises ValueError if some are, and others are not."""
+    if any(of_answers) and not all(of_answers):
+        one, other = folders[of_answers.index(True)], folders[of_answers.index(False)]
+        raise ValueError(f"{one} is of main.py, {other} of baseline.py: runs of one program can be compared")
+    return all(of_answers)
 
 
 def compare_score(
@@ -131,12 +149,15 @@ def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
             share no score.
     """
     summaries = [read_summary(folder) for folder in folders]
+    of_answers = are_answers(folders, [is_of_answers(summary) for summary in summaries])
     first = summaries[0]
     for folder, summary in zip(folders, summaries, strict=True):
         if summary["runs"] != first["runs"] or summary["tests"] != first["tests"]:
             raise ValueError(
                 f"{folder}: has other seeds, folds, images or scores than {folders[0]}; repeat it as there"
             )
+    if of_answers:
+        return answer_comparison.compare_repeated_answers(folders, summaries)
     common = [key for key in first["test"] if all(key in summary["test"] for summary in summaries)]
     tasks = tasks_of(common)
     if not tasks:
@@ -156,13 +177,10 @@ def compare_protocols(folders: Sequence[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def verdict(low: float, high: float) -> str:
-    """What an interval of a difference says."""
-    return "better" if low > 0 else "worse" if high < 0 else "not told apart"
-
-
 def table_lines(found: pd.DataFrame) -> list[str]:
     """The comparison as text."""
+    if "accuracy" in found:
+        return answer_comparison.answer_table_lines(found)
     width = max(len(run) for run in found["run"]) + 2
     titles = found["score"].map(title_of_stem)
     if found["set"].nunique() > 1:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from configs import TrainingConfig
-from evaluation import protocol
 from guidance.arguments import parse_args
+from multirun import protocol, summaries
+from multirun.summary_text import summary_lines
 from sources.scores import MEASURES, tasks_of
 from storage import json_files
 from training import devices
@@ -77,7 +78,7 @@ class Trainer:
 
 def protocol_of(folder: Path, trainer: Trainer, flags: str = "--repeats 3") -> dict[str, Any]:
     """Run a protocol with a trainer."""
-    return protocol.run_all(parse_args(flags.split()), trainer, folder, RUNTIME)
+    return protocol.run_all(protocol.SCORER, parse_args(flags.split()), trainer, folder, RUNTIME)
 
 
 def refusal(folder: Path, flags: str) -> str:
@@ -144,7 +145,7 @@ def test_every_run_is_made_once_in_a_folder_of_its_own(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert json.loads((tmp_path / "out" / "protocol.json").read_text())["repeats"] == 2
     printed = capsys.readouterr().out
-    assert "\n".join(protocol.summary_lines(summary)) in printed
+    assert "\n".join(summary_lines(summary)) in printed
     assert "run 3 of 4: seed43-fold1" in printed
 
 
@@ -229,12 +230,12 @@ def test_a_new_protocol_that_was_killed_before_it_said_what_it_is_begins_again(t
 
 def test_runs_on_the_same_folds_have_the_interval_of_independent_results(tmp_path):
     runs = {f"seed{seed}": {**results_of(seed), "test_digest": "same"} for seed in range(4)}
-    found = protocol.summarise(runs)
+    found = summaries.summarise(runs)
     values = [run["test"]["srocc_q"] for run in runs.values()]
     assert found["share"] == 0
     half = stats.t.ppf(0.975, 3) * stats.sem(values)
     assert found["test"]["srocc_q"]["interval"] == pytest.approx([np.mean(values) - half, np.mean(values) + half])
-    assert "all on the same test fold" in protocol.summary_lines(found)[0]
+    assert "all on the same test fold" in summary_lines(found)[0]
 
 
 def test_several_runs_read_a_split_file_but_write_none(tmp_path):
@@ -257,7 +258,7 @@ def test_a_demo_goes_on_although_its_runs_have_saved_where_they_drew_their_data(
 
     trainer = Trainer()
     for _ in range(2):
-        protocol.run_all(parse_args(["--demo", "--repeats", "2"]), run, tmp_path, RUNTIME)
+        protocol.run_all(protocol.SCORER, parse_args(["--demo", "--repeats", "2"]), run, tmp_path, RUNTIME)
     assert trainer.names == ["seed42", "seed43"]
     moved = "--repeats 2 --data_csv_path drawn/data.csv"
     protocol_of(tmp_path / "plain", Trainer(), "--repeats 2")
@@ -312,7 +313,7 @@ def runs_with(*, trained: Sequence[float], floor: Sequence[float]) -> dict[str, 
 
 def test_known_numbers_give_known_statistics():
     """t(0.975) of 2 degrees of freedom is 4.30265, and 1 / 3 + 10 / 40 is 7 / 12."""
-    found = protocol.summarise(runs_with(trained=[0.1, 0.2, 0.6], floor=[0.0, 0.3, 0.3]))
+    found = summaries.summarise(runs_with(trained=[0.1, 0.2, 0.6], floor=[0.0, 0.3, 0.3]))
     assert found["runs"] == ["seed0", "seed1", "seed2"] and found["images"] == IMAGES
     trained, floor, over = (
         found["test"]["srocc_q"],
@@ -331,7 +332,7 @@ def test_known_numbers_give_known_statistics():
 
 
 def test_all_measures_of_all_predictors_are_summarised_and_losses_are_not():
-    found = protocol.summarise(runs_with(trained=[0.1, 0.2], floor=[0.3, 0.4]))
+    found = summaries.summarise(runs_with(trained=[0.1, 0.2], floor=[0.3, 0.4]))
     measures = {f"{name}_{task}" for name in MEASURES for task in "qc"} | {"main"}
     assert set(found["test"]) == set(found["floors"]["mean"]) == set(found["over"]["mean"]) == measures
     of_c = {key for key in measures if not key.endswith("_q")}
@@ -343,7 +344,10 @@ def test_all_measures_of_all_predictors_are_summarised_and_losses_are_not():
 def test_the_order_of_the_runs_changes_no_statistic(seeds, random):
     runs = {f"seed{seed}": results_of(seed) for seed in seeds}
     shuffled = {name: runs[name] for name in random.sample(sorted(runs), len(runs))}
-    there, back = protocol.summary_table(protocol.summarise(runs)), protocol.summary_table(protocol.summarise(shuffled))
+    there, back = (
+        summaries.summary_table(summaries.summarise(runs)),
+        summaries.summary_table(summaries.summarise(shuffled)),
+    )
     pd.testing.assert_frame_equal(there, back, rtol=1e-9, atol=1e-12)
 
 
@@ -351,31 +355,31 @@ def test_the_order_of_the_runs_changes_no_statistic(seeds, random):
 def test_a_floor_that_only_some_runs_have_is_left_out_whichever_they_are(place):
     """Such as the mean of each prompt, which needs a prompt that folds share."""
     runs = runs_with(trained=[0.1, 0.2, 0.6], floor=[0.0, 0.3, 0.3])
-    expected = protocol.summarise(runs)
+    expected = summaries.summarise(runs)
     list(runs.values())[place]["floors"]["prompt_mean"] = dict(results_of(9)["test"])
-    assert protocol.summarise(runs) == expected
+    assert summaries.summarise(runs) == expected
     for number, run in enumerate(runs.values()):
         if number != place:
             run["floors"] = {"prompt_mean": dict(results_of(number)["test"]), **run["floors"]}
-    assert list(protocol.summarise(runs)["floors"]) == (
+    assert list(summaries.summarise(runs)["floors"]) == (
         ["mean", "zero_shot_cosine", "prompt_mean"] if place == 0 else ["prompt_mean", "mean", "zero_shot_cosine"]
     )
 
 
 def test_a_single_run_has_no_interval():
-    found = protocol.summarise(runs_with(trained=[0.5], floor=[0.25]))
+    found = summaries.summarise(runs_with(trained=[0.5], floor=[0.25]))
     part = found["test"]["srocc_q"]
     assert part == {"mean": 0.5, "sd": 0.0, "median": 0.5, "interval": None, "values": [0.5]}
     assert found["over"]["mean"]["srocc_q"]["mean"] == 0.25
-    assert protocol.summary_table(found)[["low", "high"]].isna().all(axis=None)
-    text = "\n".join(protocol.summary_lines(found))
+    assert summaries.summary_table(found)[["low", "high"]].isna().all(axis=None)
+    text = "\n".join(summary_lines(found))
     assert ".." not in text and "()" not in text and "chance in training" not in text
     assert text.startswith("1 run, train 40, val 8, test 10 images; no intervals")
 
 
 def test_the_table_has_a_row_for_each_predictor_and_measure():
-    found = protocol.summarise(runs_with(trained=[0.1, 0.2, 0.6], floor=[0.0, 0.3, 0.3]))
-    table = protocol.summary_table(found).set_index(["predictor", "measure"])
+    found = summaries.summarise(runs_with(trained=[0.1, 0.2, 0.6], floor=[0.0, 0.3, 0.3]))
+    table = summaries.summary_table(found).set_index(["predictor", "measure"])
     assert len(table) == 11 + 11 + 6 and table.index.is_unique
     own = table.loc[("trained_model", "srocc_q")]
     assert own.tolist() == pytest.approx([0.3, math.sqrt(0.07), 0.2, *found["test"]["srocc_q"]["interval"]])
@@ -389,7 +393,7 @@ def test_the_lines_hold_the_numbers_under_their_titles():
     runs = runs_with(trained=[0.1, 0.2, 0.6], floor=[0.0, 0.3, 0.3])
     for run in runs.values():
         run["floors"]["generator_mean"] = run["floors"]["mean"]
-    lines = protocol.summary_lines(protocol.summarise(runs))
+    lines = summary_lines(summaries.summarise(runs))
     assert not any("minus mean" in line for line in lines)  # which orders nothing
     assert lines[0].startswith("3 runs, train 40, val 8, test 10 images in the first")
     assert re.split(r"  +", lines[1].strip()) == (
@@ -416,7 +420,7 @@ def test_extra_scores_are_summarised_by_their_names():
     runs = runs_with(trained=[0.1, 0.3], floor=[0.0, 0.2])
     for run in runs.values():
         run["test"] |= {f"{name}_authenticity": run["test"][f"{name}_q"] for name in MEASURES}
-    summary = protocol.summarise(runs)
+    summary = summaries.summarise(runs)
     assert tasks_of(summary["test"]) == ["q", "c", "authenticity"]
     assert summary["test"]["srocc_authenticity"] == summary["test"]["srocc_q"]
-    assert any(line.startswith("authenticity trained model") for line in protocol.summary_lines(summary))
+    assert any(line.startswith("authenticity trained model") for line in summary_lines(summary))
