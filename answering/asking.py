@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from answering import images, outcome, remarks
 from answering.configs import CLIP, VQAConfig
@@ -17,13 +18,19 @@ from answering.feed import QuestionFeed
 from answering.folds import read_questions, with_regions
 from answering.run_files import DESCRIPTION
 from answering.task import answer
+from branches.attended import Attended
 from branches.fusion import AnswerModel
+from pages import scene_pictures
+from pages.scene_pictures import Mark
 from regions.features import RegionFiles
 from storage.atomic import atomic_write
+from storage.image_files import opened, to_rgb
 from storage.json_files import schema_mismatch
+from storage.messages import one_line
 from training import checkpoints, devices
-from vqa.preprocess import Lexicon
+from vqa.preprocess import Lexicon, SceneGraphs
 from vqa.questions import Questions, gqa_questions, plain_id
+from vqa.scene_graph import subgraph
 from vqa.targets import AnswerList
 from vqa.text import Vocabulary
 
@@ -157,7 +164,12 @@ def predict(config: VQAConfig) -> dict[str, Any]:
 
 def answers_path(config: VQAConfig) -> Path:
     """Where the answers are to be written. Raises ValueError if there is something already."""
-    path = Path(config.output or f"{config.dataset.lower()}-{config.fold}-answers.json")
+    return free_path(config, f"{config.dataset.lower()}-{config.fold}-answers.json")
+
+
+def free_path(config: VQAConfig, default: str) -> Path:
+    """--output, or what it is by default. Raises ValueError if there is something already."""
+    path = Path(config.output or default)
     if path.exists() and not config.overwrite:
         raise ValueError(f"--output {path}: is there already; name another, or pass --overwrite")
     return path
@@ -183,21 +195,26 @@ def ask(config: VQAConfig) -> dict[str, Any]:
     """Answer --question about --image with the five most likely answers. Raises ValueError."""
     answerer = load(config)
     config, path = answerer.config, Path(str(config.image))
-    if not path.is_file():
+    picture = free_path(config, f"{path.stem}-explained.png") if config.explain else None
+    by_clip = answerer.model.feature_width > 0 and config.features == CLIP
+    has_graphs = config.scene_graphs or (config.sg_source == "gt" and config.data_root)
+    graphs = images.read_graphs(config) if has_graphs else {}
+    if not path.is_file() and (by_clip or plain_id(path.name) not in graphs):
         raise ValueError(f"--image {path}: there is no such file")
     known: RegionFiles | None
-    if answerer.model.feature_width and config.features == CLIP:
+    if by_clip:
         known, name = images.clip_regions(config, answerer.runtime, {path.name: path}), path.name
         images.prepare(known, [Questions(["1"], [name], [""], [()])])
     else:
         known, name = open_for(answerer), plain_id(path.name)
         if known is not None and name not in known.ids:
             raise ValueError(f"--features {config.features}: has no image {name!r}")
+    if picture:
+        check_explainable(answerer, plain_id(name), graphs)
     questions = Questions(["1"], [name], [str(config.question)], [()])
-    graphs = images.read_graphs(config) if config.scene_graphs else {}
     table = number(replace(config, shuffle_images=False), questions, answerer.lexicon, graphs)
     feed = QuestionFeed(table, known, max_boxes=config.max_boxes, device=answerer.runtime.device)
-    chances, _ = outcome.look(answerer.model, feed, np.array([0]), config.loss)
+    chances, seen = outcome.look(answerer.model, feed, np.array([0]), config.loss)
     best = np.argsort(-chances[0])[: outcome.MOST_ANSWERS]
     found = {answerer.lexicon.answers.answers[place]: float(chances[0, place]) for place in best}
     for text, chance in found.items():
@@ -206,7 +223,63 @@ def ask(config: VQAConfig) -> dict[str, Any]:
         answerer.runtime.say("note      this run looks at no image: trained with --question_only")
     if config.sg_source != "none" and plain_id(name) not in graphs:
         answerer.runtime.say("note      this run was trained with scene graphs; of this image there is none")
+    if picture:
+        graph = graphs.get(plain_id(name), outcome.NO_OBJECTS)
+        explain(answerer, picture, graph, {key: looks[0] for key, looks in seen.items()}, found)
     return found
+
+
+def check_explainable(answerer: Answerer, name: str, graphs: SceneGraphs) -> None:
+    """Raise ValueError, before anything is computed, if what an answer rests on cannot be shown."""
+    has_graph = "graph" in answerer.config.branch_names
+    if not has_graph and answerer.model.feature_width == 0:
+        raise ValueError("--explain: this run looks at no image, so there is nothing to show; drop it")
+    if has_graph and name not in graphs:
+        where = answerer.config.scene_graphs or answerer.config.data_root
+        given = f"{where} has no scene graph of image {name!r}" if where else "needs the scene graph of the image"
+        raise ValueError(f"--explain: {given}; name the folder of one by --sg_source and --scene_graphs DIR")
+
+
+def explain(
+    answerer: Answerer,
+    picture: Path,
+    graph: Mapping[str, Any],
+    seen: Mapping[str, Attended],
+    answers: Mapping[str, float],
+) -> None:
+    """Print what an answer rests on, objects and relations or regions, and draw it on the image."""
+    config, runtime = answerer.config, answerer.runtime
+    image, said = image_or_canvas(Path(str(config.image)), graph)
+    best, chance = next(iter(answers.items()))
+    title = f"{config.question} {best} {scene_pictures.percent(chance)}. "
+    title += "Image not found or not readable. " if said else ""
+    panels = []
+    if "graph" in seen:
+        part = subgraph(graph, seen["graph"].weights_M.tolist(), outcome.MOST_OBJECTS)
+        runtime.say("\n".join(remarks.subgraph_lines(part, len(graph["objects"]))))
+        legend = "Objects chosen of the scene graph, and what each weighs"
+        panels.append(scene_pictures.draw_panel(image, *scene_pictures.as_marks(part), title + legend))
+    if "fine" in seen:
+        order = seen["fine"].weights_M.argsort(descending=True)[: outcome.MOST_OBJECTS]
+        weights, boxes = (part[order].tolist() for part in seen["fine"])
+        regions = [Mark("", box, weight) for box, weight in zip(boxes, weights, strict=True)]
+        runtime.say("\n".join(remarks.region_lines(regions)))
+        legend = "Regions with most attention"
+        panels.append(scene_pictures.draw_panel(image, regions, [], title + legend))
+    if runtime.is_main:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(picture, lambda temporary: scene_pictures.beside(panels).save(temporary, "PNG"))
+    runtime.say(f"picture   {picture}{said}")
+
+
+def image_or_canvas(path: Path, graph: Mapping[str, Any]) -> tuple[Image.Image, str]:
+    """The image, or an empty one of its proportions if it cannot be read, with why."""
+    try:
+        with opened(path) as image:
+            return to_rgb(image), ""
+    except OSError as error:
+        empty = scene_pictures.empty_canvas(graph.get("width", 4), graph.get("height", 3))
+        return empty, f", on an empty canvas ({one_line(error)})"
 
 
 ASKING: Mapping[str, Callable[[VQAConfig], dict[str, Any]]] = {"evaluate": evaluate, "predict": predict, "ask": ask}

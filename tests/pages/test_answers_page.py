@@ -18,7 +18,7 @@ from made_runs import HOSTILE, Page, change, page_of, undraw
 from PIL import Image
 from refusals import refusal
 
-from pages import answers_page, figures
+from pages import answers_page, figures, question_cards
 from pages.report import write_report
 
 ANSWERS = ["yes", "no", "2", "red", "white", "other"]
@@ -281,7 +281,7 @@ def test_cards_show_questions_answers_and_what_was_predicted(drawn):
 def test_the_strongest_regions_are_drawn_where_they_are(drawn):
     run, page = drawn
     example = json.loads((run / "examples.json").read_text())[0]
-    order = np.argsort(-np.array(example["weights"]))[: answers_page.MAX_BOXES][::-1]
+    order = np.argsort(-np.array(example["weights"]))[: question_cards.MAX_BOXES][::-1]
     (card, *_) = re.findall(r'<svg role="img" aria-label="image of.*?</svg>', page.source, re.DOTALL)
     assert 'viewBox="0 0 160 80"' in card and card.count("data:image/jpeg;base64,") == 1
     shown = [float(text) for text in re.findall(r'<g opacity="([\d.]+)"', card)]
@@ -315,7 +315,7 @@ def test_no_more_is_shown_of_very_much_than_can_be_looked_at(run):
     many["by_kind"] = {name: {other: kind(0.5, 3) for other in names} for name in names}
     change(run, "results.json", lambda results: results.update(many))
     page = page_of(run)
-    assert len(page.of("h4")) == 2 * answers_page.MAX_CARDS
+    assert len(page.of("h4")) == 2 * question_cards.MAX_CARDS
     assert len(page.tables["confusions"]) == 2 + answers_page.MAX_CONFUSED
     assert page.tables["confusions"][1] == ["n0", *["1"] * 20, "20"]
     assert page.tables["confusions"][-1] == ["n39", *["20"] * 20, "400"]
