@@ -112,6 +112,8 @@ def build(answerer: Answerer, questions: Questions, known: RegionFiles | None) -
     config, runtime, lexicon = answerer.config, answerer.runtime, answerer.lexicon
     images.prepare(known, [questions])
     graphs = images.read_graphs(config)
+    for note in images.absent_graph_notes(config, [questions], graphs):
+        runtime.say(f"note      {note}")
     fold = build_fold(config, questions, number(config, questions, lexicon, graphs), known, runtime)
     return Experiment(config, runtime, {config.fold: fold}, lexicon, graphs, known, answerer.model, {}, [])
 

@@ -97,6 +97,7 @@ def build_experiment(config: VQAConfig, runtime: devices.Runtime) -> Experiment:
     width = 0 if known is None else known.width
     model, arguments, said = build_model(config, lexicon, folds["train"].table, width)
     notes = data.notes + said + images.graph_notes(config)
+    notes += images.absent_graph_notes(config, data.questions.values(), graphs)
     return Experiment(config, runtime, folds, lexicon, graphs, known, model.to(runtime.device), arguments, notes)
 
 

@@ -149,6 +149,20 @@ def graph_notes(config: VQAConfig) -> list[str]:
     return []
 
 
+def absent_graph_notes(config: VQAConfig, folds: Iterable[Questions], graphs: SceneGraphs) -> list[str]:
+    """How many questions are about images without a scene graph, where a run reads any."""
+    if config.sg_source == "none":
+        return []
+    asked = [plain_id(image) for questions in folds for image in questions.images]
+    absent = [image for image in asked if image not in graphs]
+    told = first_five(list(dict.fromkeys(absent)))
+    return (
+        [f"{len(absent):,} of {len(asked):,} questions are about images without a scene graph: {told}"]
+        if absent
+        else []
+    )
+
+
 def find_demo(config: VQAConfig, runtime: Runtime) -> VQAConfig:
     """The options with the paths to the drawn set, which is drawn if it is not there yet. Raises ValueError."""
     folder, features = find_demo_set(Path(config.cache_dir), config.dataset, runtime)

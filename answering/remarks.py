@@ -9,6 +9,7 @@ from typing import Any
 
 from answering.configs import BRANCH_OPTIONS, DEMO_SETTINGS, OPTIONS, VQAConfig
 from answering.experiment import Experiment
+from storage.messages import printable
 from training import run_folder
 
 FEW_QUESTIONS = 5_000  # below which large models learn questions by heart
@@ -279,12 +280,12 @@ def table_row(title: str, one: Mapping[str, Any], floors: Sequence[str]) -> str:
 def subgraph_lines(graph: Mapping[str, Any], num_objects: int) -> list[str]:
     """The objects of a scene graph that an answer rests on, numbered, and the relations between them."""
     objects, relations = graph["objects"], graph["relations"]
-    names = [f"{number} {plain(one['name'])}" for number, one in enumerate(objects, start=1)]
+    names = [f"{number} {printable(one['name'])}" for number, one in enumerate(objects, start=1)]
     told = [
-        f"{one['weight']:5.3f}  {name}{plain(''.join(f', {each}' for each in one['attributes']))}"
+        f"{one['weight']:5.3f}  {name}{printable(''.join(f', {each}' for each in one['attributes']))}"
         for one, name in zip(objects, names, strict=True)
     ]
-    linked = [f"{names[source]} -> {plain(name)} -> {names[target]}" for source, name, target in relations]
+    linked = [f"{names[source]} -> {printable(name)} -> {names[target]}" for source, name, target in relations]
     return [
         *titled("objects", told or ["none was chosen" if num_objects else "the scene graph has none"]),
         *titled("relations", linked or ["none between these"]),
@@ -303,8 +304,3 @@ def region_lines(regions: Sequence[Any]) -> list[str]:
 def titled(title: str, lines: Sequence[str]) -> list[str]:
     """Lines with a title before the first of them."""
     return [f"{title if place == 0 else '':<10}{line}" for place, line in enumerate(lines)]
-
-
-def plain(text: str) -> str:
-    """A text from a file without what a terminal would take for a command."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)

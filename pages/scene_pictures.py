@@ -16,6 +16,8 @@ from typing import Any
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from storage.messages import printable
+
 LONG_SIDE = 800  # pixels, of the image in the picture
 MARGIN = 36  # pixels around it, where names find room
 GAP = 6  # pixels between what is drawn and its name
@@ -82,7 +84,7 @@ def empty_canvas(width: float, height: float) -> Image.Image:
 def draw_panel(image: Image.Image, marks: Sequence[Mark], arrows: Sequence[Arrow], title: str) -> Image.Image:
     """The image, as large as is easily read, with frames coloured by weight, arrows, names, and a title below."""
     image = image.convert("RGB").resize(canvas_size(image.size), Image.Resampling.LANCZOS)
-    titles = textwrap.wrap(title, max(20, round(1.8 * image.width / TITLE_LETTERS))) or [""]
+    titles = textwrap.wrap(printable(title), max(20, round(1.8 * image.width / TITLE_LETTERS))) or [""]
     size = (image.width + 2 * MARGIN, image.height + 2 * MARGIN + round(1.4 * TITLE_LETTERS * len(titles)))
     canvas = Image.new("RGB", size, PAPER)
     canvas.paste(image, (MARGIN, MARGIN))
@@ -102,7 +104,7 @@ def draw_panel(image: Image.Image, marks: Sequence[Mark], arrows: Sequence[Arrow
         text = f"{shortened(mark.name)} {percent(mark.weight)}".lstrip()
         write(pen, text, colour, least_hiding(around(box), measured(text), room, taken, boxes))
     for (source, target), (start, end) in lines_of.items():
-        text = relation_text(source, target, arrows)
+        text = relation_text(source, target, arrows, numbered=len(lines_of) > 1)
         places = along(start, end, measured(text))
         write(pen, text, PAPER, least_hiding(places, measured(text), room, taken, boxes))
     for number, line in enumerate(titles):
@@ -122,7 +124,7 @@ def beside(panels: Sequence[Image.Image]) -> Image.Image:
 
 def shortened(name: str) -> str:
     """A name without what cannot be drawn, cut where it is long."""
-    plain = "".join(letter if letter.isprintable() else " " for letter in name)
+    plain = printable(name)
     return plain if len(plain) <= LONGEST_NAME else f"{plain[: LONGEST_NAME - 1]}…"
 
 
@@ -188,7 +190,7 @@ def along(start: Point, end: Point, size: Point) -> list[Place]:
 def arrow_lines(
     arrows: Sequence[Arrow], boxes: Sequence[Corners], shortest: float
 ) -> dict[tuple[int, int], tuple[Point, Point]]:
-    """Start and end of one line for every two marks with a relation, from one edge to the other.
+    """Start and end of one line for every two marks with a relation: from one edge to the other, if there is room.
 
     Args:
         shortest: how far the middles of two boxes have to lie from each other, lest the one is in the other.
@@ -202,18 +204,23 @@ def arrow_lines(
             left, top, right, bottom = boxes[target]
             corners = [(left, top), (right, top), (left, bottom), (right, bottom)]
             end = max(corners, key=lambda corner: math.dist(start, corner))
-        found[source, target] = (leaving(start, end, boxes[source]), leaving(end, start, boxes[target]))
+        edges = (leaving(start, end, boxes[source]), leaving(end, start, boxes[target]))
+        found[source, target] = edges if math.dist(*edges) >= 2 * HEAD else (start, end)
     return found
 
 
-def relation_text(source: int, target: int, arrows: Sequence[Arrow]) -> str:
-    """What is written at the line of two marks; if it leads to and fro, a row for each way, by the marks' numbers."""
+def relation_text(source: int, target: int, arrows: Sequence[Arrow], *, numbered: bool) -> str:
+    """What is written at the line of two marks; if it leads to and fro, a row for each way.
+
+    Args:
+        numbered: say between which marks, by their numbers.
+    """
     ways = []
     for one, other in ((source, target), (target, source)):
         names = dict.fromkeys(arrow.name for arrow in arrows if (arrow.source, arrow.target) == (one, other))
         if names:
             ways.append((f"{one + 1} → {other + 1}  ", shortened(", ".join(names))))
-    return "\n".join(way + name if len(ways) > 1 else name for way, name in ways)
+    return "\n".join(way + name if numbered or len(ways) > 1 else name for way, name in ways)
 
 
 def spots(start: Point, end: Point) -> list[Corners]:
@@ -234,7 +241,7 @@ def least_hiding(
 ) -> Corners:
     """Where a name of that size hides least, which is taken then: the first of such places.
 
-    To hide another name or an arrow is worst, then to hide what is in a box.
+    To hide another name, an arrow, or a box that is small is worst, then to hide a part of what is in a box.
     """
 
     def at(place: Place) -> Corners:
@@ -243,7 +250,11 @@ def least_hiding(
         return x, y, x + size[0], y + size[1]
 
     def hidden(corners: Corners) -> float:
-        return 4 * sum(shared(corners, other) for other in taken) + sum(shared(corners, box) for box in boxes)
+        parts = ((shared(corners, box), max(1.0, (box[2] - box[0]) * (box[3] - box[1]))) for box in boxes)
+        own = size[0] * size[1]
+        return 4 * sum(shared(corners, other) for other in taken) + sum(
+            part + own * part / area for part, area in parts
+        )
 
     best = min(map(at, places), key=hidden)
     taken.append(best)
