@@ -277,6 +277,7 @@ def named_boxes(experiment: Experiment, questions: Questions) -> dict[str, NDArr
             graphs = images.read_true_graphs(experiment.config, set(image_of.values()))
         except ValueError as error:  # what nothing was trained by shall not cost the other results
             experiment.runtime.say(f"note      grounding is not measured: {error}")
+            return {}
     boxes = {
         image: dict(zip(graphs[image]["objects"], shares_of_image(graphs[image]), strict=True))
         for image in set(image_of.values())
