@@ -9,7 +9,7 @@ from typing import Any
 
 from answering.configs import BRANCH_OPTIONS, DEMO_SETTINGS, OPTIONS, VQAConfig
 from answering.experiment import Experiment
-from storage.messages import printable
+from storage.messages import one_line
 from training import run_folder
 
 FEW_QUESTIONS = 5_000  # below which large models learn questions by heart
@@ -280,12 +280,12 @@ def table_row(title: str, one: Mapping[str, Any], floors: Sequence[str]) -> str:
 def subgraph_lines(graph: Mapping[str, Any], num_objects: int) -> list[str]:
     """The objects of a scene graph that an answer rests on, numbered, and the relations between them."""
     objects, relations = graph["objects"], graph["relations"]
-    names = [f"{number} {printable(one['name'])}" for number, one in enumerate(objects, start=1)]
+    names = [f"{number} {one_line(one['name'])}" for number, one in enumerate(objects, start=1)]
     told = [
-        f"{one['weight']:5.3f}  {name}{printable(''.join(f', {each}' for each in one['attributes']))}"
+        f"{one['weight']:5.3f}  {name}{one_line(''.join(f', {each}' for each in one['attributes']))}"
         for one, name in zip(objects, names, strict=True)
     ]
-    linked = [f"{names[source]} -> {printable(name)} -> {names[target]}" for source, name, target in relations]
+    linked = [f"{names[source]} -> {one_line(name)} -> {names[target]}" for source, name, target in relations]
     return [
         *titled("objects", told or ["none was chosen" if num_objects else "the scene graph has none"]),
         *titled("relations", linked or ["none between these"]),

@@ -16,8 +16,6 @@ from typing import Any
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from storage.messages import printable
-
 LONG_SIDE = 800  # pixels, of the image in the picture
 MARGIN = 36  # pixels around it, where names find room
 GAP = 6  # pixels between what is drawn and its name
@@ -122,8 +120,13 @@ def beside(panels: Sequence[Image.Image]) -> Image.Image:
     return canvas
 
 
+def printable(text: str) -> str:
+    """A text without what has no shape to be drawn."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def shortened(name: str) -> str:
-    """A name without what cannot be drawn, cut where it is long."""
+    """A name as it is drawn, cut where it is long."""
     plain = printable(name)
     return plain if len(plain) <= LONGEST_NAME else f"{plain[: LONGEST_NAME - 1]}…"
 

@@ -20,11 +20,6 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:59] + "…")
 
 
-def printable(text: str) -> str:
-    """A text of unknown origin without what a terminal or a picture cannot show, or takes for a command."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def first_five(items: Sequence[object]) -> str:
     """The first five of a list in a line, very long ones cut, and that there are more."""
     texts = [str(item).replace("\n", "\\n") for item in items[:5]]

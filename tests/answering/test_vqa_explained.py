@@ -151,13 +151,14 @@ def test_what_cannot_be_explained_is_told_in_one_line(tmp_path, monkeypatch, cap
 def test_names_from_a_file_reach_no_terminal_as_commands(tmp_path, capsys):
     graphs = read(drawn_set("GQA") / "sceneGraphs" / "val_sceneGraphs.json")
     for one in graphs["31"]["objects"].values():
-        one |= {"name": "\x1b[31mred\x9b\n\ud800", "attributes": ["\x07a"]}
-        one["relations"] = [{**relation, "name": "\x1b]0;by\x07"} for relation in one["relations"]]
+        one |= {"name": "\x1b[31mred\x9b\n\ud800", "attributes": ["\x07" + "a" * 10**5]}
+        one["relations"] = [{"name": "\x1b]0;by\x07\nline", "object": other} for other in graphs["31"]["objects"]]
     (tmp_path / "sceneGraphs.json").write_text(json.dumps(graphs))
     flags = ["--sg_source", "gt", "--scene_graphs", str(tmp_path), "--output", str(tmp_path / "a.png")]
     main.main(ask(graph_alone(), drawn_image(), *flags))
     out = capsys.readouterr().out
-    assert "[31mred" in out and not set(out) & set("\x1b\x9b\x07\ud800")
+    assert r"1 \x1b[31mred\x9b \ud800" in out and r"\x1b]0;by\x07 line" in out
+    assert not set(out) & set("\x1b\x9b\x07\ud800") and len(out) < 6000
 
 
 # grounding

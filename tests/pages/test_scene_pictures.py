@@ -60,8 +60,10 @@ def test_an_arrow_leads_from_the_edge_of_one_box_to_the_other_and_one_line_stand
     assert list(pictures.arrow_lines([to, back, to, Arrow(0, "by", 0)], boxes, 60)) == [(0, 1)]
 
 
-@pytest.mark.parametrize("inner", [(150, 150, 250, 250), (0, 0, 10, 10), (0, 0, 400, 400), (398, 0, 402, 400)])
-def test_an_arrow_between_boxes_that_overlap_is_seen_too(inner):
+@pytest.mark.parametrize(
+    "inner", [(150, 150, 250, 250), (0, 0, 10, 10), (0, 0, 400, 400), (398, 0, 402, 400), (403, 0, 600, 400)]
+)
+def test_an_arrow_between_boxes_that_overlap_or_touch_is_seen_too(inner):
     boxes = [tuple(map(float, inner)), (0.0, 0.0, 400.0, 400.0)]
     for arrow in (Arrow(0, "on", 1), Arrow(1, "under", 0)):
         ((start, end),) = pictures.arrow_lines([arrow], boxes, 60).values()
@@ -95,6 +97,19 @@ def test_names_do_not_lie_on_each_other_nor_on_what_they_name():
         assert not any(pictures.shared(a, b) for a, b in combinations(taken, 2))
         assert not any(pictures.shared(name, box) for name in taken for box in boxes)
         assert all(x1 >= 0 and y1 >= 0 and x2 <= 872 and y2 <= 672 for x1, y1, x2, y2 in taken)
+
+
+def test_names_of_boxes_at_one_place_stand_beside_each_other():
+    taken: list[pictures.Corners] = []
+    for _ in range(4):
+        box = (300.0, 300.0, 400.0, 400.0)
+        pictures.least_hiding(pictures.around(box), (120, 25), (0, 0, 872, 672), taken, [box])
+    assert len(taken) == 4 and not any(pictures.shared(a, b) for a, b in combinations(taken, 2))
+
+
+def test_names_are_cut_and_hold_no_command():
+    assert pictures.shortened("a\x1b\nb\ud800") == "a  b "
+    assert len(pictures.shortened("w" * 99)) == pictures.LONGEST_NAME
 
 
 def test_any_name_and_any_box_can_be_drawn():
