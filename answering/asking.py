@@ -225,6 +225,8 @@ def ask(config: VQAConfig) -> dict[str, Any]:
         answerer.runtime.say("note      this run looks at no image: trained with --question_only")
     if config.sg_source != "none" and plain_id(name) not in graphs:
         answerer.runtime.say("note      this run was trained with scene graphs; of this image there is none")
+    for note in images.graph_notes(config) if graphs else []:
+        answerer.runtime.say(f"note      {note}")
     if picture:
         graph = graphs.get(plain_id(name), outcome.NO_OBJECTS)
         explain(answerer, picture, graph, {key: looks[0] for key, looks in seen.items()}, found)

@@ -76,6 +76,7 @@ def test_objects_relations_and_regions_are_printed_and_drawn(tmp_path, monkeypat
         assert f"{names[source]} -> {name} -> {names[target]}\n" in out
     regions = [float(text) for text in re.findall(r"^(?:regions   |          )([\d.]+)  \d+ to ", out, re.MULTILINE)]
     assert regions == pytest.approx(sorted(example["weights"], reverse=True)[:8], abs=6e-4)
+    assert "note      --sg_source gt: people drew these scene graphs, which give answers away" in out
     assert out.endswith(f"picture   {image.stem}-explained.png\n")
     with Image.open(f"{image.stem}-explained.png") as picture:
         assert picture.width > 2 * 700 and picture.height > 700  # two panels in a row
