@@ -241,8 +241,10 @@ def grounding(experiment: Experiment, model: AnswerModel, fold: Fold) -> dict[st
     """How much of what each branch looked at is on what questions of GQA and their full answers name.
 
     Beside it, as "..._even", how much it would be if all regions, or objects, of an image weighed the same. Nothing
-    where no question names an object, or nobody has drawn where these are.
+    where nothing is looked at, no question names an object, or nobody has drawn where these are.
     """
+    if experiment.regions is None and "graph" not in model.branches:
+        return {}
     boxes = named_boxes(experiment, fold.questions)
     kept = np.array([name in boxes for name in fold.questions.ids], dtype=bool)
     if not kept.any():
