@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from answering import images, outcome, remarks
 from answering.configs import CLIP, VQAConfig
@@ -16,15 +17,21 @@ from answering.experiment import Experiment
 from answering.folds import read_questions, sources, with_regions
 from answering.run_files import DESCRIPTION
 from answering.task import answer
+from branches.attended import Attended
 from branches.coarse import ClipBranch, XvlmBranch
 from branches.fusion import AnswerModel
 from branches.xvlm import Tokenizer
+from drawing import scene_pictures
+from drawing.scene_pictures import Mark
 from regions.features import RegionFiles
 from storage.atomic import atomic_write
+from storage.image_files import opened, to_rgb
 from storage.json_files import schema_mismatch
+from storage.messages import one_line
 from training import checkpoints, devices
 from vqa.preprocess import Lexicon, SceneGraphs
 from vqa.questions import Questions, gqa_questions, plain_id
+from vqa.scene_graph import subgraph
 from vqa.targets import AnswerList
 from vqa.text import Vocabulary
 
@@ -124,7 +131,10 @@ def build(
     """What `outcome` measures, with one fold. Without graphs, those of the options are read."""
     config = answerer.config
     images.prepare(known, coarse, [questions])
-    graphs = images.read_graphs(config) if graphs is None else graphs
+    if graphs is None:
+        graphs = images.read_graphs(config)
+        for note in images.absent_graph_notes(config, [questions], graphs):
+            answerer.runtime.say(f"note      {note}")
     found = Experiment(config, answerer.runtime, {}, answerer.lexicon, graphs, known, answerer.model, {}, [], coarse)
     return replace(found, folds={config.fold: found.fold(questions)})
 
@@ -178,7 +188,12 @@ def predict(config: VQAConfig) -> dict[str, Any]:
 
 def answers_path(config: VQAConfig) -> Path:
     """Where the answers are to be written. Raises ValueError if there is something already."""
-    path = Path(config.output or f"{config.dataset.lower()}-{config.fold}-answers.json")
+    return free_path(config, f"{config.dataset.lower()}-{config.fold}-answers.json")
+
+
+def free_path(config: VQAConfig, default: str) -> Path:
+    """--output, or what it is by default. Raises ValueError if there is something already."""
+    path = Path(config.output or default)
     if path.exists() and not config.overwrite:
         raise ValueError(f"--output {path}: is there already; name another, or pass --overwrite")
     return path
@@ -204,7 +219,11 @@ def ask(config: VQAConfig) -> dict[str, Any]:
     """Answer --question about --image with the five most likely answers. Raises ValueError."""
     answerer = load(config)
     config, path = answerer.config, Path(str(config.image))
-    if not path.is_file():
+    picture = free_path(config, f"{path.stem}-explained.png") if config.explain else None
+    by_clip = answerer.model.feature_width > 0 and config.features == CLIP
+    has_graphs = config.scene_graphs or (config.sg_source == "gt" and config.data_root)
+    graphs = images.read_graphs(config) if has_graphs else {}
+    if not path.is_file() and (by_clip or plain_id(path.name) not in graphs):
         raise ValueError(f"--image {path}: there is no such file")
     by_clip = answerer.model.feature_width > 0 and config.features == CLIP
     name = path.name if by_clip else plain_id(path.name)
@@ -218,12 +237,13 @@ def ask(config: VQAConfig) -> dict[str, Any]:
         known = open_for(answerer)
         if known is not None and name not in known.ids:
             raise ValueError(f"--features {config.features}: has no image {name!r}")
+    if picture:
+        check_explainable(answerer, plain_id(name), graphs)
     questions = Questions(["1"], [name], [str(config.question)], [()])
-    graphs = images.read_graphs(config) if config.scene_graphs else {}
     answerer = replace(answerer, config=replace(config, shuffle_images=False))
     experiment = build(answerer, questions, known, coarse, graphs)
     feed = experiment.folds[config.fold].feed
-    chances, _ = outcome.look(answerer.model, feed, np.array([0]), config.loss)
+    chances, seen = outcome.look(answerer.model, feed, np.array([0]), config.loss)
     best = np.argsort(-chances[0])[: outcome.MOST_ANSWERS]
     found = {answerer.lexicon.answers.answers[place]: float(chances[0, place]) for place in best}
     for text, chance in found.items():
@@ -232,6 +252,11 @@ def ask(config: VQAConfig) -> dict[str, Any]:
         answerer.runtime.say("note      this run looks at no image: trained with --question_only")
     if config.sg_source != "none" and plain_id(name) not in graphs and not config.answers:
         answerer.runtime.say("note      this run was trained with scene graphs; of this image there is none")
+    for note in images.graph_notes(config) if graphs else []:
+        answerer.runtime.say(f"note      {note}")
+    if picture:
+        graph = graphs.get(plain_id(name), outcome.NO_OBJECTS)
+        explain(answerer, picture, graph, {key: looks[0] for key, looks in seen.items()}, found)
     return found
 
 
@@ -247,6 +272,59 @@ def choosing(answerer: Answerer, coarse: images.Coarse | None, answers: Sequence
     model = AnswerModel({"coarse": branch}, answerer.model.inputs, len(answers), answerer.config.loss)
     lexicon = replace(answerer.lexicon, answers=AnswerList(tuple(answers)))
     return replace(answerer, model=model.to(answerer.runtime.device).eval(), lexicon=lexicon)
+
+
+def check_explainable(answerer: Answerer, name: str, graphs: SceneGraphs) -> None:
+    """Raise ValueError, before anything is computed, if what an answer rests on cannot be shown."""
+    has_graph = "graph" in answerer.config.branch_names
+    if not has_graph and answerer.model.feature_width == 0:
+        raise ValueError("--explain: this run looks at no image, so there is nothing to show; drop it")
+    if has_graph and name not in graphs:
+        where = answerer.config.scene_graphs or answerer.config.data_root
+        given = f"{where} has no scene graph of image {name!r}" if where else "needs the scene graph of the image"
+        raise ValueError(f"--explain: {given}; name the folder of one by --sg_source and --scene_graphs DIR")
+
+
+def explain(
+    answerer: Answerer,
+    picture: Path,
+    graph: Mapping[str, Any],
+    seen: Mapping[str, Attended],
+    answers: Mapping[str, float],
+) -> None:
+    """Print what an answer rests on, objects and relations or regions, and draw it on the image."""
+    config, runtime = answerer.config, answerer.runtime
+    image, said = image_or_canvas(Path(str(config.image)), graph)
+    best, chance = next(iter(answers.items()))
+    title = f"{config.question} {best} {scene_pictures.percent(chance)}. "
+    title += "Image not found or not readable. " if said else ""
+    panels = []
+    if "graph" in seen:
+        part = subgraph(graph, seen["graph"].weights_M.tolist(), outcome.MOST_OBJECTS)
+        runtime.say("\n".join(remarks.subgraph_lines(part, len(graph["objects"]))))
+        legend = "Objects chosen of the scene graph, and what each weighs"
+        panels.append(scene_pictures.draw_panel(image, *scene_pictures.as_marks(part), title + legend))
+    if "fine" in seen:
+        order = seen["fine"].weights_M.argsort(descending=True)[: outcome.MOST_OBJECTS]
+        weights, boxes = (part[order].tolist() for part in seen["fine"])
+        regions = [Mark("", box, weight) for box, weight in zip(boxes, weights, strict=True)]
+        runtime.say("\n".join(remarks.region_lines(regions)))
+        legend = "Regions with most attention"
+        panels.append(scene_pictures.draw_panel(image, regions, [], title + legend))
+    if runtime.is_main:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(picture, lambda temporary: scene_pictures.beside(panels).save(temporary, "PNG"))
+    runtime.say(f"picture   {picture}{said}")
+
+
+def image_or_canvas(path: Path, graph: Mapping[str, Any]) -> tuple[Image.Image, str]:
+    """The image, or an empty one of its proportions if it cannot be read, with why."""
+    try:
+        with opened(path) as image:
+            return to_rgb(image), ""
+    except OSError as error:
+        empty = scene_pictures.empty_canvas(graph.get("width", 4), graph.get("height", 3))
+        return empty, f", on an empty canvas ({one_line(error)})"
 
 
 ASKING: Mapping[str, Callable[[VQAConfig], dict[str, Any]]] = {"evaluate": evaluate, "predict": predict, "ask": ask}

@@ -58,7 +58,7 @@ DEMO_SETTINGS: dict[str, Any] = {
 }
 
 # Facts about a place, not about an experiment: a run that is gone on with may have others.
-NOT_SAVED = ("output", "overwrite", "resume", "dry_run", "mode", "image", "question", "answers", "fold")
+NOT_SAVED = ("output", "overwrite", "resume", "dry_run", "mode", "image", "question", "answers", "explain", "fold")
 # Options that only decide where and how fast something is computed, or what is said and kept of it.
 FREE = ("cache_dir", "device", "advice", "report", "tensorboard", "tracker", "save_every_minutes", "keep_states")
 
@@ -276,8 +276,14 @@ class VQAConfig(Config):
     answers: str | None = option(
         None, "meta", "answers to choose among, learned or not, by the coarse branch alone", metavar="A|B|C"
     )
+    explain: bool = option(
+        False, "meta", "with --mode ask: also print what the answer rests on, and draw it on the image into --output"
+    )
     output: str | None = option(
-        None, "meta", "folder of the run (default: runs/<time>-vqa), or file of the answers", metavar="PATH"
+        None,
+        "meta",
+        "folder of the run (default: runs/<time>-<data set>-<branches>), or file of the answers or the picture",
+        metavar="PATH",
     )
     overwrite: bool = option(False, "meta", "replace what is there")
     resume: str | None = option(None, "meta", "go on with a run that was interrupted", metavar="RUN")
@@ -344,6 +350,8 @@ class VQAConfig(Config):
             check_training(self)
         else:
             check_answering(self)
+        if self.explain and self.mode != "ask":
+            raise ValueError("--explain: belongs to --mode ask")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite starts again: drop one")
         if self.sg_source == "predicted" and not (self.scene_graphs or self.demo) and self.mode != "ask":
@@ -416,6 +424,10 @@ def check_answering(config: VQAConfig) -> None:
         for flag, value in (("--image FILE", config.image), ("--question TEXT", config.question)):
             if not value:
                 raise ValueError(f"--mode ask: needs {flag}")
+        if config.output and config.explain and Path(config.output).suffix.lower() != ".png":
+            raise ValueError(f"--output {config.output}: --explain draws a PNG; name a file that ends in .png")
+        if config.output and not config.explain:
+            raise ValueError(f"--output {config.output}: --mode ask writes only what --explain draws; add it")
     elif not (config.data_csv_path if config.dataset == "csv" else config.data_root):
         flag = "--data_csv_path" if config.dataset == "csv" else "--data_root"
         raise ValueError(f"--mode {config.mode}: needs {flag}, where the questions are")

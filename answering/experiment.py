@@ -132,6 +132,7 @@ def build_experiment(config: VQAConfig, runtime: devices.Runtime) -> Experiment:
     if coarse is not None and model.xvlm is not None and model.xvlm.is_frozen and not config.dry_run:
         coarse.frozen = model.xvlm
     notes = data.notes + said + images.graph_notes(config)
+    notes += images.absent_graph_notes(config, data.questions.values(), graphs)
     experiment = Experiment(config, runtime, {}, lexicon, graphs, known, model, arguments, notes, coarse)
     folds = {name: experiment.fold(questions, tables[name]) for name, questions in data.questions.items()}
     return replace(experiment, folds=folds)

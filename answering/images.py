@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from torch import Tensor
@@ -249,10 +250,31 @@ def read_graphs(config: VQAConfig) -> SceneGraphs:
     if config.sg_source == "none":
         return {}
     root = Path(str(config.scene_graphs or config.data_root))
-    tiers = [path for folder in (root, root / "sceneGraphs") for path in sorted(folder.glob("*sceneGraphs.json"))]
+    tiers = graph_files(root)
     if not tiers:
         raise ValueError(f"--sg_source {config.sg_source}: {root} holds no *sceneGraphs.json")
     return read_scene_graphs(tiers)
+
+
+def graph_files(root: Path) -> list[Path]:
+    """The files of scene graphs in a folder, as GQA's are named."""
+    return [path for folder in (root, root / "sceneGraphs") for path in sorted(folder.glob("*sceneGraphs.json"))]
+
+
+def read_true_graphs(config: VQAConfig, names: Collection[str]) -> SceneGraphs:
+    """People's scene graphs of some images, as far as --data_root has them, whatever a model reads.
+
+    Only as many files are read as hold these images, "val" before "train", which is far larger. Raises ValueError.
+    """
+    predicted = graph_files(Path(config.scene_graphs).resolve()) if config.scene_graphs else []
+    files = set(graph_files(Path(str(config.data_root)).resolve())) - set(predicted)
+    found: dict[str, Mapping[str, Any]] = {}
+    for path in sorted(files, key=lambda path: path.name, reverse=True):
+        graphs = read_scene_graphs([path])
+        found |= {name: graphs[name] for name in names if name in graphs}
+        if len(found) == len(names):
+            break
+    return found
 
 
 def graph_notes(config: VQAConfig) -> list[str]:
@@ -260,6 +282,20 @@ def graph_notes(config: VQAConfig) -> list[str]:
     if config.sg_source == "gt":
         return ["--sg_source gt: people drew these scene graphs, which give answers away; no test image has any"]
     return []
+
+
+def absent_graph_notes(config: VQAConfig, folds: Iterable[Questions], graphs: SceneGraphs) -> list[str]:
+    """How many questions are about images without a scene graph, where a run reads any."""
+    if config.sg_source == "none":
+        return []
+    asked = [plain_id(image) for questions in folds for image in questions.images]
+    absent = [image for image in asked if image not in graphs]
+    told = first_five(list(dict.fromkeys(absent)))
+    return (
+        [f"{len(absent):,} of {len(asked):,} questions are about images without a scene graph: {told}"]
+        if absent
+        else []
+    )
 
 
 def find_demo(config: VQAConfig, runtime: Runtime) -> VQAConfig:

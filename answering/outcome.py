@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,24 +23,28 @@ from numpy.typing import NDArray
 
 from answering import images, remarks
 from answering.configs import NOT_SAVED, OPTIONS, VQAConfig
-from answering.experiment import Experiment
-from answering.feed import QuestionFeed
+from answering.experiment import Experiment, Fold
+from answering.feed import QuestionBatch, QuestionFeed
 from answering.folds import digest_of
 from answering.task import Answers, answer, answers_of, probabilities
-from branches.fine import FineBranch
+from branches.attended import Attended, attended
 from branches.fusion import AnswerModel
 from evaluation.metrics import mean_interval
 from pages import report
 from storage.atomic import atomic_write
 from storage.json_files import read_json
-from training import checkpoints, devices, resuming, run_folder
+from training import checkpoints, devices, loop, resuming, run_folder
 from vqa import floors, gqa_metrics
-from vqa.questions import Questions, gqa_questions, read_choices
+from vqa.gqa_metrics import covered
+from vqa.questions import Questions, gqa_questions, plain_id, read_choices
+from vqa.scene_graph import shares_of_image, subgraph
 from vqa.targets import ceiling
 
 FREQUENT = 10  # answers in the confusion
 NUM_EXAMPLES = 8  # worst, and best, questions
 MOST_ANSWERS = 5  # of an example
+MOST_OBJECTS = 8  # of a scene graph that are told of one
+NO_OBJECTS: dict[str, Any] = {"objects": {}}  # the scene graph of an image that has none
 IMAGE_ONLY = 4000  # training images that are read once more for the floor
 
 
@@ -149,7 +153,9 @@ def measure(
     measures = {"accuracy": float(accuracy_Q.mean()), "loss": float(answers["loss"].mean())}
     return {
         "fold": fold,
-        "measures": measures | gqa_measures(experiment, model, own.questions, given),
+        "measures": measures
+        | gqa_measures(experiment, model, own.questions, given)
+        | grounding(experiment, model, own),
         "interval": mean_interval(accuracy_Q, own.questions.images),
         "by_kind": by_kind(own.questions, accuracy_Q, floors_Q),
         "branches": branch_accuracies(experiment, own.questions, answers, accuracy_Q),
@@ -212,6 +218,62 @@ def gqa_measures(
     return {name: value for name, value in found.items() if name != "accuracy" and not math.isnan(value)}
 
 
+def grounding(experiment: Experiment, model: AnswerModel, fold: Fold) -> dict[str, float]:
+    """How much of what each branch looked at is on what questions of GQA and their full answers name.
+
+    Beside it, as "..._even", how much it would be if all regions, or objects, of an image weighed the same. Nothing
+    where nothing is looked at, no question names an object, or nobody has drawn where these are.
+    """
+    if experiment.regions is None and "graph" not in model.branches:
+        return {}
+    boxes = named_boxes(experiment, fold.questions)
+    kept = np.array([name in boxes for name in fold.questions.ids], dtype=bool)
+    if not kept.any():
+        return {}
+
+    def compute(model: AnswerModel, batch: QuestionBatch) -> dict[str, torch.Tensor]:
+        names = [fold.questions.ids[row] for row in experiment.runtime.share(batch.rows)]
+        found = {}
+        for branch, looks in attended(model, batch.inputs).items():
+            shares = [covered(one.boxes_M4.cpu().numpy(), boxes[name]) for one, name in zip(looks, names, strict=True)]
+            own = [float(one.weights_M.cpu().numpy() @ part) for one, part in zip(looks, shares, strict=True)]
+            even = [float(part.mean()) if len(part) else 0.0 for part in shares]
+            for key, values in ((f"grounding_{branch}", own), (f"grounding_{branch}_even", even)):
+                found[key] = torch.tensor(values, device=experiment.runtime.device)
+        return found
+
+    parts = [rows[kept[rows]] for rows in fold.feed.parts(experiment.config.batch_size)]
+    batches = fold.feed.batches([rows for rows in parts if len(rows)])
+    told = loop.predict(model, batches, compute, runtime=experiment.runtime)
+    return {name: float(values.mean()) for name, values in told.items()}
+
+
+def named_boxes(experiment: Experiment, questions: Questions) -> dict[str, NDArray[np.float32]]:
+    """Question -> (N, 4) boxes of the objects that it and its full answer name, as far as people have drawn them."""
+    if questions.records is None:
+        return {}
+    named = {name: gqa_metrics.named_objects(questions.records[name]) for name in questions.ids}
+    image_of = {name: plain_id(questions.records[name]["imageId"]) for name, objects in named.items() if objects}
+    graphs = experiment.graphs
+    if experiment.config.sg_source != "gt":
+        try:
+            graphs = images.read_true_graphs(experiment.config, set(image_of.values()))
+        except ValueError as error:  # what nothing was trained by shall not cost the other results
+            experiment.runtime.say(f"note      grounding is not measured: {error}")
+            return {}
+    boxes = {
+        image: dict(zip(graphs[image]["objects"], shares_of_image(graphs[image]), strict=True))
+        for image in set(image_of.values())
+        if image in graphs
+    }
+    drawn = {
+        name: [boxes[image][key] for key in named[name] if key in boxes[image]]
+        for name, image in image_of.items()
+        if image in boxes
+    }
+    return {name: np.stack(own) for name, own in drawn.items() if own}
+
+
 def predictions_table(experiment: Experiment, fold: str, answers: Answers) -> pd.DataFrame:
     """A row for each question of a fold."""
     questions = experiment.folds[fold].questions
@@ -233,20 +295,11 @@ def predictions_table(experiment: Experiment, fold: str, answers: Answers) -> pd
 @torch.inference_mode()
 def look(
     model: AnswerModel, feed: QuestionFeed, rows: NDArray[np.int64], kind: str
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(n, A) probabilities of answers to some questions, and (n, M) the share of attention on each region."""
-    seen: list[torch.Tensor] = []
-    hook = None
-    if model.feature_width:
-        attend = cast(FineBranch, model.branches["fine"]).attend
-        hook = attend.register_forward_hook(lambda layer, given, out: seen.append(out[0]))
-    try:
-        chances = probabilities(model.eval()(**feed.assemble(rows).inputs)[:, 0], kind)
-    finally:
-        if hook is not None:
-            hook.remove()
-    weights = seen[0].float().mean(dim=1).sum(dim=1) if seen else torch.zeros(len(rows), 0)
-    return chances.cpu().numpy(), weights.cpu().numpy()
+) -> tuple[NDArray[Any], dict[str, list[Attended]]]:
+    """(n, A) probabilities of answers to some questions, and what each branch looked at for each of them."""
+    inputs = feed.assemble(rows).inputs
+    chances = probabilities(model.eval()(**inputs)[:, 0], kind)
+    return chances.cpu().numpy(), attended(model, inputs)
 
 
 def examples(experiment: Experiment, model: AnswerModel, fold: str, table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -261,13 +314,13 @@ def examples(experiment: Experiment, model: AnswerModel, fold: str, table: pd.Da
         return []
     whole = copy(own.feed)
     whole.share = lambda rows: rows  # and not the share of one process
-    chances_QA, weights_QM = look(model, whole, rows, experiment.config.loss)
+    chances_QA, seen = look(model, whole, rows, experiment.config.loss)
     paths = images.find_images(experiment.config, [own.questions.images[row] for row in rows])
     names = experiment.lexicon.answers.answers
     found = []
-    for row, chances, weights in zip(rows.tolist(), chances_QA, weights_QM, strict=True):
+    for place, (row, chances) in enumerate(zip(rows.tolist(), chances_QA, strict=True)):
         image = own.table.images[row]
-        boxes = [] if experiment.regions is None else experiment.regions.read(image).boxes[: len(weights)].tolist()
+        looks = {name: told[place] for name, told in seen.items()}
         path = paths.get(image)
         best = np.argsort(-chances)[:MOST_ANSWERS]
         found.append(
@@ -279,10 +332,13 @@ def examples(experiment: Experiment, model: AnswerModel, fold: str, table: pd.Da
                 "answer": list(dict.fromkeys(own.questions.answers[row])),
                 "prediction": [[names[place], float(chances[place])] for place in best],
                 "accuracy": float(table["accuracy"][row]),
-                "boxes": boxes,
-                "weights": weights[: len(boxes)].tolist(),
+                "boxes": looks["fine"].boxes_M4.tolist() if "fine" in looks else [],
+                "weights": looks["fine"].weights_M.tolist() if "fine" in looks else [],
             }
         )
+        if "graph" in looks:
+            graph = experiment.graphs.get(plain_id(image), NO_OBJECTS)
+            found[-1]["graph"] = subgraph(graph, looks["graph"].weights_M.tolist(), MOST_OBJECTS)
     return found
 
 

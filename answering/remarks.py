@@ -11,6 +11,7 @@ from torch import Tensor
 
 from answering.configs import BRANCH_OPTIONS, DEMO_SETTINGS, OPTIONS, VQAConfig, recommended
 from answering.experiment import Experiment
+from storage.messages import one_line
 from training import run_folder
 
 FEW_QUESTIONS = 5_000  # below which large models learn questions by heart
@@ -271,8 +272,13 @@ def measured_lines(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"  and {len(kinds) - len(shown)} more in {run_folder.RESULTS_FILE}")
     lines.append(f"{'best answer of the list':<28}{found['ceiling']:7.3f}")
     more = {name: value for name, value in found["measures"].items() if name not in ("accuracy", "loss")}
+    looks = {name: more.pop(name) for name in list(more) if name.startswith("grounding_")}
     if more:
         lines.append(", ".join(f"{name} {value:.3f}" for name, value in more.items()))
+    if looks:
+        names = [name for name in looks if not name.endswith("_even")]
+        told = [f"{name.removeprefix('grounding_')} {looks[name]:.3f} ({looks[f'{name}_even']:.3f})" for name in names]
+        lines.append(f"grounding {', '.join(told)}; in brackets if all regions or objects weighed the same")
     return lines
 
 
@@ -293,3 +299,32 @@ def table_row(title: str, one: Mapping[str, Any], floors: Sequence[str]) -> str:
     between = between_text(one["interval"])
     cells = "".join(f"{one['floors'][name]:>{len(name) + 3}.3f}" for name in floors)
     return f"{title[:27]:<28}{one['accuracy']:7.3f}  {between:<16}{cells}   {one['questions']:,} questions"
+
+
+def subgraph_lines(graph: Mapping[str, Any], num_objects: int) -> list[str]:
+    """The objects of a scene graph that an answer rests on, numbered, and the relations between them."""
+    objects, relations = graph["objects"], graph["relations"]
+    names = [f"{number} {one_line(one['name'])}" for number, one in enumerate(objects, start=1)]
+    told = [
+        f"{one['weight']:5.3f}  {name}{one_line(''.join(f', {each}' for each in one['attributes']))}"
+        for one, name in zip(objects, names, strict=True)
+    ]
+    linked = [f"{names[source]} -> {one_line(name)} -> {names[target]}" for source, name, target in relations]
+    return [
+        *titled("objects", told or ["none was chosen" if num_objects else "the scene graph has none"]),
+        *titled("relations", linked or ["none between these"]),
+    ]
+
+
+def region_lines(regions: Sequence[Any]) -> list[str]:
+    """Where most attention is: marks with a box, as shares of the image, and a weight."""
+    told = []
+    for one in regions:
+        left, top, right, bottom = (f"{100 * edge:.0f}" for edge in one.box)
+        told.append(f"{one.weight:5.3f}  {left} to {right} % of the width, {top} to {bottom} % of the height")
+    return titled("regions", told or ["the image has none"])
+
+
+def titled(title: str, lines: Sequence[str]) -> list[str]:
+    """Lines with a title before the first of them."""
+    return [f"{title if place == 0 else '':<10}{line}" for place, line in enumerate(lines)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,35 +10,28 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from pages import figures
+from drawing import figures
 from pages.elements import (
     NOTHING,
     Picture,
     Pictures,
     Table,
+    name_of,
     number,
+    percent,
     seconds_text,
-    thumbnail,
     truncate,
     value_text,
 )
+from pages.question_cards import cards, is_share, read_examples
 from pages.run_data import Run, read_epochs, read_json
 from pages.run_page import curves, notes, provenance_table, remarks, timing_table
-from storage.json_files import NUMBER, parse_json, schema_mismatch
-from storage.messages import one_line
-from storage.plain_files import check_plain_file
+from storage.json_files import NUMBER, schema_mismatch
 
 MAX_GROUPINGS = 8  # of questions: by type of answer, by words, ...
 MAX_KINDS = 24  # drawn of each grouping; the table has all
 MAX_CONFUSED = 20  # answers in the confusions, beside "other"
-MAX_CARDS = 12  # questions answered badly, and well
-MAX_BOXES = 8  # drawn on an image, those with most attention
-MAX_ANSWERS = 5  # of people, and predicted, on a card
-MOST_EXAMPLES = 32 * 2**20  # bytes of examples.json
-LONGEST_NAME = 48  # characters of a kind or an answer in a table
-SLACK = 1e-6  # by which rounding may leave 0..1
 
 OPTIONAL = (*NUMBER, type(None))
 RESULTS = {  # what the page shows of results.json
@@ -56,17 +47,16 @@ RESULTS = {  # what the page shows of results.json
     "confusion": {"answers": list, "counts": list},
     "data": {str: {"questions": int, "images": int}},
 }
-EXAMPLE = {
-    **dict.fromkeys(("id", "image", "digest", "question"), str),
-    **dict.fromkeys(("answer", "prediction", "boxes", "weights"), list),
-    "accuracy": NUMBER,
-}
 MEASURES = {  # of GQA -> what they say; shares but for the last
     "binary": "accuracy on questions that are answered with yes or no, or with one of two",
     "open": "accuracy on all others",
     "consistency": "accuracy on what a question that was answered rightly entails",
     "validity": "share of answers that fit the question, such as a colour to one for a colour",
     "plausibility": "share of answers that make sense for what is asked about",
+    "grounding_fine": "share of the fine branch's attention that is on what question and answer name",
+    "grounding_fine_even": "the same if all regions had as much",
+    "grounding_graph": "share of the weight of the graph branch's objects that is on what question and answer name",
+    "grounding_graph_even": "the same if all objects had as much",
     "distribution": "chi-square distance from the distribution of people's answers; lower is better",
 }
 
@@ -91,32 +81,6 @@ class AnswersRun(Run):
     def accuracy(self) -> figures.Estimate:
         """Of the trained model."""
         return figures.Estimate("trained model", self.results["measures"]["accuracy"], self.results.get("interval"))
-
-
-@dataclass(frozen=True)
-class Box:
-    """A region of an image in pixels of its thumbnail, and how much attention it got."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    opacity: float  # 0..1, 1 for the region with most
-    weight: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """A question with what people said and what was predicted, most likely first."""
-
-    id: str
-    question: str
-    accuracy: str
-    people: str
-    predictions: list[tuple[str, str]]  # answer and its probability
-    source: str  # data URL of the image, "" if it is not there
-    size: tuple[int, int]  # of the thumbnail, in pixels
-    boxes: list[Box]
 
 
 # -- reading
@@ -174,51 +138,6 @@ def shares_mismatch(results: Mapping[str, Any]) -> str:
     return next((f"{name!r} is not within 0 and 1" for name, value in found.items() if not is_share(value)), "")
 
 
-def is_share(value: float) -> bool:
-    """Whether a number is on 0..1, and so no percentage."""
-    return -SLACK <= value <= 1 + SLACK
-
-
-def read_examples(path: Path) -> list[dict[str, Any]]:
-    """The questions of examples.json; none if there is no such file. Raises ValueError."""
-    try:
-        check_plain_file(path, MOST_EXAMPLES)
-        found = parse_json(b'{"examples": %s}' % path.read_bytes())["examples"]  # a list, which `read_json` refuses
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({truncate(one_line(error), 200)})") from None
-    if not isinstance(found, list):
-        raise ValueError(f"{path}: is no list")
-    if said := next(filter(None, (example_mismatch(example, str(i)) for i, example in enumerate(found))), ""):
-        raise ValueError(f"{path}: {said}; run it again with this version")
-    return found
-
-
-def example_mismatch(example: Any, name: str) -> str:
-    """What of an example is not as the page needs it, in words; "" if it all is."""
-    if said := schema_mismatch(example, EXAMPLE, name):
-        return said
-    if not is_share(example["accuracy"]):
-        return f"'{name}.accuracy' is not within 0 and 1"
-    if len(example["weights"]) != len(example["boxes"]):
-        return f"'{name}.weights' is no list of {len(example['boxes'])}"
-    shapes: list[tuple[str, Any]] = [
-        ("answer", [str, ...]),
-        ("prediction", [list, ...]),
-        ("boxes", [[NUMBER] * 4, ...]),
-        ("weights", [NUMBER, ...]),
-    ]
-    parts = (schema_mismatch(example[key], shape, f"{name}.{key}") for key, shape in shapes if example[key])
-    if said := next(filter(None, parts), ""):
-        return said
-    pairs = enumerate(example["prediction"])
-    wrong = (
-        i for i, pair in pairs if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], NUMBER)
-    )
-    return next((f"'{name}.prediction.{i}' is no answer with its probability" for i in wrong), "")
-
-
 # -- showing
 
 
@@ -229,7 +148,7 @@ def answers_content(run: AnswersRun, pictures: Pictures) -> dict[str, Any]:
     kinds = kind_parts(run, pictures)
     drawn = training_curves(run, pictures)
     changed, unchanged = options_tables(run.options, results)
-    worst, best = cards(run)
+    worst, best = cards(run.examples)
     return {
         "run": run,
         "about": about(run.options, run.provenance),
@@ -246,6 +165,7 @@ def answers_content(run: AnswersRun, pictures: Pictures) -> dict[str, Any]:
         "confusion": confusion_part(run, pictures),
         "worst": worst,
         "best": best,
+        "has_graphs": any(card.objects for card in (*worst, *best)),
         "data": data_table(run),
         "changed": changed,
         "unchanged": unchanged,
@@ -255,19 +175,9 @@ def answers_content(run: AnswersRun, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def percent(share: float, sign: str = "") -> str:
-    """A share in per cent."""
-    return f"{number(100 * share, 1, sign)}%"
-
-
 def percent_interval(interval: Sequence[float] | None) -> str:
     """An interval of shares in per cent; "" if there is none."""
     return f"{number(100 * interval[0], 1)} … {percent(interval[1])}" if interval else ""
-
-
-def name_of(text: str) -> str:
-    """A floor, kind or answer as it is shown."""
-    return truncate(text, LONGEST_NAME) or "(empty)"
 
 
 def about(options: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
@@ -463,51 +373,3 @@ def options_tables(options: Mapping[str, Any], results: Mapping[str, Any]) -> tu
     others = [[truncate(name), value_text(value)] for name, value in options.items() if name not in changed]
     own = Table(["option", "value", "default"], rows, words=3) if defaults else None
     return own, Table(["option", "value"], others, words=3)
-
-
-# -- single questions
-
-
-def cards(run: AnswersRun) -> tuple[list[Card], list[Card]]:
-    """The questions of examples.json that were answered badly, and those that were answered well, as they come."""
-    worst = [example for example in run.examples if example["accuracy"] < 0.5]
-    best = [example for example in run.examples if example["accuracy"] >= 0.5]
-    return [card_of(example) for example in worst[:MAX_CARDS]], [card_of(example) for example in best[:MAX_CARDS]]
-
-
-def card_of(example: Mapping[str, Any]) -> Card:
-    """An example as it is shown; of the probabilities what is on 0..1."""
-    source = thumbnail(example["image"], example["digest"])
-    size = size_of(source) if source else (1, 1)
-    return Card(
-        id=example["id"],
-        question=example["question"],
-        accuracy=percent(example["accuracy"]),
-        people=", ".join(name_of(answer) for answer in example["answer"][:MAX_ANSWERS]) or NOTHING,
-        predictions=[
-            (name_of(answer), percent(min(max(probability, 0), 1)))
-            for answer, probability in example["prediction"][:MAX_ANSWERS]
-        ],
-        source=source,
-        size=size,
-        boxes=boxes_on(example["boxes"], example["weights"], size) if source else [],
-    )
-
-
-def size_of(source: str) -> tuple[int, int]:
-    """Width and height of a thumbnail."""
-    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
-        return image.size
-
-
-def boxes_on(boxes: Sequence[Sequence[float]], weights: Sequence[float], size: tuple[int, int]) -> list[Box]:
-    """The regions with most attention, the strongest last, so that it lies on top; parts outside the image are cut."""
-    order = sorted(range(len(boxes)), key=lambda place: -weights[place])[:MAX_BOXES]
-    found = []
-    for place in reversed(order):
-        left, top, right, bottom = np.clip(boxes[place], 0, 1) * [*size, *size]
-        if right > left and bottom > top and weights[place] > 0:
-            opacity = weights[place] / weights[order[0]]
-            x, y, width, height = (round(float(edge), 1) for edge in (left, top, right - left, bottom - top))
-            found.append(Box(x, y, width, height, round(opacity, 3), percent(min(weights[place], 1))))
-    return found

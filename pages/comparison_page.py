@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from configs import NOT_SAVED
+from drawing import figures
 from multirun import answer_comparison, comparison, summaries
-from pages import figures
 from pages.answers_page import read_answers_run
 from pages.elements import NOTHING, Picture, Pictures, Table, interval_text, number, truncate, value_text, write_page
 from pages.repeated_page import spread

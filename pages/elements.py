@@ -16,10 +16,11 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from pages import figures
+from drawing import figures
 from storage.atomic import atomic_write
 from storage.image_files import opened, read_file, to_rgb
 
+LONGEST_NAME = 48  # characters of a kind or an answer in a table
 LONGEST_TEXT = 240  # characters of a prompt or name
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -89,6 +90,16 @@ def number(value: object, digits: int = 3, sign: str = "") -> str:
     if not isinstance(value, int | float) or not np.isfinite(value):
         return NOTHING
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")  # + 0.0: no -0.000
+
+
+def percent(share: float, sign: str = "") -> str:
+    """A share in per cent."""
+    return f"{number(100 * share, 1, sign)}%"
+
+
+def name_of(text: str) -> str:
+    """A floor, kind or answer as it is shown."""
+    return truncate(text, LONGEST_NAME) or "(empty)"
 
 
 def interval_text(interval: Sequence[float] | None, sign: str = "") -> str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from drawing import figures
 from multirun import summaries
-from pages import figures
 from pages.answers_page import about, check_results, name_of, options_tables, percent, percent_interval
 from pages.elements import NOTHING, Pictures, Table, number, seconds_text
 from pages.run_data import read_json

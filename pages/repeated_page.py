@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from drawing import figures
 from multirun import summaries
-from pages import figures
 from pages.elements import NOTHING, Pictures, Table, interval_text, number, seconds_text
 from pages.repeated_answers import repeated_answers_content
 from pages.run_data import REPORT_FILE, check_results, read_json

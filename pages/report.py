@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from drawing import figures
 from multirun import summaries
-from pages import figures
 from pages.answers_page import answers_content, read_answers_run
 from pages.elements import FIGURES_DIR, Pictures, write_page, write_pictures
 from pages.repeated_page import repeated_content

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from configs import NOT_SAVED, OPTIONS
-from pages import figures
+from drawing import figures
 from pages.elements import (
     NOTHING,
     Example,

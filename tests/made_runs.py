@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from configs import TrainingConfig
+from drawing import figures
 from evaluation import metrics
-from pages import figures
 from pages.report import write_report
 from sources.scores import COLUMNS
 

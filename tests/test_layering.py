@@ -21,6 +21,7 @@ ORDER = (
         "guidance",
         "data",
         "multirun",
+        "drawing",
         "pages",
         "vqa",
         "regions",
@@ -41,7 +42,9 @@ ONLY = {
     "losses": set(),
     "inputs": {"storage", "training", "backbones"},  # plain arguments, no options, no data set
     "backbones": {"storage"},
+    "drawing": {"evaluation.metrics"},
     "pages": {
+        "drawing",
         "storage",
         "cli",
         "configs",
@@ -56,7 +59,7 @@ ONLY = {
     "branches": set(),
     "answering": {
         *("storage", "cli", "training", "backbones", "inputs", "evaluation.metrics", "evaluation.ridge"),
-        *("multirun", "pages", "vqa", "regions", "branches"),
+        *("multirun", "drawing", "pages", "vqa", "regions", "branches"),
     },
     "guidance.presets": {"cli", "configs"},
 }
@@ -73,7 +76,7 @@ FREE_OF_TORCH = (
         "sources.labels",
         "sources.scores",
         "sources.examples",
-        "pages.figures",
+        "drawing.figures",
         "pages.report",
         "report",
         "compare",

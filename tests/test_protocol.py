@@ -15,8 +15,8 @@ import baseline
 import compare
 import protocol
 from configs import TrainingConfig
+from drawing import figures
 from multirun.summary_text import summary_lines
-from pages import figures
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """What answers to GQA questions are worth, as its evaluation measures it (Hudson and Manning, 2019, section 4.4).
 
 All shares are on 0..1; only balanced questions count. Records are those of the official question files.
+
+Shapes: M regions, N boxes, X and Y pieces of an image across and down.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # What a question on something in common, such as "What do the bag and the wall have in common?", may be answered with.
 COMMON = frozenset(("color", "material", "shape"))
@@ -120,3 +123,32 @@ def accuracy_by_kind(questions: Records, predictions: Mapping[str, str]) -> dict
         key: {kind: (mean(rights), len(rights)) for kind, rights in sorted(kinds.items())}
         for key, kinds in found.items()
     }
+
+
+def named_objects(question: Mapping[str, Any]) -> list[str]:
+    """Ids of the objects that a question and its full answer name, each once; none where nobody has told."""
+    told = question.get("annotations")
+    parts = [told.get(key) for key in ("question", "fullAnswer")] if isinstance(told, dict) else []
+    names = (name for part in parts if isinstance(part, dict) for name in part.values() if isinstance(name, str))
+    return list(dict.fromkeys(names))
+
+
+def covered(regions_M4: NDArray[Any], boxes_N4: NDArray[Any]) -> NDArray[np.float64]:
+    """(M,) the share of each region's area that lies in at least one of the boxes; 0 of a region without area.
+
+    Grounding is the attention on regions times these shares, summed: how much of it is on what is named. The boxes cut
+    the image into pieces, each of which lies in a box wholly or not at all.
+    """
+    regions_M4, boxes_N4 = (np.asarray(each, dtype=np.float64).reshape(-1, 4) for each in (regions_M4, boxes_N4))
+    lengths, insides = [], []
+    for first in (0, 1):  # across, down
+        starts_N, ends_N = boxes_N4[:, first], boxes_N4[:, first + 2]
+        cuts = np.unique([starts_N, ends_N])
+        low, high = cuts[:-1], cuts[1:]
+        starts_M1, ends_M1 = regions_M4[:, first, None], regions_M4[:, first + 2, None]
+        lengths.append((np.minimum(ends_M1, high) - np.maximum(starts_M1, low)).clip(min=0))
+        insides.append((starts_N[:, None] <= low) & (high <= ends_N[:, None]))
+    is_inside_XY = np.einsum("nx,ny->xy", *insides)
+    shared_M = np.einsum("mx,my,xy->m", *lengths, is_inside_XY.astype(np.float64))
+    areas_M = (regions_M4[:, 2:] - regions_M4[:, :2]).clip(min=0).prod(axis=1)
+    return np.divide(shared_M, areas_M, out=np.zeros(len(regions_M4)), where=areas_M > 0)

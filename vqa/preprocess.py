@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from storage.atomic import atomic_write
-from storage.json_files import schema_mismatch
+from storage.json_files import NUMBER, schema_mismatch
 from storage.messages import quoted
 from vqa.questions import Questions, plain_id, read_large_json
 from vqa.scene_graph import GraphNumbers
@@ -38,7 +38,8 @@ MOST_ENTITIES = 7  # of a question
 NO_ENTITIES = frozenset(("a", "and", "at", "in", "no", "not", "of", "on", "the", "to", "with", "yes"))
 VERSION = 1  # of the files that are kept; another one where the same questions give other numbers
 MOST_KEPT = 8  # files; a new one takes the place of that which was used longest ago
-BOX = dict.fromkeys(("x", "y", "w", "h"), (int, float))
+MOST_PIXELS = 1_000_000  # of a side of an image, or of how far a box of a scene graph may lie from its corner
+BOX = dict.fromkeys(("x", "y", "w", "h"), NUMBER)
 GRAPH = {"objects": {str: {"name": str, **BOX, "attributes": list, "relations": list}}}
 
 SceneGraphs = Mapping[str, Mapping[str, Any]]  # the plain id of an image -> as in the official files
@@ -87,10 +88,22 @@ def read_scene_graphs(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
         if not isinstance(found, dict):
             raise ValueError(f"{path}: is no object of scene graphs by their images, as GQA's files are")
         for image, graph in found.items():
-            if said := schema_mismatch(graph, GRAPH) or parts_mismatch(graph):
+            if said := schema_mismatch(graph, GRAPH) or sizes_mismatch(graph) or parts_mismatch(graph):
                 raise ValueError(f"{path}: scene graph {quoted(image)}: {said}")
             graphs[plain_id(image)] = graph
     return graphs
+
+
+def sizes_mismatch(graph: Mapping[str, Any]) -> str:
+    """Which size, of the image if there is one or of a box, cannot be, in words; "" if all can."""
+    for key in ("width", "height"):
+        if key in graph and not (isinstance(graph[key], NUMBER) and 0 < graph[key] <= MOST_PIXELS):
+            return f"{key!r} is no number of pixels above 0, up to {MOST_PIXELS:,}"
+    for name, entry in graph["objects"].items():
+        for key, least in (("x", -MOST_PIXELS), ("y", -MOST_PIXELS), ("w", 0), ("h", 0)):
+            if not least <= entry[key] <= MOST_PIXELS:
+                return f"{quoted(f'objects.{name}.{key}')} is not within {least:,} and {MOST_PIXELS:,} pixels"
+    return ""
 
 
 def parts_mismatch(graph: Mapping[str, Any]) -> str:

@@ -81,6 +81,35 @@ def shares_of_image(graph: Mapping[str, Any]) -> NDArray[np.float32]:
     return np.clip(boxes_K4 / np.tile(size_2, 2), 0, 1).astype(np.float32)
 
 
+def subgraph(graph: Mapping[str, Any], weights_K: Sequence[float], most: int) -> dict[str, Any]:
+    """What of a scene graph was chosen, for people: as plain JSON.
+
+    Args:
+        weights_K: how much each object weighed; 0 for what was not chosen.
+        most: objects that are told, the heaviest.
+
+    Returns:
+        "objects", the heaviest first, each with "name", "attributes", "box" (as shares of the image) and "weight"; and
+        "relations" between these as the graph has them, those of the heaviest first: a place, a name, another place.
+    """
+    objects, boxes = graph["objects"], dict(zip(graph["objects"], shares_of_image(graph).tolist(), strict=True))
+    weights = dict(zip(objects, weights_K, strict=True))
+    chosen = sorted((key for key in objects if weights[key] > 0), key=lambda key: -weights[key])[:most]
+    place_of = {key: place for place, key in enumerate(chosen)}
+    return {
+        "objects": [
+            {**{part: objects[key][part] for part in ("name", "attributes")}, "box": boxes[key], "weight": weights[key]}
+            for key in chosen
+        ],
+        "relations": [
+            [place_of[key], relation["name"], place_of[relation["object"]]]
+            for key in chosen
+            for relation in objects[key]["relations"]
+            if relation["object"] in place_of
+        ],
+    }
+
+
 def pack(graphs: Sequence[GraphNumbers]) -> dict[str, NDArray[Any]]:
     """Graphs as one that falls into parts: what `branches.graph.GraphBranch` takes, by its names."""
     sizes = [len(graph) for graph in graphs]

@@ -130,7 +130,7 @@ def test_a_space_that_cannot_be_searched_is_refused(content, flags, said, tmp_pa
         ("--demo --output_dir a", "unrecognized arguments: --output_dir"),
         ("--demo --output a --space isubgvqa", "--space isubgvqa: nothing is left to search"),
         ("--demo --output a --space complexiti", "--space complexiti: no such file"),
-        ("--mode ask --checkpoint R --image i --question q --output a", "--mode ask: every trial is trained"),
+        ("--mode evaluate --checkpoint R --data_root D --output a", "--mode evaluate: every trial is trained"),
         ("--demo --output a --gama 2", "did you mean --gamma?"),
     ],
 )

@@ -18,7 +18,8 @@ from made_runs import HOSTILE, Page, change, page_of, undraw
 from PIL import Image
 from refusals import refusal
 
-from pages import answers_page, figures
+from drawing import figures
+from pages import answers_page, question_cards
 from pages.report import write_report
 
 ANSWERS = ["yes", "no", "2", "red", "white", "other"]
@@ -123,6 +124,10 @@ def make_hostile(run: Path) -> Path:
         examples[1] |= {"image": "/dev/zero"}
         examples[2] |= {"boxes": [[-1e300, 3, 1e300, -3], [1, 1, 0, 0], [-9, -9, 9, 9]], "weights": [1, 1, 1e300]}
         examples[3] |= {"weights": [-1.0] * 20}
+        objects = [{"name": HOSTILE, "attributes": [LONG, HOSTILE], "box": [-1e300, 3, 1e300, -3], "weight": 1e300}]
+        objects.append({"name": "\0\u202e", "attributes": [], "box": [1, 1, 0, 0], "weight": -1.0})
+        relations = [[one, text, other] for one in (0, 1) for other in (0, 1) for text in (HOSTILE, LONG, "")]
+        examples[2] |= {"graph": {"objects": objects * 50, "relations": relations * 50}}
 
     change(run, "results.json", spoil)
     change_examples(run, spoil_example)
@@ -281,7 +286,7 @@ def test_cards_show_questions_answers_and_what_was_predicted(drawn):
 def test_the_strongest_regions_are_drawn_where_they_are(drawn):
     run, page = drawn
     example = json.loads((run / "examples.json").read_text())[0]
-    order = np.argsort(-np.array(example["weights"]))[: answers_page.MAX_BOXES][::-1]
+    order = np.argsort(-np.array(example["weights"]))[: question_cards.MAX_BOXES][::-1]
     (card, *_) = re.findall(r'<svg role="img" aria-label="image of.*?</svg>', page.source, re.DOTALL)
     assert 'viewBox="0 0 160 80"' in card and card.count("data:image/jpeg;base64,") == 1
     shown = [float(text) for text in re.findall(r'<g opacity="([\d.]+)"', card)]
@@ -291,6 +296,49 @@ def test_the_strongest_regions_are_drawn_where_they_are(drawn):
     last = re.findall(r'class="box" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', card)[-1]
     assert [float(text) for text in last] == pytest.approx([x, y, right - x, bottom - y], abs=0.051)
     assert f"{100 * weights[-1]:.1f}% of the attention" in card
+
+
+GRAPH = {
+    "objects": [
+        {"name": "tree", "attributes": ["tall", "green"], "box": [0, 0, 0.25, 0.5], "weight": 0.75},
+        {"name": "wall", "attributes": [], "box": [0.5, 0, 1, 0.5], "weight": 0.25},
+    ],
+    "relations": [[0, "to the left of", 1], [0, "near", 1], [1, "to the right of", 0]],
+}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_objects_that_an_answer_rests_on_are_drawn_with_their_relations(run):
+    change_examples(run, lambda examples: examples[0].update(graph=GRAPH))
+    page = page_of(run)
+    assert "Rests on 1 tree, tall, green 75.0%; 2 wall 25.0% where 1 to the left of 2 , 1 near 2" in page.text
+    (card,) = re.findall(r'<svg role="img" aria-label="objects chosen.*?</svg>', page.source, re.DOTALL)
+    assert 'viewBox="0 0 800 400"' in card and card.count("data:image/jpeg;base64,") == 1
+    boxes = re.findall(
+        r'class="object" stroke="rgb\(([\d, ]+)\)" x="([^"]+)" y="([^"]+)" width="([^"]+)" height="([^"]+)"', card
+    )
+    assert [tuple(map(float, box[1:])) for box in boxes] == [(400, 0, 400, 200), (0, 0, 200, 200)]  # heaviest on top
+    light, heavy = (sum(map(int, box[0].split(","))) for box in boxes)
+    assert heavy < light
+    assert re.findall(r'class="arrow" d="([^"]+)" marker-end="url\(#head\)"/>', card) == ["M200.0 100.0 400.0 100.0"]
+    assert re.findall(r">(\d)</text>", card) == ["1", "2"]
+    assert 'id="head"' in page.source and "On the second image are the objects" in page.text
+    assert page.source.count("objects chosen for") == 1  # the other questions have no graph
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_graph_is_drawn_alone_where_no_region_is_looked_at_and_told_where_no_image_is(run):
+    change_examples(
+        run,
+        lambda examples: [
+            {**examples[0], "boxes": [], "weights": [], "graph": GRAPH},
+            {**examples[1], "image": "", "graph": GRAPH},
+            {**examples[2], "graph": {"objects": [], "relations": []}},
+        ],
+    )
+    page = page_of(run)
+    assert page.source.count('aria-label="image of') == 1 and page.source.count('aria-label="objects chosen') == 1
+    assert page.text.count("Rests on 1 tree") == 2 and page.text.count("image not found") == 1
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -315,7 +363,7 @@ def test_no_more_is_shown_of_very_much_than_can_be_looked_at(run):
     many["by_kind"] = {name: {other: kind(0.5, 3) for other in names} for name in names}
     change(run, "results.json", lambda results: results.update(many))
     page = page_of(run)
-    assert len(page.of("h4")) == 2 * answers_page.MAX_CARDS
+    assert len(page.of("h4")) == 2 * question_cards.MAX_CARDS
     assert len(page.tables["confusions"]) == 2 + answers_page.MAX_CONFUSED
     assert page.tables["confusions"][1] == ["n0", *["1"] * 20, "20"]
     assert page.tables["confusions"][-1] == ["n39", *["20"] * 20, "400"]
@@ -383,6 +431,10 @@ def test_parts_of_another_shape_are_refused_by_name(run, edit, said):
     assert f"{run / 'results.json'}: {said}" in refusal(write_report, run)
 
 
+def with_object(**changes: Any) -> dict[str, Any]:
+    return {"objects": [{**GRAPH["objects"][0], **changes}], "relations": []}
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
@@ -393,6 +445,15 @@ def test_parts_of_another_shape_are_refused_by_name(run, edit, said):
         ({"weights": [1.0]}, "'0.weights' is no list of 20"),
         ({"boxes": [[0, 0, 1]], "weights": [1]}, "'0.boxes.0' is no list of 4"),
         ({"answer": [1]}, "'0.answer.0' is of another kind"),
+        ({"graph": [1]}, "'0.graph' is no object"),
+        ({"graph": {"objects": []}}, "'0.graph' has no 'relations'"),
+        ({"graph": {"objects": [{"name": "a"}], "relations": []}}, "'0.graph.objects.0' has no 'attributes'"),
+        ({"graph": with_object(box=[0, 1])}, "'0.graph.objects.0.box' is no list of 4"),
+        ({"graph": with_object(attributes=[3])}, "'0.graph.objects.0.0' is of another kind"),
+        *(
+            ({"graph": {**GRAPH, "relations": [relation]}}, "'0.graph.relations.0' does not lead from an object to one")
+            for relation in ([0, "near"], [0, 1, 1], [0, "near", 2], [-1, "near", 0], [True, "near", 0], [0.0, "a", 1])
+        ),
     ],
 )
 def test_examples_of_another_shape_are_refused_by_name(run, edit, said):
@@ -411,7 +472,7 @@ def places_in(part: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("name", ["results.json", "examples.json"])
 def test_no_damage_to_a_file_is_worse_than_one_line(run, name):
     """Every part in turn is taken away or is something else: the page is written, or the file is named."""
-    change_examples(run, lambda examples: [{**examples[0], "boxes": [[0, 0, 1, 1]], "weights": [1]}])
+    change_examples(run, lambda examples: [{**examples[0], "boxes": [[0, 0, 1, 1]], "weights": [1], "graph": GRAPH}])
     small = {
         "confusion": {"answers": ["yes", "no"], "counts": [[2, 1], [0, 3]]},
         "by_kind": {"words": {"4": kind(0.7, 5)}},

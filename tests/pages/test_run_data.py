@@ -16,7 +16,8 @@ from made_runs import (
 )
 from refusals import refusal
 
-from pages import figures, run_data
+from drawing import figures
+from pages import run_data
 from pages.report import write_report
 
 

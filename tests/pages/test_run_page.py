@@ -34,7 +34,8 @@ from made_runs import (
 from PIL import Image
 from tiny_run import finished_run
 
-from pages import elements, figures, run_data
+from drawing import figures
+from pages import elements, run_data
 from pages.report import write_report
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from vqa_records import gqa_record as question
 
@@ -68,9 +69,62 @@ def test_accuracy_is_told_by_every_kind():
     assert found["words"] == {"3": (1.0, 1), "5": (0.25, 4)}
 
 
+def grounding(weights: list[float], regions: list[list[float]], boxes: list[list[float]]) -> float:
+    return float(np.array(weights) @ gqa.covered(np.array(regions), np.array(boxes).reshape(-1, 4)))
+
+
+WHOLE, LEFT, TOP_LEFT = [0, 0, 1, 1], [0, 0, 0.5, 1], [0, 0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("weights", "regions", "boxes", "expected"),
+    [
+        ([1], [TOP_LEFT], [TOP_LEFT], 1),  # the very box
+        ([1], [TOP_LEFT], [LEFT], 1),  # which lies in the box
+        ([1], [LEFT], [TOP_LEFT], 0.5),  # half of which lies there
+        ([1], [[0.5, 0, 1, 1]], [LEFT], 0),  # beside it
+        ([1], [WHOLE], [TOP_LEFT, LEFT], 0.5),  # where two boxes overlap, once
+        ([1], [WHOLE], [TOP_LEFT, [0.5, 0.5, 1, 1]], 0.5),
+        ([0.75, 0.25], [TOP_LEFT, [0.6, 0.6, 1, 1]], [LEFT], 0.75),
+        ([0.5, 0.25, 0.25], [WHOLE, LEFT, [0.5, 0, 1, 1]], [TOP_LEFT], 0.5 / 4 + 0.25 / 2),
+        ([1], [[0.2, 0.2, 0.2, 0.4]], [WHOLE], 0),  # without area
+        ([1], [WHOLE], [], 0),
+        ([1], [WHOLE], [[0.3, 0.3, 0.3, 0.3]], 0),
+        ([], [], [WHOLE], 0),
+    ],
+)
+def test_grounding_is_the_attention_on_what_is_named(weights, regions, boxes, expected):
+    assert grounding(weights, regions, boxes) == pytest.approx(expected)
+
+
+def test_shares_are_those_of_counted_pixels():
+    rng, side = np.random.default_rng(0), 12
+
+    def corners(count: int) -> np.ndarray:
+        return np.sort(rng.integers(0, side + 1, (count, 2, 2)), axis=1).reshape(count, 4)
+
+    for _ in range(200):
+        regions, boxes = corners(6), corners(int(rng.integers(0, 6)))
+        painted = np.zeros((side, side), dtype=bool)
+        for x1, y1, x2, y2 in boxes:
+            painted[y1:y2, x1:x2] = True
+        pixels = [painted[y1:y2, x1:x2] for x1, y1, x2, y2 in regions]
+        expected = [part.mean() if part.size else 0.0 for part in pixels]
+        np.testing.assert_allclose(gqa.covered(regions / side, boxes / side), expected, atol=1e-9)
+
+
+def test_objects_are_those_that_question_and_full_answer_name_each_once():
+    told = {"answer": {"0": "9"}, "question": {"1": "3", "4:6": "2"}, "fullAnswer": {"1": "2", "5": "7"}}
+    assert gqa.named_objects({"annotations": told}) == ["3", "2", "7"]
+    for hostile in ({}, {"annotations": None}, {"annotations": [1]}, {"annotations": {"question": [3]}}):
+        assert gqa.named_objects(hostile) == []
+    assert gqa.named_objects({"annotations": {"question": {"1": 3, "2": None}, "fullAnswer": {"x": "5"}}}) == ["5"]
+
+
 def test_official_records_are_read(vqa_dir: Path):
     (name, record), *_ = json.loads((vqa_dir / "gqa" / "questions1.json").read_text()).items()
     questions = {name: {**record, "isBalanced": True}}
     kinds = gqa.accuracy_by_kind(questions, {name: record["answer"]})
     assert kinds["structural"] == {record["types"]["structural"]: (1.0, 1)}
     assert kinds["steps"] == {"5": (1.0, 1)}
+    assert gqa.named_objects(record) == ["11", "4"]

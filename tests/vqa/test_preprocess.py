@@ -108,6 +108,20 @@ def test_scene_graphs_are_read_from_several_files(tmp_path):
         ({"7": {"objects": {"1": {"name": "cup"}}}}, "scene graph '7': 'objects.1' has no 'x'"),
         ({"7": {"objects": {"1": thing("cup", [3])}}}, "scene graph '7': 'attributes.0' is of another kind"),  # type: ignore[list-item]
         ({"7": {"objects": {"1": thing("cup") | {"relations": [{}]}}}}, "'relations.0' has no 'name'"),
+        *(
+            ({"7": GRAPH | {side: size}}, f"scene graph '7': '{side}' is no number of pixels above 0, up to 1,000,000")
+            for side in ("width", "height")
+            for size in (0, -5, 2e6, float("nan"), float("inf"), 10**400, "10", None, [10])
+        ),
+        *(
+            ({"7": {"objects": {"1": thing("cup") | {key: size}}}}, f"'objects.1.{key}' is ")
+            for key in "xywh"
+            for size in (2e6, -2e6, 10**400, float("nan"), float("-inf"), "3", None)
+        ),
+        *(
+            ({"7": {"objects": {"1": thing("cup") | {key: -1}}}}, f"'objects.1.{key}' is not within 0 and 1,000,000")
+            for key in "wh"
+        ),
     ],
 )
 def test_what_is_no_scene_graph_is_told(value, said, tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
 from vqa.preprocess import words_on_image
-from vqa.scene_graph import GraphNumbers, number_graph, pack
+from vqa.scene_graph import GraphNumbers, number_graph, pack, subgraph
 from vqa.text import UNKNOWN, Vocabulary, build_vocabulary
 
 
@@ -133,3 +134,18 @@ def test_what_is_packed_has_the_same_types_whatever_it_is(graphs):
         "signs_E": np.float32,
     }
     assert packed["edges_2E"].shape == (2, len(packed["signs_E"])) and packed["nodes_V4"].shape[1] == 4
+
+
+def test_what_was_chosen_is_told_with_the_relations_inside_the_heaviest_first():
+    part = subgraph(GRAPH, [0.25, 0.75, 0.0, 0.0], 5)
+    assert [(one["name"], one["weight"]) for one in part["objects"]] == [("dog", 0.75), ("coffee cup", 0.25)]
+    assert part["objects"][1]["attributes"] == ["red", "small", "full"]
+    assert part["objects"][1]["box"] == pytest.approx([0.1, 0.1, 0.3, 0.9])
+    assert part["relations"] == [[0, "to the right of", 1], [1, "to the left of", 0]]  # none to "9", nor to "missing"
+    assert json.loads(json.dumps(part)) == part
+
+
+def test_no_more_objects_are_told_than_wanted():
+    part = subgraph(GRAPH, [0.1, 0.2, 0.3, 0.4], 2)
+    assert [one["name"] for one in part["objects"]] == ["", "zebra"] and part["relations"] == []
+    assert subgraph(GRAPH, [0.0] * 4, 3) == {"objects": [], "relations": []} == subgraph(EMPTY, [], 3)

@@ -13,8 +13,8 @@ from made_runs import (
     noisy,
 )
 
+from drawing import figures
 from evaluation import metrics
-from pages import figures
 
 
 def test_a_scatter_shows_every_image_the_fit_and_the_identity():
