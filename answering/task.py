@@ -20,7 +20,9 @@ from training.fit import FitOptions
 BAN_WARM_UP = (0.5, 1.0, 1.5, 2.0)  # of --lr in the first epochs; the last stays
 BAN_DECAY = (10, 12, 14, 16, 18)  # epochs done, at each of which a quarter is left
 WARM_UP = 0.1  # share of all steps, of the other schedules
+MIXTURE_TIMES = 10  # --lr for what branches weigh: few steps are to tell a good one from a bad one
 FRESH_TIMES = 2  # --xvlm_lr for those weights of X-VLM that a file of pretraining has not, as its authors do
+MIXTURE = "weight_KA"  # of `AnswerModel`
 XVLM = "branches.coarse.xvlm."  # how the names of X-VLM's parameters begin
 
 # "answer", its number, "probability", "loss", and of several branches "answer_fine" and so on: (Q,) each
@@ -178,6 +180,8 @@ def build_train_state(experiment: Experiment) -> resuming.TrainState:
     fresh = set() if model.xvlm is None else {XVLM + name for name in model.xvlm.fresh}
 
     def lr_of(name: str) -> float:
+        if name == MIXTURE:
+            return config.lr * MIXTURE_TIMES
         if not name.startswith(XVLM):
             return config.lr
         return config.xvlm_lr * (FRESH_TIMES if name in fresh else 1)

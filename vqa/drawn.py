@@ -26,10 +26,11 @@ from storage.locks import locked
 from vqa.answers import NUMBERS
 from vqa.drawn_questions import (
     COLOURS,
-    GROUNDS,
+    FRAMES,
     GROUPS,
     KINDS,
     RADII,
+    SIDES,
     TYPES,
     Question,
     Scene,
@@ -39,7 +40,8 @@ from vqa.drawn_questions import (
     pick,
 )
 
-GAP = 4  # least distance between shapes, and from the edge, in pixels
+GAP = 4  # least distance between shapes, and from the frame, in pixels
+FRAME = 4  # width of the frame, in pixels
 VAL_SHARE = 1 / 8
 PREDICTED = "predicted"  # folder of the scene graphs as a program might see them
 OVERLOOKED, MISTAKEN = 0.1, 0.1  # shares of objects and relations, of names and colours
@@ -50,7 +52,9 @@ OTHERWISE = {  # what some people say instead
     "red": ("the red", "crimson"), "green": ("the green", "lime"), "blue": ("the blue", "navy"),
     "yellow": ("the yellow", "gold"), "purple": ("the purple", "violet"), "orange": ("the orange", "amber"),
     "small": ("the small", "little"), "large": ("the large", "big"),
-    "plain": ("one color", "no pattern"), "striped": ("stripes", "stripy"), "dotted": ("dots", "spotted"),
+    "black": ("dark", "ebony"), "white": ("the white", "ivory"), "brown": ("wooden", "the brown"),
+    "left": ("to the left", "on the left"), "right": ("to the right", "on the right"),
+    "above": ("over it", "higher"), "below": ("under it", "lower"),
 } | {str(number): (word, f"about {word}") for number, word in enumerate(NUMBERS)}  # fmt: skip
 # How VQA v2 names a question's type, as far as it occurs here; the longest that fits.
 QUESTION_TYPES = ("what color is the", "is there a", "is there", "is the", "are the", "how many", "what is", "what")
@@ -88,13 +92,13 @@ def random_scene(seed: int, number: int, fold: str) -> Scene:
             shapes = []
         size = pick(rng, tuple(RADII))
         radius = RADII[size] * rng.uniform(0.9, 1.1)
-        x, y = (float(rng.uniform(radius + GAP, side - radius - GAP)) for side in (width, height))
+        x, y = (float(rng.uniform(radius + FRAME + GAP, side - radius - FRAME - GAP)) for side in (width, height))
         if all(math.hypot(x - other.x, y - other.y) > radius + other.radius + GAP for other in shapes):
             name = f"{10 * number + len(shapes)}"
             turn = float(rng.uniform(-0.25, 0.25))
             shapes.append(Shape(name, pick(rng, kinds), pick(rng, colours), size, x, y, radius, turn))
     boxes = [*([float(side) for side in shape.box] for shape in shapes), *background(rng, width, height, shapes)]
-    return Scene(str(number), fold, width, height, tuple(shapes), mixed(rng, boxes), pick(rng, GROUNDS))
+    return Scene(str(number), fold, width, height, tuple(shapes), mixed(rng, boxes), pick(rng, tuple(FRAMES)))
 
 
 def background(rng: np.random.Generator, width: int, height: int, shapes: Sequence[Shape]) -> list[list[float]]:
@@ -103,7 +107,7 @@ def background(rng: np.random.Generator, width: int, height: int, shapes: Sequen
     found = []
     for _ in range(int(rng.integers(2, 5))):
         sides = rng.integers(14, 41, size=(20, 2))
-        starts = rng.integers(0, np.array([width, height]) - sides + 1)
+        starts = rng.integers(FRAME + GAP, np.array([width, height]) - sides - FRAME - GAP + 1)
         ends = starts + sides
         shared = np.minimum(ends[:, None], taken[:, 2:]) - np.maximum(starts[:, None], taken[:, :2])
         covered = shared.clip(min=0).prod(axis=2).sum(axis=1) / sides.prod(axis=1)
@@ -113,15 +117,16 @@ def background(rng: np.random.Generator, width: int, height: int, shapes: Sequen
 
 
 def paint(scene: Scene, seed: int) -> NDArray[np.uint8]:
-    """(height, width, 3) pixels in sRGB: shapes on a pale ground, which may have stripes or dots, in uneven light."""
+    """(height, width, 3) pixels in sRGB: framed shapes on a pale ground, which may have stripes or dots."""
     rng = np.random.default_rng([seed, 2, int(scene.id)])
     down, across = np.mgrid[: scene.height, : scene.width].astype(np.float32)
     angle, period = rng.uniform(0, math.pi), rng.uniform(8, 20)
     u, v = (2 * math.pi / period * (math.cos(a) * across + math.sin(a) * down) for a in (angle, angle + math.pi / 2))
-    textures = {"plain": 0 * u, "striped": 12 * np.sign(np.sin(u)), "dotted": 16 * (np.cos(u) + np.cos(v) > 0.9)}
-    ground = rng.uniform(150, 220) + rng.uniform(-8, 8, size=3) + textures[scene.ground][..., None]
+    texture = pick(rng, (0 * u, 6 * np.sign(np.sin(u)), 8 * (np.cos(u) + np.cos(v) > 0.9)))
+    ground = rng.uniform(150, 220) + rng.uniform(-8, 8, size=3) + texture[..., None]
     canvas = Image.fromarray(ground.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1))
     pen = ImageDraw.Draw(canvas)
+    pen.rectangle((0, 0, 2 * scene.width - 1, 2 * scene.height - 1), outline=FRAMES[scene.frame], width=2 * FRAME)
     for shape in scene.shapes:
         colour = COLOURS[shape.colour]
         if shape.kind == "ring":
@@ -247,9 +252,16 @@ def gqa_files(asked: Sequence[tuple[Scene, list[Question]]], seed: int) -> dict[
     for name, record in records.items():
         valid = list(GROUPS[record["groups"]["global"] or "yes/no"])
         is_choice = record["types"]["structural"] == "choose"
-        plausible = record["semantic"][-1]["argument"].split("|") if is_choice else valid
+        plausible = chosen_among(record["semantic"][-1]["argument"]) if is_choice else valid
         choices[name] = {"valid": valid, "plausible": plausible}
     return files
+
+
+def chosen_among(argument: str) -> list[str]:
+    """The answers that a question offers, from the argument of its last step."""
+    _, _, relations = argument.partition(",")
+    options = (relations.partition(",")[0] or argument).split("|")
+    return [SIDES.get(option, option) for option in options]
 
 
 def vqa_files(asked: Sequence[tuple[Scene, list[Question]]], seed: int) -> dict[str, Any]:

@@ -23,17 +23,18 @@ COLOURS = {  # name -> sRGB
     "red": (215, 35, 35), "green": (40, 160, 60), "blue": (40, 70, 215), "yellow": (240, 215, 40),
     "purple": (140, 45, 170), "orange": (245, 135, 25),
 }  # fmt: skip
-GROUNDS = ("plain", "striped", "dotted")
+FRAMES = {"black": (25, 25, 25), "white": (250, 250, 250), "brown": (115, 75, 40)}  # of the image; name -> sRGB
 RADII = {"small": 9.0, "large": 18.0}  # of the circle around a shape, in pixels, give or take a tenth
 OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 OPPOSITE |= {other: name for name, other in OPPOSITE.items()}
+SIDES = {side: side.removeprefix("to the ").removesuffix(" of") for side in OPPOSITE}  # as an answer names them
 DECIDED = 1.25  # how much further one thing must lie from another along one axis than along the other
 MOST_COUNTED = 4  # of what "how many" asks for
 SAME_TEXT = 3  # weight of balance among questions of the same words, beside that among all of a variant
 
 GROUPS = {  # what the answer to a question is one of
     "yes/no": ("yes", "no"), "color": tuple(COLOURS), "shape": KINDS, "thing": KINDS, "size": tuple(RADII),
-    "number": tuple(map(str, range(MOST_COUNTED + 1))), "pattern": GROUNDS,
+    "number": tuple(map(str, range(MOST_COUNTED + 1))), "frame": tuple(FRAMES), "side": tuple(SIDES.values()),
 }  # fmt: skip
 # Variant of question -> GQA's structural, semantic and detailed type; the group of its answers.
 TYPES = {
@@ -44,9 +45,9 @@ TYPES = {
     "verify color": ("verify", "attr", "verifyAttr", "yes/no"), "verify rel": ("verify", "rel", "relVerify", "yes/no"),
     "verify size": ("verify", "attr", "verifyAttr", "yes/no"),
     "choose color": ("choose", "attr", "chooseAttr", "color"), "choose size": ("choose", "attr", "chooseAttr", "size"),
-    "query ground": ("query", "global", "ground", "pattern"),
-    "verify ground": ("verify", "global", "groundVerify", "yes/no"),
-    "choose ground": ("choose", "global", "groundChoose", "pattern"),
+    "choose rel": ("choose", "rel", "relChooser", "side"),
+    "query frame": ("query", "global", "frame", "frame"), "verify frame": ("verify", "global", "frameVerify", "yes/no"),
+    "choose frame": ("choose", "global", "frameChoose", "frame"),
     "same color": ("compare", "attr", "twoSame", "yes/no"), "same shape": ("compare", "attr", "twoSame", "yes/no"),
 }  # fmt: skip
 WORDS = {"colour": "color", "kind": "shape", "size": "size"}  # attribute -> as questions call it
@@ -141,7 +142,7 @@ class Scene:
     height: int
     shapes: tuple[Shape, ...]
     boxes: list[list[float]]  # as `DrawnImage` has them
-    ground: str  # of GROUNDS; no scene graph tells of it
+    frame: str  # of FRAMES; neither boxes nor scene graphs tell of it
 
     def that(self, look: Look) -> list[Shape]:
         """The shapes that look so."""
@@ -300,19 +301,31 @@ def ask_count(scene: Scene, look: Look) -> Question:
     return Question("count", text, str(number), said, steps, (), [partial(ask_exist, scene, look)])
 
 
-def ask_ground(scene: Scene, options: tuple[str, ...]) -> Question:
-    """What pattern the ground has: one of all, of two, or whether it is this one."""
-    own, steps = scene.ground, [Step("select", "scene", [])]
-    said = f"The ground is {own}."
-    if len(options) == len(GROUNDS):
-        return Question("query ground", "What is the ground like?", own, said, then(steps, "query", "ground"))
+def ask_which_side(scene: Scene, shape: Shape, look: Look, other: Shape, turned: bool) -> Question:
+    """On which of two opposite sides of another shape a shape lies; `turned` names that first on which it does not."""
+    side = shape.side_of(other)
+    options = (OPPOSITE[side], side) if turned else (side, OPPOSITE[side])
+    first, second = (option.removesuffix(" of") for option in options)
+    text = f"Is the {look} {first} or {second}{' of' * side.endswith(' of')} the {other.kind}?"
+    said, named = f"The {look} is {side} the {other.kind}.", [(str(look), shape), (other.kind, other)]
+    steps = then(look.steps(scene), "choose rel", f"{other.kind},{'|'.join(options)},o ({other.id})")
+    implied = [partial(ask_side, scene, way, shape, look, other) for way in options]
+    answers = tuple(SIDES[option] for option in options)
+    return Question("choose rel", text, SIDES[side], said, steps, named, implied, answers)
+
+
+def ask_frame(scene: Scene, options: tuple[str, ...]) -> Question:
+    """What colour the frame of the image has: one of all, of two, or whether it is this one."""
+    own, steps = scene.frame, [Step("select", "frame (-)", [])]
+    said = f"The frame is {own}."
+    if len(options) == len(FRAMES):
+        return Question("query frame", "What color is the frame?", own, said, then(steps, "query", "frame"))
     if len(options) == 2:
-        text, steps = f"Is the ground {options[0]} or {options[1]}?", then(steps, "choose ground", "|".join(options))
-        implied = [partial(ask_ground, scene, (option,)) for option in options]
-        return Question("choose ground", text, own, said, steps, (), implied, options)
-    answer, steps = yes_no(own == options[0]), then(steps, "verify ground", options[0])
-    said = f"{answer.title()}, the ground is {own}."
-    return Question("verify ground", f"Is the ground {options[0]}?", answer, said, steps)
+        text, steps = f"Is the frame {options[0]} or {options[1]}?", then(steps, "choose frame", "|".join(options))
+        implied = [partial(ask_frame, scene, (option,)) for option in options]
+        return Question("choose frame", text, own, said, steps, (), implied, options)
+    answer, steps = yes_no(own == options[0]), then(steps, "verify frame", options[0])
+    return Question("verify frame", f"Is the frame {options[0]}?", answer, f"{answer.title()}, {said.lower()}", steps)
 
 
 def candidates(scene: Scene, rng: np.random.Generator) -> Iterator[list[Question]]:
@@ -356,9 +369,10 @@ def candidates(scene: Scene, rng: np.random.Generator) -> Iterator[list[Question
         *(ask_both(scene, "and", two) for two in (*combinations(present, 2), *either)),
         *(ask_both(scene, "or", two) for two in (*combinations(absent[:4], 2), *either)),
     ]
-    other = pick(rng, [ground for ground in GROUNDS if ground != scene.ground])
-    wanted = [GROUNDS, *permutations((scene.ground, other)), (scene.ground,), (other,)]
-    yield [ask_ground(scene, options) for options in wanted]
+    yield [ask_which_side(scene, *asked, turned) for asked in sides for turned in (False, True)]
+    other = pick(rng, [frame for frame in FRAMES if frame != scene.frame])
+    wanted = [tuple(FRAMES), *permutations((scene.frame, other)), (scene.frame,), (other,)]
+    yield [ask_frame(scene, options) for options in wanted]
     yield [ask_count(scene, look) for look in plain if len(scene.that(look)) <= MOST_COUNTED]
 
 

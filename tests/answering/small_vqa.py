@@ -22,6 +22,8 @@ from training import checkpoints, devices, resuming, signals
 
 NUM_IMAGES = 32
 FORMS = ("GQA", "VQA")
+# Questions of a run in GQA's form: to train on, which is as many steps of 16, and to test on.
+NUM_TRAIN, NUM_STEPS, NUM_TEST = 270, 17, 41
 # What a run is as small by as it can be, and still learns to give different answers.
 TINY = ["--num_hid", "16", "--AOA_layers", "1", "--epochs", "2", "--batch_size", "16", "--lr", "3e-2"]
 TINY += ["--no_use_counter"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from both_vqa import without_dropout
 from conftest import ROOT
-from small_vqa import ONE_GRAPH, differences, error_of, read, table, tiny_flags, trained_weights_kept
+from small_vqa import NUM_TRAIN, ONE_GRAPH, differences, error_of, read, table, tiny_flags, trained_weights_kept
 from small_xvlm import xvlm_flags
 from stopped_runs import OF_TIME
 from torch import Tensor
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.slow
 
 LR = 3e-3
 GRAPH = ["--branches", "fine,graph", "--sg_source", "gt", *ONE_GRAPH]
-# Of 250 questions, batches of 83 leave a last one of a single question: one process has no share of it.
+# Batches that leave a last one of a single question: one process has no share of it.
 CASES = {
-    "GQA": ("GQA", ["--use_counter", "--branches", "fine", "--sg_source", "gt", "--batch_size", "83"]),
+    "GQA": ("GQA", ["--use_counter", "--branches", "fine", "--sg_source", "gt", "--batch_size", str(NUM_TRAIN - 1)]),
     "VQA": ("VQA", ["--batch_size", "7", "--update_freq", "2", "--ema_decay", "0.5", "--loss", "ce"]),
     "graph": (
         "GQA",

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_vqa import drawn_cache, error_of
+from small_vqa import NUM_TRAIN, drawn_cache, error_of
 from small_xvlm import small_xvlm
 from torch import Tensor
 
@@ -115,10 +115,10 @@ def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     epochs, width = int(given.get("epochs", 8)), int(given.get("num_hid", 128))
     batch, layers = int(given.get("batch_size", 64)), int(given.get("AOA_layers", 1))
     batches = int(given.get("update_freq", 1)) * int(given.get("gradient_accumulation_steps", 1))
-    steps = -(-250 // (batch * batches)) * epochs  # 250 questions
+    steps = -(-NUM_TRAIN // (batch * batches)) * epochs
     expected = f"{epochs} epochs, {steps} steps of {batch * batches} questions (--batch_size {batch} x {batches}), "
     assert plan["schedule"].startswith(f"{expected}lr {float(given.get('lr', 1e-3)):g} cosine")
-    assert plan["questions"].startswith("train 250 on 25 images")
+    assert plan["questions"].startswith(f"train {NUM_TRAIN} on 25 images")
     answers, vocabulary = (int(number) for number in re.findall(r"\d+", plan["answers"])[:2])
     count = parameters(width, layers, words=vocabulary, answers=answers)
     asks = "checkpoint" in given

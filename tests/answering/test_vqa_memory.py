@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from both_vqa import without_dropout
-from small_vqa import ONE_GRAPH, tiny_flags, trained_weights_kept
+from small_vqa import NUM_TRAIN, ONE_GRAPH, tiny_flags, trained_weights_kept
 from small_xvlm import xvlm_flags
 from stopped_runs import OF_TIME
 
@@ -54,7 +54,7 @@ def test_batches_that_do_not_fit_are_cut_and_train_as_whole_ones(whole, tmp_path
     monkeypatch.setattr(AnswerTask, "compute_losses", forgetful)
     found = train(tmp_path / "cut", "--dynamic_batch_size")
     assert "note      out of memory: from here on 4 samples at once, steps stay as large" in capsys.readouterr().out
-    assert sum(sizes) >= 250 and max(sizes) <= ROOM
+    assert sum(sizes) >= NUM_TRAIN and max(sizes) <= ROOM
     assert_alike(found, whole)
 
 

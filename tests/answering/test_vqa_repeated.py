@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from made_runs import Page, undraw, write_run
-from small_vqa import drawn_cache, error_of, finished, people, read, table, tiny_flags, tiny_run, write_table
+from small_vqa import NUM_TEST, drawn_cache, error_of, finished, people, read, table, tiny_flags, tiny_run, write_table
 from stopped_runs import StopsAt
 
 import compare
@@ -249,7 +249,7 @@ def test_runs_have_a_page_that_compares_them(tmp_path, monkeypatch):
     assert "num_hid" in page.tables["options that differ"][0] and "output" not in page.tables["options that differ"][0]
     differences = page.tables["paired differences"]
     assert differences[0][2:] == ["kind", "questions", "accuracy", "by accuracy"]
-    assert differences[1][2:4] == ["all questions", "39"] and differences[2][2].startswith("answer: ")
+    assert differences[1][2:4] == ["all questions", str(NUM_TEST)] and differences[2][2].startswith("answer: ")
     assert "Accuracy is that of the test fold" in page.text and "Accuracy on the validation fold" in page.text
 
 

@@ -19,6 +19,8 @@ import torch
 from conftest import ROOT
 from folders import content
 from small_vqa import (
+    NUM_STEPS,
+    NUM_TRAIN,
     TINY,
     differences,
     drawn_features,
@@ -100,7 +102,7 @@ def test_what_a_kill_leaves_is_gone_on_with(tmp_path):
     (tmp_path / "killed" / ".metrics.csv.123.tmp").write_text("half")
     run_until(argv, tmp_path / "killed", None)
     # That the epoch was over had not been saved yet.
-    assert read(tmp_path / "killed" / "results.json")["resumed"] == [{"epoch": 2, "step": 4}]
+    assert read(tmp_path / "killed" / "results.json")["resumed"] == [{"epoch": 2, "step": -(-NUM_TRAIN // 64)}]
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
     assert not list((tmp_path / "killed").glob(".*"))
 
@@ -188,7 +190,7 @@ def test_what_is_said_of_a_run_may_change(stopped, whole, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f"resume    {stopped}" in lines
     (told,) = [line for line in lines if line.startswith("resume    epoch 2 after ")]
-    assert told.endswith(" of 16 steps")
+    assert told.endswith(f" of {NUM_STEPS} steps")
     assert (stopped / "report.html").exists()
     assert differences(whole["as it comes"][0], stopped) == []
 
@@ -245,7 +247,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_questions_and_can_be_repeate
         found = real(logits_BA, *given)
         if logits_BA.requires_grad:  # in training
             seen.append(found.detach().clone())
-            if len(seen) == 16 + 4 and not (folder / "failure.json").exists():  # fourth step of the second epoch
+            if len(seen) == NUM_STEPS + 4 and not (folder / "failure.json").exists():  # fourth step of the second epoch
                 return found * math.nan
         return found
 
