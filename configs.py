@@ -134,6 +134,12 @@ class TrainingConfig(Config):
         "images that cannot be read: refuse to train, or leave them out and list them in skipped.csv",
         choices=("error", "skip"),
     )
+    duplicates: str = option(
+        "error",
+        "data",
+        "CSV rows of the same image: refuse them, or take their mean scores (rows of several raters)",
+        choices=("error", "mean"),
+    )
     follow_links: bool = option(
         False, "data", "also read images through links that leave the image folder, as data stores make them"
     )

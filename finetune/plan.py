@@ -100,7 +100,12 @@ def notes(experiment: Experiment) -> list[str]:
     """What is to be known of data and options before training."""
     config, examples, model = experiment.config, experiment.examples, experiment.model
     folds = dict.fromkeys(config.folds_read)
-    found = [*leakage_notes(examples), *agreement.constant_notes(folds, examples), *experiment.backbone.notes]
+    found = [
+        *examples.notes,
+        *leakage_notes(examples),
+        *agreement.constant_notes(folds, examples),
+        *experiment.backbone.notes,
+    ]
     if len(examples.skipped):
         found.insert(0, f"--bad_images skip: {skipped_note(examples)}")
     if experiment.num_truncated:

@@ -56,6 +56,7 @@ def facts(examples: Examples) -> list[tuple[str, str]]:
     ]
     if len(examples.skipped):
         found.append(("left out", skipped_note(examples)))
+    found += [("note", note) for note in examples.notes]
     return [(name, text) for name, text in found if text not in ("none", "0 images") or name == "duplicates"]
 
 

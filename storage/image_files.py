@@ -29,6 +29,7 @@ Source = str | Path | bytes | Image.Image  # a file, the content of one, or an i
 
 # Of Pillow's readers, those of pixels alone: others, such as EPS, start programs, or open further files.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # that names of images usually have
 MAX_BYTES = 256 << 20  # of a file
 LARGE = 50_000_000  # pixels, above which images are decoded one at a time: many threads of them would fill the memory
 NOT_REGULAR = "no regular file"

@@ -88,7 +88,8 @@ def test_missing_images_are_counted_and_five_of_them_named(make_dataset, trainin
     rows = scored_rows()
     names = [row["name"] for row in rows]
     message = training_on(make_dataset(rows, without=names[:6]))
-    assert "6 of 24 images are missing: " + ", ".join(names[:5]) + ", ..." in message
+    assert f"6 of 24 images are missing (nearest to '{names[0]}' is " in message
+    assert "): " + ", ".join(names[:5]) + ", ..." in message
 
 
 def test_unreadable_and_truncated_images_are_counted_and_named(make_dataset, training_on):
