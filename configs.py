@@ -169,7 +169,7 @@ class TrainingConfig(Config):
 
     # backbone
     clip_model: str = option(
-        "ViT-L-14", "backbone", "an open_clip name, local-dir:PATH, hf-hub:ORG/NAME, or one that is here: lite, tiny"
+        "ViT-L-14", "backbone", "an open_clip name, a file of OpenAI's, local-dir:PATH, hf-hub:ORG/NAME, or lite, tiny"
     )
     clip_pretrained: str = option(
         "openai", "backbone", "pretrained tag, a weights file, 'none' (random), or 'assets' (for lite and tiny)"
