@@ -36,7 +36,7 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffi
 USUAL = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
 # What they put beside it.
 NO_WEIGHTS = re.compile(
-    r"optim\w*|scheduler|rng_state\w*|random_states?\w*|training_args|trainer_state|scaler|adapter_model|.*[._-]optim\w*"
+    r"optim\w*|(.*[._-])?scheduler\w*|rng_state\w*|random_states?\w*|training_args|trainer_state|scaler|adapter_model|.*[._-]optim\w*"
 )
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # keys that a training program puts weights under
 PREFIXES = ("module.", "model.", "clip.", "_orig_mod.")  # of names, by modules that hold the model
@@ -58,7 +58,8 @@ def find_weights(folder: Path) -> Path:
     """The weights of a folder: a file, or the index of several. Raises ValueError for none, or for more than one."""
     models: dict[str, list[Path]] = {}  # name of the model -> its files, the best first
     for suffix in SUFFIXES:
-        for path in sorted([*folder.glob(f"*{suffix}"), *folder.glob(f"*{suffix}{INDEX}")]):
+        whole_first = sorted(folder.glob(f"*{suffix}"), key=lambda path: (SHARD.fullmatch(path.name) is not None, path))
+        for path in [*whole_first, *sorted(folder.glob(f"*{suffix}{INDEX}"))]:
             shard = SHARD.fullmatch(path.name)
             stem = shard["stem"] if shard else path.name.removesuffix(INDEX).removesuffix(suffix)
             if not NO_WEIGHTS.fullmatch(stem):

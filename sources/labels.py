@@ -38,7 +38,7 @@ from sources import csv_files
 from sources.image_names import ImageFolder, generator_of, image_folder, match_names
 from storage import tables
 from storage.image_files import SUFFIXES
-from storage.messages import first_five, note
+from storage.messages import first_five, note, quoted
 from storage.tables import Say
 
 COLUMNS = ("name", "prompt", "q", "c", "authenticity", "q_std", "c_std", "group", "unit", "split")
@@ -217,6 +217,7 @@ def label_table(
             raw = tables.check_width(raw, form) if form else raw
         raw = raw.set_axis(first[: raw.shape[1]], axis=1).iloc[1:]
     raw = need_columns(raw[(raw != "").any(axis=1)].reset_index(drop=True), columns, path)
+    raw = raw.loc[:, ~raw.columns.duplicated()]
     stray = raw[list(columns)].apply(lambda column: column.map(key) == key(str(column.name))).all(axis=1)
     if stray.any():
         say(f"{stray.sum()} header(s) between the rows of {path.name} left out")
@@ -234,6 +235,9 @@ def need_columns(raw: Table, columns: Sequence[str], path: Path) -> Table:
         raise ValueError(
             f"{path}: no column {', '.join(map(repr, missing))} among {csv_files.columns_found(list(raw.columns))}"
         )
+    twice = [column for column in columns if (raw.columns == column).sum() > 1]
+    if twice:
+        raise ValueError(f"{path}: the header has {quoted(twice[0])} more than once")
     if raw.empty:
         raise ValueError(f"{path}: has a header but no rows")
     return raw
@@ -489,10 +493,10 @@ def read_koniq_10k(root: Path, say: Say) -> Table:
     path, raw = files[0]
     folds = dict(zip(files[-1][1]["image_name"], files[-1][1].get("set", ""), strict=False))
     q = scores(raw, "MOS", path)
-    if np.nanmax(q, initial=0) > 5:
+    if (q > 5).any():
         say(f"MOS of {path.name} is on 1..100, brought to 1..5")
         q = 1 + (q - 1) * 4 / 99
-    split = raw["image_name"].map(folds).fillna("").replace({"training": "train", "validation": "val"})
+    split = raw["image_name"].map(folds).fillna("").str.lower().replace({"training": "train", "validation": "val"})
     return table(name=raw["image_name"], q=q, q_std=scores(raw, "SD", path), split=split)
 
 

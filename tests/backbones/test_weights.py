@@ -22,6 +22,7 @@ from small_clips import (
     assert_same_as_transformers,
     edit_json,
     images,
+    offline,
     openai_clip,
     openai_sizes,
     reference,
@@ -299,6 +300,13 @@ def test_a_missing_shard_is_named(open_clip_folder, stem, suffix, index):
     assert f"1 of its 3 shards are missing: {paths[1].name}" in message and str(open_clip_folder) in message
 
 
+def test_a_whole_model_is_preferred_to_shards_of_it(tmp_path):
+    paths = write_shards(tmp_path, reference().state_dict(), "model", ".safetensors", index=False)
+    assert weights.find_weights(tmp_path) in paths
+    (tmp_path / "model.safetensors").touch()
+    assert weights.find_weights(tmp_path).name == "model.safetensors"
+
+
 @pytest.mark.parametrize("weight_map", [{}, [], {"a": "../w.bin"}, {"a": "/etc/passwd"}, None])
 def test_an_index_that_names_no_files_beside_it_is_refused(small_name, tmp_path, weight_map):
     path = tmp_path / "pytorch_model.bin.index.json"
@@ -310,7 +318,15 @@ def test_an_index_that_names_no_files_beside_it_is_refused(small_name, tmp_path,
 
 BESIDE = [
     *("optimizer.pt", "optimizer.bin", "scheduler.pt", "training_args.bin", "rng_state.pth", "rng_state_0.pth"),
-    *("scaler.pt", "random_states_0.pth", "adapter_model.safetensors", "adapter_model.bin", "my_optimizer.pt"),
+    *(
+        "lr_scheduler.pt",
+        "epoch_2_optim.pt",
+        "scaler.pt",
+        "random_states_0.pth",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "my_optimizer.pt",
+    ),
 ]
 
 
@@ -462,6 +478,20 @@ def test_what_transformers_would_report_is_said_in_our_one_line(hf_folder, capfd
     assert backbone.notes == (
         "model.safetensors: 2 tensor(s) that are no part of a CLIP left out: head.bias, lora.weight",
     )
+    assert_same_as_transformers(backbone.clip, transformers_clip("gelu"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_of_a_repository_too(hf_folder, tmp_path, monkeypatch, capfd):
+    add = offline(tmp_path / "hub", monkeypatch)
+    state = {**transformers_clip("gelu").state_dict(), "head.bias": torch.zeros(2)}
+    save_file(
+        {name: value.contiguous() for name, value in state.items()}, hf_folder / "model.safetensors", {"format": "pt"}
+    )
+    add("org/clip", hf_folder)
+    capfd.readouterr()
+    backbone = load_backbone("org/clip", "openai", image_size=IMAGE_SIZE)
+    assert backbone.notes == ("org/clip: 1 tensor(s) that are no part of a CLIP left out: head.bias",)
     assert_same_as_transformers(backbone.clip, transformers_clip("gelu"))
     assert capfd.readouterr() == ("", "")
 

@@ -158,6 +158,8 @@ def test_a_name_that_differs_in_its_spelling_alone_is_taken_for_the_one_file(tmp
 def test_a_file_of_exactly_this_name_wins(tmp_path):
     names = ["a.png", "A.png", "a\\b.png", "a/b.png", "images/a.png"]
     assert read_names(put(tmp_path / "images", *names), *names) == (names, [])
+    put(tmp_path / "images", "c/d.png", "C/d.png")  # and a folder of exactly this name
+    assert read_names(tmp_path / "images", "c/D.png", "C\\D.PNG")[0] == ["c/d.png", "C/d.png"]
 
 
 @pytest.mark.parametrize(

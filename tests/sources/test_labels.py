@@ -594,6 +594,11 @@ def test_a_header_may_differ_in_case_and_blanks(tmp_path):
     pd.testing.assert_frame_equal(read_dataset("pku-aigiqa-4k", tmp_path), expected)
 
 
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    put_text(tmp_path / "dmos.csv", "dist_img,ref_img,dmos,DMOS,var", "a.png,r.png,3,4,1")
+    assert message("kadid-10k", tmp_path).endswith("dmos.csv: the header has 'dmos' more than once")
+
+
 def test_of_two_forms_of_a_table_one_is_read_and_both_are_said(tmp_path):
     kadid_10k(tmp_path)
     pd.read_csv(tmp_path / "dmos.csv").assign(dmos=1.0).to_excel(tmp_path / "dmos.xlsx", index=False)
