@@ -29,7 +29,7 @@ from storage.json_files import MOST_JSON, read_json
 from storage.messages import first_five, quoted
 from storage.tensors import weight_shapes
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of weights, the best first
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # of weights, the best first
 INDEX = ".index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 # What libraries call the weights of a whole model, the best first.

@@ -126,7 +126,8 @@ def value_range(image: Image.Image) -> tuple[float, float]:
         low, high = (np.ravel(0 if value is None else value)[0] for value in (low, high))
         found = float(low), float(high)
         if not (np.isfinite(found).all() and found[0] < found[1]):
-            raise OSError(f"{WIDE[image.mode]} pixels have no known range; save it with 8 or 16 bits")
+            kind = "signed 16-bit" if tags.get(BITS) == (16,) else WIDE[image.mode]
+            raise OSError(f"{kind} pixels have no known range; save it with 8 or 16 bits")
     return found[::-1] if tags.get(GREY) == 0 else found
 
 

@@ -331,7 +331,7 @@ BESIDE = [
 ]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "epoch_3.pt", "best.pth"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "epoch_3.pt", "best.pth", "last.ckpt"])
 def test_only_weights_are_weights(tmp_path, name):
     for other in BESIDE:
         (tmp_path / other).touch()

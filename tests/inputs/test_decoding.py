@@ -109,6 +109,14 @@ def test_values_of_more_bits_without_a_range_are_refused(tmp_path, tags, kind, s
             decoding.load_image(source)
 
 
+def test_16_bits_with_a_sign_have_no_range_either(tmp_path):
+    content = tiff(tmp_path / "x.tif", np.arange(256, dtype=np.uint16).reshape(16, 16), SampleFormat=1).read_bytes()
+    entry = (339).to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little")
+    assert entry + b"\x01\0" in content
+    (tmp_path / "x.tif").write_bytes(content.replace(entry + b"\x01\0", entry + b"\x02\0"))
+    assert "x.tif (signed 16-bit pixels have no" in refusal(image_files.check_images, [tmp_path / "x.tif"])
+
+
 def test_a_real_image_of_32_bits_is_refused_and_not_black(wild_dir):
     message = refusal(image_files.check_images, [wild_dir / "int32_0_255.tif"])
     assert "int32_0_255.tif (32-bit integer pixels have no known range; save it with 8 or 16 bits)" in message
