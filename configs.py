@@ -134,6 +134,12 @@ class TrainingConfig(Config):
         "images that cannot be read: refuse to train, or leave them out and list them in skipped.csv",
         choices=("error", "skip"),
     )
+    duplicates: str = option(
+        "error",
+        "data",
+        "CSV rows of the same image: refuse them, or take their mean scores (rows of several raters)",
+        choices=("error", "mean"),
+    )
     follow_links: bool = option(
         False, "data", "also read images through links that leave the image folder, as data stores make them"
     )
@@ -163,7 +169,7 @@ class TrainingConfig(Config):
 
     # backbone
     clip_model: str = option(
-        "ViT-L-14", "backbone", "an open_clip name, local-dir:PATH, hf-hub:ORG/NAME, or one that is here: lite, tiny"
+        "ViT-L-14", "backbone", "an open_clip name, a file of OpenAI's, local-dir:PATH, hf-hub:ORG/NAME, or lite, tiny"
     )
     clip_pretrained: str = option(
         "openai", "backbone", "pretrained tag, a weights file, 'none' (random), or 'assets' (for lite and tiny)"

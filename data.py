@@ -19,6 +19,7 @@ from guidance.arguments import parse_args
 from sources import assemble, csv_files, demo, labels
 from sources.describe import describe
 from sources.examples import FOLDS, Examples, LabelledTable
+from sources.image_names import spelling
 from sources.splits import suitable_unit
 from storage import tables
 from storage.messages import first_five, quoted
@@ -101,11 +102,19 @@ def read_csv_source(config: TrainingConfig, ranges: dict[str, tuple[float, float
     # Beside other data sets it may lack an extra score, alone it may not.
     extra = config.extra_score_names
     if len(config.dataset_names) > 1:
-        extra = csv_files.columns_present(config.data_csv_path, extra)
+        extra = csv_files.columns_present(config.data_csv_path, extra, columns.names)
+    notes: list[str] = []
     table = csv_files.read_table(
-        config.data_csv_path, config.image_base_dir, columns, extra=extra, **name_rules(config)
+        config.data_csv_path,
+        config.image_base_dir,
+        columns,
+        extra=extra,
+        duplicates=config.duplicates,
+        say=notes.append,
+        **name_rules(config),
     )
-    return LabelledTable(title="csv", table=table, ranges=ranges, labels=Path(config.data_csv_path).read_bytes())
+    labels_read = Path(config.data_csv_path).read_bytes()
+    return LabelledTable(title="csv", table=table, ranges=ranges, labels=labels_read, notes=tuple(notes))
 
 
 def name_rules(config: TrainingConfig) -> dict[str, bool]:
@@ -117,10 +126,13 @@ def read_named_source(
     name: str, root: Path, given: dict[str, tuple[float, float] | None], **rules: bool
 ) -> LabelledTable:
     """A data set as downloaded; `rules` are those of `image_names.check_image_names`. Raises ValueError."""
-    table = assemble.named_table(labels.read_dataset(name, root), root, labels.image_folders(name), **rules)
+    notes: list[str] = []
+    found = labels.read_dataset(name, root, leave_out=not rules["may_be_missing"], say=notes.append)
+    table = assemble.named_table(found, root, labels.image_folders(name), say=notes.append, **rules)
     known = labels.DATASETS[name].ranges
     ranges = {task: given.get(task) or known.get(task) for task in {*known, *given}}
-    return LabelledTable(title=name, table=table, ranges=ranges, labels=table.drop(columns="path").to_csv().encode())
+    labels_read = table.drop(columns="path").to_csv().encode()
+    return LabelledTable(title=name, table=table, ranges=ranges, labels=labels_read, notes=tuple(notes))
 
 
 def with_columns(source: LabelledTable, extra: list[str]) -> LabelledTable:
@@ -131,18 +143,24 @@ def with_columns(source: LabelledTable, extra: list[str]) -> LabelledTable:
 
 def fixed_splits(sources: list[LabelledTable], path: Path) -> list[LabelledTable]:
     """The same with the folds that a file gives by name. Raises ValueError."""
-    raw = csv_files.read_csv(path)
+    notes: list[str] = []
+    raw = csv_files.read_csv(path, ["name", "split"], say=notes.append)
     missing = [column for column in ("name", "split") if column not in raw.columns]
     if missing:
         raise ValueError(f"--split_file {path}: no column {missing[0]!r}; it must have name and split")
     names = raw["name"].str.strip().map(tables.unescape)  # a run's own splits.csv, or one written by hand
-    if names.duplicated().any():
-        raise ValueError(f"--split_file {path}: {quoted(names[names.duplicated()].iloc[0])} occurs more than once")
-    folds = dict(zip(names, raw["split"].str.strip(), strict=True))
+    keys = names.map(spelling)
+    if keys.duplicated().any():
+        raise ValueError(f"--split_file {path}: {quoted(names[keys.duplicated()].iloc[0])} occurs more than once")
+    folds = dict(zip(keys, raw["split"].str.strip(), strict=True))
     found = []
     for source in sources:
         prefix = f"{source.title}/" if len(sources) > 1 else ""
-        split = pd.Series([folds.get(prefix + name, "") for name in source.table["name"]], source.table.index)
+        both = zip(source.table["name"], source.table.get("written", source.table["name"]), strict=True)
+        found_folds = [
+            folds.get(spelling(prefix + name)) or folds.get(spelling(prefix + written), "") for name, written in both
+        ]
+        split = pd.Series(found_folds, source.table.index)
         if (split == "").any():
             count, first = (split == "").sum(), source.table["name"][split == ""].iloc[0]
             raise ValueError(
@@ -150,7 +168,7 @@ def fixed_splits(sources: list[LabelledTable], path: Path) -> list[LabelledTable
             )
         if wrong := sorted(set(split) - set(FOLDS)):
             raise ValueError(f"--split_file {path}: split is {quoted(wrong[0])}, must be train, val or test")
-        found.append(replace(source, table=source.table.assign(split=split)))
+        found.append(replace(source, table=source.table.assign(split=split), notes=(*source.notes, *notes)))
     return found
 
 

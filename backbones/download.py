@@ -10,21 +10,23 @@ LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
 
 OFFLINE_WAYS = (
     "Without a network: --clip_model local-dir:FOLDER (open_clip or transformers form), --clip_pretrained WEIGHTS_FILE "
-    "(OpenAI's need a -quickgelu model name), or --clip_model tiny --clip_pretrained assets"
+    "(OpenAI's own .pt too), or --clip_model tiny --clip_pretrained assets"
 )
 
 
 def download(what: str, fetch: Callable[[], Any], ways: str = OFFLINE_WAYS) -> Any:
     """Run what may need a network; any failure becomes one line that names the ways without one."""
-    noisy = logging.getLogger("huggingface_hub")
-    level = noisy.level
-    noisy.setLevel(logging.CRITICAL)  # its retries are told in our one line
+    noisy = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:  # retries, reports of what was loaded: what matters is told in our one line
+        logger.setLevel(logging.CRITICAL)
     try:
         return fetch()
     except Exception as error:  # hub, HTTP and socket errors share no base; the cause is kept
         raise ValueError(f"cannot get {what}: {first_line(error)}. {ways}") from error
     finally:
-        noisy.setLevel(level)
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
 
 
 def first_line(error: Exception, *, skip: int = 0) -> str:

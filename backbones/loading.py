@@ -64,19 +64,19 @@ def load_backbone(name: str, pretrained: str, *, image_size: int | None = None) 
         ValueError: an unknown name or tag, weights that do not fit, no network, or an unusable image size.
     """
     source = resolve(name, pretrained)
-    state = source.read_state() if pretrained != "none" else None
+    weights = source.read_state() if pretrained != "none" else None
     tokenizer = source.tokenizer()
     native = native_size(source.config)
     image_size = image_size or native
-    notes = source.notes
-    if state is not None and native != image_size:
+    notes = (*source.notes, *(weights.notes if weights else ()))
+    if weights and native != image_size:
         notes += (f"this CLIP was trained at {native} pixels; --image_size {native} would match it",)
     if source.is_found:
-        shapes = None if state is None else {key: tuple(value.shape) for key, value in state.items()}
+        shapes = {key: tuple(value.shape) for key, value in weights.tensors.items()} if weights else None
         check_size(source.config, name, shapes, image_size=image_size)
     clip = build_clip(source.config, image_size=image_size)
-    if state is not None:
-        load_state(clip, state, f"{name} ({pretrained}) at {image_size} pixels")
+    if weights:
+        load_state(clip, weights.tensors, f"{name} ({pretrained}) at {image_size} pixels", weights.wrappers)
     return Backbone(clip=clip, tokenizer=tokenizer, config=source.config, notes=notes)
 
 

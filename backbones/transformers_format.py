@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,23 @@ def mlp_ratio(tower: Any) -> float:
     return ratio if exact else (tower.intermediate_size + 0.5) / tower.hidden_size
 
 
-def state_from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a transformers CLIPModel under open_clip's names."""
+def state_from_transformers(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of a transformers CLIPModel under open_clip's names, and the names of others. Raises KeyError."""
+    used = set()
+
+    def take(name: str) -> Tensor:
+        used.add(name)
+        return state[name]
+
     found = {
-        "logit_scale": state["logit_scale"],
-        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
-        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
-        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
-        "visual.proj": state["visual_projection.weight"].T,
-        "text.token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
-        "text.positional_embedding": state["text_model.embeddings.position_embedding.weight"],
-        "text.text_projection": state["text_projection.weight"].T,
+        "logit_scale": take("logit_scale"),
+        "visual.class_embedding": take("vision_model.embeddings.class_embedding"),
+        "visual.conv1.weight": take("vision_model.embeddings.patch_embedding.weight"),
+        "visual.positional_embedding": take("vision_model.embeddings.position_embedding.weight"),
+        "visual.proj": take("visual_projection.weight").T,
+        "text.token_embedding.weight": take("text_model.embeddings.token_embedding.weight"),
+        "text.positional_embedding": take("text_model.embeddings.position_embedding.weight"),
+        "text.text_projection": take("text_projection.weight").T,
     }
     norms = {
         "visual.ln_pre": "vision_model.pre_layrnorm",
@@ -78,18 +85,18 @@ def state_from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     for tower, theirs in (("visual", "vision_model"), ("text", "text_model")):
-        layers = [int(key.split(".")[3]) for key in state if key.startswith(f"{theirs}.encoder.layers.")]
+        layers = [int(key.split(".")[3]) for key in state if re.match(rf"{theirs}\.encoder\.layers\.\d{{1,4}}\.", key)]
         depth = 1 + max(layers, default=-1)
         for index in range(depth):
             block, layer = f"{tower}.transformer.resblocks.{index}", f"{theirs}.encoder.layers.{index}"
             norms |= {f"{block}.{own}": f"{layer}.{part}" for own, part in parts.items()}
             norms[f"{block}.attn.out_proj"] = f"{layer}.self_attn.out_proj"
             for kind in ("weight", "bias"):
-                qkv = [state[f"{layer}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+                qkv = [take(f"{layer}.self_attn.{letter}_proj.{kind}") for letter in "qkv"]
                 found[f"{block}.attn.in_proj_{kind}"] = torch.cat(qkv)
     for own, theirs in norms.items():
-        found |= {f"{own}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
-    return found
+        found |= {f"{own}.{kind}": take(f"{theirs}.{kind}") for kind in ("weight", "bias")}
+    return found, [name for name in state if name not in used]
 
 
 def read_preprocess(place: str) -> dict[str, list[float]]:

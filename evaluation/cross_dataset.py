@@ -39,10 +39,13 @@ def read_sets(
     extra: Sequence[str],
     *,
     follow_links: bool = False,
+    duplicates: str = "error",
 ) -> list[LabelledSet]:
     """The sets that a command line names: a CSV, or (name, folder) pairs of known data sets. Raises ValueError.
 
-    `follow_links`: links may lead out of the image folders.
+    Args:
+        follow_links: links may lead out of the image folders.
+        duplicates: what becomes of several rows of one image in the CSV, as `csv_files.read_table` takes it.
     """
     if csv and not image_dir.is_dir():
         raise ValueError(f"--image_dir {image_dir}: no such folder")
@@ -53,8 +56,9 @@ def read_sets(
         tables[name] = assemble.named_table(found, root, labels.image_folders(name), follow_links=follow_links)
     if csv:
         title = csv if Path(csv).stem in tables else Path(csv).stem
-        present = csv_files.columns_present(csv, extra)
-        tables[title] = csv_files.read_table(csv, image_dir, columns, extra=present, follow_links=follow_links)
+        present = csv_files.columns_present(csv, extra, columns.names)
+        rules: dict[str, Any] = {"duplicates": duplicates, "follow_links": follow_links}
+        tables[title] = csv_files.read_table(csv, image_dir, columns, extra=present, **rules)
     return [
         LabelledSet(title, table, [file.digest for file in check_images(table["path"].tolist())])
         for title, table in tables.items()

@@ -10,6 +10,7 @@ from finetune import initial_model
 from finetune.experiment import Experiment
 from finetune.frozen_clip import caches_nothing
 from guidance import advice
+from sources.describe import elongated_images
 from sources.examples import FOLDS, Examples, leakage_notes, skipped_note
 from sources.scores import title_of
 from sources.splits import suitable_unit
@@ -100,7 +101,12 @@ def notes(experiment: Experiment) -> list[str]:
     """What is to be known of data and options before training."""
     config, examples, model = experiment.config, experiment.examples, experiment.model
     folds = dict.fromkeys(config.folds_read)
-    found = [*leakage_notes(examples), *agreement.constant_notes(folds, examples), *experiment.backbone.notes]
+    found = [
+        *examples.notes,
+        *leakage_notes(examples),
+        *agreement.constant_notes(folds, examples),
+        *experiment.backbone.notes,
+    ]
     if len(examples.skipped):
         found.insert(0, f"--bad_images skip: {skipped_note(examples)}")
     if experiment.num_truncated:
@@ -114,6 +120,9 @@ def notes(experiment: Experiment) -> list[str]:
         found.append("--cache_views does nothing here: no layers in front are frozen and cached")
     if config.crops and config.num_views == 0 and not caches_nothing(config, model):
         found.append("heads train on the --test_crops here: --crops counts with --cache_views 1 and more")
+    shortest = experiment.backbone.config["preprocess_cfg"].get("resize_mode", "shortest") == "shortest"
+    if not config.crops and shortest and (said := elongated_images(examples.files)):
+        found.append(said)
     small = sum(min(file.size) < experiment.backbone.image_size for file in examples.files)
     if config.crops and small:
         found.append(f"--crops: {small} images are smaller than --image_size and will be enlarged")

@@ -367,7 +367,10 @@ def read_rows(sheet: Upload) -> tuple[list[str], list[str], list[str]]:
     """Names and prompts ("" for none) of a CSV's rows, and what is to be said about it. Raises ValueError."""
     if (size := sheet.path.stat().st_size) > MAX_SHEET:
         raise ValueError(f"{sheet.name}: {size} bytes, at most {MAX_SHEET}; predict.py scores any number")
-    table = csv_files.read_csv(sheet.path).map(tables.unescape)  # it may be one that was downloaded here
+    told: list[str] = []
+    table = csv_files.read_csv(sheet.path, ["name", "prompt"], say=told.append)
+    told = [text.replace(str(sheet.path), sheet.name) for text in told]
+    table = table.map(tables.unescape)  # it may be one that was downloaded here
     if "name" not in table.columns:
         present = ", ".join(repr(column) for column in table.columns)
         raise ValueError(f"{sheet.name}: no column 'name' among {present}")
@@ -380,8 +383,8 @@ def read_rows(sheet: Upload) -> tuple[list[str], list[str], list[str]]:
     if "prompt" in table.columns and (long := table["prompt"].str.len() > MAX_PROMPT).any():
         raise ValueError(f"{sheet.name} row {table.index[long][0]}: the prompt has more than {MAX_PROMPT} characters")
     if "prompt" not in table.columns:
-        return names.tolist(), [""] * len(table), [f"{sheet.name} has no column 'prompt'."]
-    return names.tolist(), table["prompt"].str.strip().tolist(), []
+        return names.tolist(), [""] * len(table), [*told, f"{sheet.name} has no column 'prompt'."]
+    return names.tolist(), table["prompt"].str.strip().tolist(), told
 
 
 def match(names: Sequence[str], uploads: Sequence[Upload]) -> list[int]:

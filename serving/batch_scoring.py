@@ -25,10 +25,10 @@ from sources.image_names import check_image_names
 from sources.scores import TASKS
 from storage import tables
 from storage.chunks import Chunks
-from storage.image_files import is_missing, leaves_folder
+from storage.image_files import SUFFIXES, is_missing, leaves_folder
+from storage.messages import note
+from storage.plain_files import csv_form
 from training import checkpoints
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def names_given(args: argparse.Namespace) -> list[str]:
@@ -61,16 +61,15 @@ def images_in(folder: Path, *, follow_links: bool = False) -> list[str]:
         seen.add(real)
         folders.sort()
         folders_linked += [path for name in folders if (path := Path(place, name)).is_symlink()]
-        found += [Path(place, name) for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        found += [Path(place, name) for name in files if Path(name).suffix.lower() in SUFFIXES]
     if not follow_links:
         leaves = leaves_folder(found, folder)
         num_passed = sum(leaves) + sum(leaves_folder(folders_linked, folder))
         found = [path for path, outside in zip(found, leaves, strict=True) if not outside]
-        if num_passed and int(os.environ.get("RANK", 0)) == 0:
-            text = f"note: {num_passed} link(s) that leave {folder} were passed over; --follow_links takes them"
-            print(text, file=sys.stderr)
+        if num_passed:
+            note(f"{num_passed} link(s) that leave {folder} were passed over; --follow_links takes them")
     if not found:
-        raise ValueError(f"--image_dir {folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in it")
+        raise ValueError(f"--image_dir {folder}: no images ({', '.join(sorted(SUFFIXES))}) in it")
     return [path.relative_to(folder).as_posix() for path in sorted(found)]
 
 
@@ -95,20 +94,24 @@ def pieces(args: argparse.Namespace, names: Sequence[str]) -> Iterator[pd.DataFr
 
 def csv_pieces(args: argparse.Namespace) -> Iterator[pd.DataFrame]:
     """The CSV's rows that hold any text, read `chunk_size` at a time; row 1 is the header. Raises ValueError."""
+    with csv_files.csv_errors(args.csv):
+        form = csv_form(args.csv, [args.name_column, args.prompt_column])
     with (
         csv_files.csv_errors(args.csv),
-        pd.read_csv(args.csv, chunksize=args.chunk_size, **csv_files.CSV_AS_TEXT) as reader,
+        pd.read_csv(args.csv, chunksize=args.chunk_size, **tables.as_text(form)) as reader,
     ):
-        header = reader.get_chunk(1).fillna("").iloc[0].str.strip().tolist()
-        places = column_places(args, header)
+        places = column_places(args, form.header)
+        tables.say_form(args.csv, form, note)
+        reader.get_chunk(1)  # the header
         is_empty = True
         for raw in reader:
-            cells = raw.fillna("").apply(lambda column: column.str.strip())  # a row that ends early has NaN
+            raw = tables.check_width(raw.fillna(""), form)  # a row that ends early has NaN
+            cells = raw.apply(lambda column: column.str.strip())
             cells = cells[(cells != "").any(axis=1)]
             texts = {key: "" if place is None else cells[place] for key, place in places.items()}
             if len(cells):
                 is_empty = False
-                yield pd.DataFrame({**texts, "row": cells.index + 1})
+                yield pd.DataFrame({**texts, "row": cells.index + 1 + form.num_before})
         if is_empty:
             raise ValueError(f"{args.csv}: has a header but no rows")
 
@@ -126,12 +129,11 @@ def column_places(args: argparse.Namespace, header: Sequence[str]) -> dict[str, 
     return places
 
 
-def image_paths(args: argparse.Namespace, piece: pd.DataFrame) -> list[Path]:
+def image_paths(args: argparse.Namespace, piece: pd.DataFrame, say: tables.Say = note) -> list[Path]:
     """Paths of a piece's images. Raises ValueError for a CSV's names that are empty, missing or leave the folder."""
     folder = image_folder(args)
     if args.csv:
-        repeated = piece["name"].map(Path).duplicated() & (piece["name"] != "")
-        check_image_names(piece[~repeated], folder, args.csv, follow_links=args.follow_links)
+        return check_image_names(piece, folder, args.csv, follow_links=args.follow_links, may_repeat=True, say=say)
     return [folder / name for name in piece["name"]]
 
 
@@ -231,7 +233,7 @@ def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
 def print_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score all at once and print the table. Raises ValueError, OSError."""
     table = pd.concat(pieces(args, names), ignore_index=True)
-    image_paths(args, table)  # complains before the model is loaded
+    image_paths(args, table, lambda text: None)  # complains before the model is loaded
     scorer = Scorer.load(args.checkpoint, device=args.device)
     scores = score_piece(scorer, args, table)
     note_cut_prompts(scorer.num_truncated)
@@ -245,7 +247,8 @@ def evaluate(args: argparse.Namespace) -> pd.DataFrame:
     extra = sorted({task for scorer in scorers.values() for task in scorer.scales} - set(TASKS))
     named = list(zip(split_list(args.dataset), split_list(args.data_root), strict=True))
     folder = image_folder(args)
-    sets = cross_dataset.read_sets(args.csv, folder, columns, named, extra, follow_links=args.follow_links)
+    rules: dict[str, Any] = {"follow_links": args.follow_links, "duplicates": args.duplicates}
+    sets = cross_dataset.read_sets(args.csv, folder, columns, named, extra, **rules)
     rows = []
     for labelled in sets:
         for run, scorer in scorers.items():

@@ -54,6 +54,8 @@ def build_predict_parser() -> argparse.ArgumentParser:
         help=f"with --evaluate: data sets as downloaded ({', '.join(DATASET_NAMES)})",
     )
     parser.add_argument("--data_root", metavar="DIR[,DIR]", help="folder of each --dataset")
+    both = OPTIONS["duplicates"].metadata["choices"]
+    parser.add_argument("--duplicates", choices=both, default="error", help="with --evaluate: CSV rows of one image")
     parser.add_argument("--group_column", metavar="COLUMN", help="with --evaluate: CSV column naming the generator")
     for name in ("quality_column", "consistency_column"):
         default = OPTIONS[name].default

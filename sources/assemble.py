@@ -59,7 +59,10 @@ def named_table(found: pd.DataFrame, root: Path, folders: Sequence[str] = (), **
     table = found.rename(columns={"unit": "reference"}).assign(explanation="", row=np.arange(len(found)) + 1)
     no_prompt = table["c"].notna() & (table["prompt"] == "")
     if no_prompt.any():
-        raise ValueError(f"{root}: {no_prompt.sum()} image(s) have a consistency score but no prompt")
+        raise ValueError(
+            f"{root}: {no_prompt.sum()} image(s) have a consistency score but no prompt; if the data set comes with a "
+            "file of prompts, put it there"
+        )
     if "test" not in set(table["split"]):  # as published, the scores of the test fold may be withheld
         table["split"] = ""
     homes = [root / folder for folder in folders]
@@ -111,7 +114,8 @@ def build_examples(
     labels = b"".join(source.labels for source in sources)
     ordered = {task: scales[task] for task in tasks if task in scales}
     digest = fingerprint(labels, [file.digest for file in usable])
-    return Examples(whole, np.concatenate(folds), ordered, usable, digest, skipped_rows(found))
+    notes = tuple(dict.fromkeys(note for source in sources for note in source.notes))
+    return Examples(whole, np.concatenate(folds), ordered, usable, digest, skipped_rows(found), notes)
 
 
 Checked = list[

@@ -16,6 +16,7 @@ NUM_BINS = 10
 BAR_LENGTH = 40
 MAX_LISTED = 5
 WIDE = 0.25  # of an image outside of the square in its middle
+ELONGATED = 3  # times as long as wide
 
 
 def describe(whole: Examples, sets: Sequence[Examples]) -> str:
@@ -48,6 +49,7 @@ def facts(examples: Examples) -> list[tuple[str, str]]:
         ("images", f"{len(table)}; " + ", ".join(f"{fold} {len(examples.rows(fold))}" for fold in FOLDS)),
         ("pixels", f"shorter side {min(short)} to {max(short)}, {most} of {width} x {height}; {len(sizes)} size(s)"),
         ("wide", wide_images(files)),
+        ("elongated", elongated_images(files) or "none"),
         ("prompts", counted(prompt_keys(table))),
         ("references", counted(table["reference"])),
         ("generators", counted(table["group"])),
@@ -56,6 +58,7 @@ def facts(examples: Examples) -> list[tuple[str, str]]:
     ]
     if len(examples.skipped):
         found.append(("left out", skipped_note(examples)))
+    found += [("note", note) for note in examples.notes]
     return [(name, text) for name, text in found if text not in ("none", "0 images") or name == "duplicates"]
 
 
@@ -66,6 +69,18 @@ def wide_images(files: Sequence[ImageFile]) -> str:
         return "none"
     many = (lost >= WIDE).sum()
     return f"the middle square leaves out up to {lost.max():.0%} of an image, {WIDE:.0%} or more of {many} image(s)"
+
+
+def elongated_images(files: Sequence[ImageFile]) -> str:
+    """What the square in the middle leaves out of very long images, and how they are seen whole; "" without any."""
+    sizes = [file.size for file in files if max(file.size) >= ELONGATED * min(file.size)]
+    if not sizes:
+        return ""
+    lost = np.array([1 - min(size) / max(size) for size in sizes])
+    return (
+        f"{len(lost)} of {len(files)} images are {ELONGATED}:1 or longer; the middle square that most CLIPs see "
+        f"leaves {lost.mean():.0%} of them unseen (up to {lost.max():.0%}): --crops looks at parts all over them"
+    )
 
 
 def counted(texts: pd.Series) -> str:

@@ -75,6 +75,7 @@ class Examples:
     files: list[ImageFile]  # the checked images
     fingerprint: str
     skipped: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=SKIPPED))  # rows that were left out
+    notes: tuple[str, ...] = ()  # what a user should know of how the files were read
 
     @cached_property
     def test_digest(self) -> str:
@@ -174,6 +175,7 @@ class LabelledTable:
     table: pd.DataFrame  # as `read_table` returns it
     ranges: Mapping[str, tuple[float, float] | None]  # task -> MOS scale; None or absent: that of the training fold
     labels: bytes  # stands for the label file
+    notes: tuple[str, ...] = ()  # what a user should know of how it was read
 
 
 def skipped_note(examples: Examples) -> str:

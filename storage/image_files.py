@@ -29,9 +29,15 @@ Source = str | Path | bytes | Image.Image  # a file, the content of one, or an i
 
 # Of Pillow's readers, those of pixels alone: others, such as EPS, start programs, or open further files.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # that names of images usually have
 MAX_BYTES = 256 << 20  # of a file
 LARGE = 50_000_000  # pixels, above which images are decoded one at a time: many threads of them would fill the memory
 NOT_REGULAR = "no regular file"
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
+WIDE = {"I": "32-bit integer", "F": "floating-point"}  # pixels of more than 16 bits, whose mode tells no range
+RANGE = "range of values"  # key of an opened image's `info`: lowest and highest
+# TIFF tags: bits of a value, how they become grey, lowest and highest value (of any kind, of whole numbers)
+BITS, GREY, LOWEST, HIGHEST = 258, 262, (340, 280), (341, 281)
 one_large = threading.Lock()
 
 
@@ -81,15 +87,48 @@ def opened(source: Source) -> Iterator[Image.Image]:
             image = source.copy()
         else:
             content = source if isinstance(source, bytes) else read_file(source)
-            image = Image.open(BytesIO(content), formats=formats())
+            image = open_content(content)
         with image, one_large if image.width * image.height > LARGE else nullcontext():
-            if image.mode == "F":
-                raise OSError("floating-point pixels have no known range; save it with 8 bits")
+            if image.mode.startswith(tuple(WIDE)):
+                image.info[RANGE] = value_range(source if isinstance(source, Image.Image) else image)
             yield image
     except Exception as error:  # on damaged content Pillow's readers raise almost anything
         name = f"{source}: " if isinstance(source, str | Path) else ""
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else short_reason(error)
         raise OSError(name + reason) from error
+
+
+def open_content(content: bytes) -> Image.Image:
+    """An image whose header has been read. Raises OSError for HEIC, and whatever Pillow raises."""
+    try:
+        return Image.open(BytesIO(content), formats=formats())
+    except UnidentifiedImageError:
+        size = int.from_bytes(content[:4], "big")
+        brands = {content[place : place + 4] for place in (8, *range(16, min(size, 256), 4))}
+        if content[4:8] == b"ftyp" and brands & HEIC_BRANDS:
+            raise OSError("HEIC, which is not read; save it as JPEG or PNG, as the package pillow-heif can") from None
+        raise
+
+
+def value_range(image: Image.Image) -> tuple[float, float]:
+    """The values of black and white in an image of more than 8 bits.
+
+    Raises:
+        OSError: nothing tells them.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.mode not in WIDE:  # 16 bits, or the 12 of a scanner
+        found = 0.0, 2.0 ** min(tags.get(BITS, (16,))) - 1
+    elif image.format in ("PPM", "PNG") and image.mode == "I":  # whose reader scales to 16 bits
+        found = 0.0, 65535.0
+    else:
+        low, high = (next((tags[tag] for tag in pair if tag in tags), None) for pair in (LOWEST, HIGHEST))
+        low, high = (np.ravel(0 if value is None else value)[0] for value in (low, high))
+        found = float(low), float(high)
+        if not (np.isfinite(found).all() and found[0] < found[1]):
+            kind = "signed 16-bit" if tags.get(BITS) == (16,) else WIDE[image.mode]
+            raise OSError(f"{kind} pixels have no known range; save it with 8 or 16 bits")
+    return found[::-1] if tags.get(GREY) == 0 else found
 
 
 def short_reason(error: Exception) -> str:
@@ -98,10 +137,13 @@ def short_reason(error: Exception) -> str:
 
 
 def to_rgb(source: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB of an opened image: EXIF rotation applied, transparency on white, 16-bit scaled down."""
+    """Upright 8-bit RGB of an opened image: EXIF rotation applied, transparency on white, more bits scaled down."""
     image = ImageOps.exif_transpose(source)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white rather than scale
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith(tuple(WIDE)):  # which Pillow would clip to white rather than scale
+        black, white = image.info[RANGE]
+        unit = (np.asarray(image, dtype=np.float32) - min(black, white)) / abs(white - black)
+        grey = np.floor(np.nan_to_num(unit).clip(0, 1) * 255.999).astype(np.uint8)
+        return Image.fromarray(grey if black < white else 255 - grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 LONGEST_ITEM = 300  # characters of a name in a message
@@ -26,3 +28,9 @@ def first_five(items: Sequence[object]) -> str:
     return ", ".join(text if len(text) <= LONGEST_ITEM else f"{text[:LONGEST_ITEM]}…" for text in texts) + (
         ", ..." if len(items) > 5 else ""
     )
+
+
+def note(text: str) -> None:
+    """Tell the user something on stderr; of several processes one does."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {text}", file=sys.stderr)

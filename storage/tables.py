@@ -1,11 +1,16 @@
-"""The program's own tables as CSV: texts that no spreadsheet takes for a formula, and that come back as they were."""
+"""Tables in files.
+
+The program's own are CSV whose texts no spreadsheet takes for a formula, and that come back as they were. Those of
+other people are read cell by cell as text, however they are written.
+"""
 
 from __future__ import annotations
 
 import csv
+import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +19,13 @@ from pandas.api.types import is_numeric_dtype
 
 from storage.atomic import atomic_write
 from storage.messages import one_line, quoted
-from storage.plain_files import check_csv_header
+from storage.plain_files import DELIMITERS, CsvForm, RefusedFile, check_csv_header, csv_form
+
+Say = Callable[[str], object]  # is told what a user should know
 
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a formula begins for a spreadsheet, behind any apostrophes
 ESCAPED = re.compile(r"'+[=+\-@\t\r]")
+DECIMAL_COMMA, GROUPED = re.compile(r"[+-]?\d*,\d+"), re.compile(r"[+-]?\d{1,3}(,\d{3})+")
 
 
 def escape(cell: Any) -> Any:
@@ -78,3 +86,106 @@ def map_cells(table: pd.DataFrame, change: Callable[[Any], Any]) -> pd.DataFrame
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write UTF-8 CSV without an index; numbers with nine significant digits, texts as `tables.escape` has them."""
     atomic_write(path, lambda temporary: write(table, temporary))
+
+
+def read_cells(path: Path, columns: Collection[str] = ()) -> tuple[pd.DataFrame, CsvForm | None]:
+    """All cells as text, the header's in the first row, and how they are written.
+
+    Args:
+        path: a CSV, or by its suffix a workbook, of which the first sheet is read, or a JSON list of objects.
+        columns: names that a CSV's header may have.
+
+    Raises:
+        OSError, ValueError, and others of pandas and openpyxl: it cannot be read.
+    """
+    if path.suffix == ".xlsx":
+        raw = pd.read_excel(path, header=None, dtype=str, keep_default_na=False, na_filter=False)
+        return raw.map(lambda cell: str(cell).strip()), None
+    if path.suffix == ".json":
+        content = pd.DataFrame(json.loads(path.read_text(encoding="utf-8-sig")), dtype=object)
+        rows = [list(content.columns), *content.to_numpy().tolist()]
+        return pd.DataFrame([[text_of(cell) for cell in row] for row in rows], dtype=object), None
+    form = csv_form(path, columns)
+    raw = pd.read_csv(path, **as_text(form)).fillna("")
+    return raw.apply(lambda column: column.str.strip()), form
+
+
+def text_of(value: Any) -> str:
+    """A value of a JSON file as a cell."""
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    return "" if value is None or value != value else str(value).strip()
+
+
+def column_key(name: str) -> str:
+    """A column's name without regard to case, blanks and underscores."""
+    return re.sub(r"[\s_]+", "_", name.strip().lower())
+
+
+def as_text(form: CsvForm) -> dict[str, Any]:
+    """How pandas gives every cell as text, one column more than the header names; blank lines count as rows."""
+    return {
+        "header": None,
+        "names": range(len(form.header) + 1),
+        "sep": form.delimiter,
+        "skiprows": form.num_before,
+        "encoding": form.encoding,
+        "dtype": str,
+        "keep_default_na": False,
+        "skipinitialspace": True,
+        "skip_blank_lines": False,
+    }
+
+
+def check_width(raw: pd.DataFrame, form: CsvForm) -> pd.DataFrame:
+    """The columns of a table up to the last that the header names.
+
+    Raises:
+        RefusedFile: something stands behind it, so that a text or a number has been cut in two.
+    """
+    width = max((place + 1 for place, name in enumerate(form.header) if name), default=len(form.header))
+    extra = raw.iloc[:, width:]
+    wrong = (extra.apply(lambda column: column.str.strip()) != "").any(axis=1)
+    if wrong.any():
+        raise RefusedFile(too_wide(int(wrong.idxmax()) + 1 + form.num_before, form))
+    return raw.iloc[:, :width]
+
+
+def too_wide(row: int, form: CsvForm) -> str:
+    """What is wrong with a row that is longer than the header."""
+    divided = DELIMITERS[form.delimiter]
+    return f"row {row} is longer than the header; texts and numbers with {divided} need double quotes around them"
+
+
+def with_decimal_points(
+    raw: pd.DataFrame, columns: Collection[str], form: CsvForm | None, path: str | Path
+) -> tuple[pd.DataFrame, bool]:
+    """A table whose numbers have points, and whether they had commas: if none of the columns has a point anywhere.
+
+    Args:
+        columns: of numbers; some may be missing.
+        form: how the table is written, if it is a CSV.
+
+    Raises:
+        ValueError: the commas may be decimal ones as well as those of thousands.
+    """
+    columns = [name for name in columns if name in raw.columns]
+    cells = [(row, name, cell.strip()) for name in columns for row, cell in raw[name].items()]
+    commas = [found for found in cells if DECIMAL_COMMA.fullmatch(found[2])]
+    if not commas or any("." in cell for *_, cell in cells):
+        return raw, False
+    if (form is None or form.delimiter != ";") and all(GROUPED.fullmatch(cell) for *_, cell in commas):
+        row, name, cell = commas[0]
+        both = f"{cell.replace(',', '.')} or {cell.replace(',', '')}"
+        raise ValueError(f"{path} row {row}: {name} is {cell!r}, which may be {both}; write decimal points")
+    numbers = {
+        name: raw[name].map(lambda cell: cell.replace(",", ".") if DECIMAL_COMMA.fullmatch(cell.strip()) else cell)
+        for name in columns
+    }
+    return raw.assign(**numbers), True
+
+
+def say_form(path: str | Path, form: CsvForm, say: Say, *, has_commas: bool = False) -> None:
+    """Say how a file was read, if it is not UTF-8 with commas and decimal points."""
+    if has_commas or not form.is_usual:
+        say(f"{path}: read with {form}{', decimal commas' * has_commas}")

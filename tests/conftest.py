@@ -118,6 +118,12 @@ def agiqa_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def wild_dir() -> Path:
+    """Files as people have them: label files, tables, images."""
+    return data_folder("wild", "WILD_DIR", "AIGC_MOS_Zscore.xlsx", "files as they are in the wild are not")
+
+
+@pytest.fixture(scope="session")
 def vqa_dir() -> Path:
     """Real questions, answers, scene graphs and features in the official formats: vqa-v2/, gqa/ and more."""
     return data_folder("vqa", "VQA_DIR", "gqa/sceneGraphs.json", "VQA data (vqa-v2/, vqa-v2-60k/, gqa/) are not")

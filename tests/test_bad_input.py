@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, DataFiles, csv_text, scored_rows
 from PIL import Image
@@ -88,7 +89,8 @@ def test_missing_images_are_counted_and_five_of_them_named(make_dataset, trainin
     rows = scored_rows()
     names = [row["name"] for row in rows]
     message = training_on(make_dataset(rows, without=names[:6]))
-    assert "6 of 24 images are missing: " + ", ".join(names[:5]) + ", ..." in message
+    assert f"6 of 24 images are missing (nearest to '{names[0]}' is " in message
+    assert "): " + ", ".join(names[:5]) + ", ..." in message
 
 
 def test_unreadable_and_truncated_images_are_counted_and_named(make_dataset, training_on):
@@ -312,6 +314,23 @@ def test_prompts_over_the_context_length_are_cut_counted_and_said(make_dataset, 
     for row in rows[:6]:  # two prompts, three rows each
         row["prompt"] += " cat" * 100
     assert "2 text(s) exceed CLIP's context length and were cut" in planned(make_dataset(rows), capsys)
+
+
+def test_elongated_images_are_told_before_training_unless_all_of_them_is_looked_at(make_dataset, capsys):
+    files = make_dataset(scored_rows(), size=(64, 16))
+    said = "note      24 of 24 images are 3:1 or longer; the middle square that most CLIPs see leaves 75% of them"
+    assert said in planned(files, capsys)
+    assert "3:1" not in planned(files, capsys, "--crops", "4")
+
+
+def test_what_was_read_otherwise_than_it_is_written_is_told_before_training(make_dataset, capsys):
+    rows = scored_rows()
+    files = make_dataset(rows)
+    table = pd.DataFrame([{**row, "name": row["name"].upper()} for row in rows])
+    table.to_csv(files.csv, index=False, sep=";", decimal=",")
+    said = planned(files, capsys)
+    assert f"note      {files.csv}: read with semicolons between columns, decimal commas\n" in said
+    assert "24 image name(s) are taken for files spelled otherwise, such as 'GEN0_0.PNG' for 'gen0_0.png'" in said
 
 
 def test_nothing_is_said_of_cut_prompts_where_there_are_none(make_dataset, capsys):

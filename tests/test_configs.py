@@ -38,6 +38,7 @@ DOCUMENTED = {
     "--fold": None,
     "--repeats": 1,
     "--bad_images": "error",
+    "--duplicates": "error",
     "--follow_links": False,
     "--strict_splits": False,
     "--seed": 42,

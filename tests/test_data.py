@@ -201,7 +201,8 @@ def test_a_known_set_whose_consistency_scores_lack_prompts_is_refused(tmp_path):
     path = root / "data.csv"
     path.write_text(path.read_text().replace("thing 3,", ","))
     config = parse_args(["--dataset", "agiqa-3k", "--data_root", str(root)])
-    assert refusal(read_examples, config) == f"{root}: 2 image(s) have a consistency score but no prompt"
+    said = refusal(read_examples, config)
+    assert said.startswith(f"{root}: 2 image(s) have a consistency score but no prompt; ") and "file of prompts" in said
 
 
 @pytest.mark.parametrize("name", ["csv", "koniq-10k"])
@@ -361,6 +362,24 @@ def test_an_unknown_fold_in_the_file_is_refused(read, tmp_path):
     assert "split is 'training', must be train, val or test" in refusal(read, "csv", "--split_file", str(path))
 
 
+@pytest.mark.parametrize("as_written", [True, False])
+def test_folds_are_found_by_the_names_of_the_csv_and_by_those_of_the_files(make_dataset, as_written):
+    rows = scored_rows()
+    files = make_dataset(rows)
+    written = [f"IMAGES\\{row['name'].upper()}" for row in rows]
+    table = pd.DataFrame(rows)
+    table.assign(name=written).to_csv(files.csv, index=False, sep=";")
+    folds = [("train", "val", "test")[number % 3] for number in range(len(rows))]
+    path = files.csv.with_name("splits.csv")
+    names = written if as_written else table["name"]
+    pd.DataFrame({"name": names, "split": folds}).to_csv(path, index=False, sep="\t", encoding="utf-16")
+    found = read_examples(parse_args([*files.flags, "--split_file", str(path)]))
+    assert found.folds.tolist() == folds and found.table["name"].tolist() == table["name"].tolist()
+    assert len(found.notes) == 3
+    assert "semicolons" in found.notes[0] and "24 image name(s)" in found.notes[1]
+    assert found.notes[2] == f"{path}: read with UTF-16, tabs between columns"
+
+
 # -- how many images there will be to train on
 
 
@@ -466,6 +485,46 @@ def test_the_command_prints_the_description(make_dataset, capsys):
     data.main(["describe", *files.flags])
     said = capsys.readouterr()
     assert (said.out, said.err) == (describe_data(parse_args(files.flags)) + "\n", "")
+
+
+def test_what_was_read_otherwise_than_it_is_written_is_described(make_dataset, capsys):
+    rows = scored_rows()
+    files = make_dataset(rows)
+    table = pd.DataFrame([*rows, {**rows[0], "mos_quality": 2.5}])
+    table.to_csv(files.csv, index=False, sep=";", decimal=",")
+    data.main(["describe", *files.flags, "--duplicates", "mean"])
+    said = capsys.readouterr().out
+    assert f"note        {files.csv}: read with semicolons between columns, decimal commas" in said
+    assert f"note        {files.csv}: --duplicates mean: 2 rows of 1 image(s) averaged" in said
+    assert "images      24; " in said
+
+
+def test_rows_of_one_image_are_refused_with_the_flag_that_averages_them(make_dataset, refused):
+    rows = scored_rows()
+    message = refused("describe", *make_dataset([*rows, rows[3]]).flags)
+    assert message.endswith("gen0_1.png (rows 5, 26); --duplicates mean averages the scores of such rows\n")
+
+
+def test_the_official_agiqa_1k_is_described_with_its_faults(wild_dir, tmp_path, capsys):
+    raw = pd.read_excel(wild_dir / "AIGC_MOS_Zscore.xlsx")
+    (tmp_path / "AIGC_MOS_Zscore.xlsx").write_bytes((wild_dir / "AIGC_MOS_Zscore.xlsx").read_bytes())
+    (tmp_path / "file").mkdir()
+    for number, name in enumerate(raw["Image"]):
+        Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(tmp_path / "file" / name, "PNG")
+    data.main(["describe", "--dataset", "agiqa-1k", "--data_root", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "images      1078; " in said
+    assert "note        AGIQA-1K: 2 rows of 1 image(s) with different scores left out" in said
+    assert "dreamStudio_8_9_1_1.jpg" in said
+
+
+def test_a_named_set_whose_rows_lack_images_leaves_them_to_bad_images(tmp_path):
+    root = kadid_10k(tmp_path, 40)
+    (root / "images" / "I3_1.png").unlink()
+    flags = ["--dataset", "kadid-10k", "--data_root", str(root)]
+    assert len(read_examples(parse_args(flags)).table) == 39
+    kept = read_examples(parse_args([*flags, "--bad_images", "skip"]))
+    assert len(kept.table) == 39 and kept.skipped["name"].tolist() == ["images/I3_1.png"] and kept.notes == ()
 
 
 def test_the_file_is_the_command(monkeypatch, capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -87,6 +89,49 @@ def assert_same_embeddings(clip: nn.Module, image: Callable[..., Any], text: Cal
 def refusal(*arguments: Any, **options: Any) -> str:
     """The one line with which loading a backbone is refused."""
     return refusals.refusal(load_backbone, *arguments, **{"image_size": IMAGE_SIZE, **options})
+
+
+class OpenAIClip(open_clip.CLIP):
+    """A CLIP with the numbers among its weights that OpenAI's own files have there, and two outputs as theirs."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config, quick_gelu=True)
+        sizes = {"input_resolution": IMAGE_SIZE, "context_length": self.context_length, "vocab_size": self.vocab_size}
+        for name, value in sizes.items():
+            if hasattr(self, name):
+                delattr(self, name)
+            self.register_buffer(name, torch.tensor(value))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        per_image = self.encode_image(image, normalize=True) @ self.encode_text(text, normalize=True).T
+        return per_image, per_image.T
+
+
+def openai_sizes(vocab_size: int = VOCAB) -> dict[str, Any]:
+    """The architecture of a small CLIP as OpenAI built theirs: heads of 64."""
+    vision = {"image_size": IMAGE_SIZE, "layers": 2, "width": 64, "head_width": 64, "patch_size": 8}
+    text = {"context_length": CONTEXT, "vocab_size": vocab_size, "width": 64, "heads": 1, "layers": 3}
+    return {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+
+
+@cache
+def openai_clip(vocab_size: int = VOCAB) -> OpenAIClip:
+    """A small CLIP of OpenAI's form with values of half precision. Read it, do not change it."""
+    torch.manual_seed(0)
+    model = OpenAIClip(**openai_sizes(vocab_size))
+    stir(model)
+    return model.half().float().eval()
+
+
+def write_openai_archive(path: Path, model: OpenAIClip | None = None) -> Path:
+    """Such a CLIP as OpenAI published theirs: a traced TorchScript archive in half precision."""
+    model = copy.deepcopy(model or openai_clip())  # a traced model shares its weights
+    tokens = torch.zeros(1, CONTEXT, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (images()[:1], tokens), check_trace=False)
+        traced.half().save(str(path))
+    return path
 
 
 def write_json(path: Path, value: Any) -> None:

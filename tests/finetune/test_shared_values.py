@@ -41,7 +41,7 @@ NOT_FOR_CLIP = (
     "dataset data_root extra_scores data_csv_path image_base_dir test_size val_size split_by split_file "
     "kfold fold repeats strict_splits mos_range_q mos_range_c name_column prompt_column quality_column "
     "consistency_column explanation_column quality_std_column consistency_std_column group_column "
-    "cache_dir demo bad_images follow_links"
+    "cache_dir demo bad_images duplicates follow_links"
 )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin, TiffTags
 from refusals import refusal
 from small_pictures import encoded, grey_views, picture_of, save_as
 
@@ -59,9 +59,109 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     assert abs(loaded(write_png(tmp_path / "png.png", ramp, 0)) - expected).max() <= 1
     Image.fromarray(ramp).save(tmp_path / "tiff.tif")
     assert abs(loaded(tmp_path / "tiff.tif") - expected).max() <= 1
-    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "wide.tif")
-    assert Image.open(tmp_path / "wide.tif").mode == "I"
-    assert abs(loaded(tmp_path / "wide.tif") - expected).max() <= 1
+    (tmp_path / "grey.pgm").write_bytes(b"P5 64 4 65535\n" + ramp.astype(">u2").tobytes())
+    assert Image.open(tmp_path / "grey.pgm").mode == "I"
+    assert abs(loaded(tmp_path / "grey.pgm") - expected).max() <= 1
+    np.testing.assert_array_equal(loaded(tmp_path / "tiff.tif"), np.repeat((ramp >> 8)[..., None], 3, axis=2))
+
+
+def tiff(path: Path, values: np.ndarray, **tags: float) -> Path:
+    """A grey TIFF of these values with tags by their names."""
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for name, value in tags.items():
+        info[{each.name: number for number, each in TiffTags.TAGS_V2.items()}[name]] = value
+        if isinstance(value, float):
+            info.tagtype[{each.name: number for number, each in TiffTags.TAGS_V2.items()}[name]] = TiffTags.FLOAT
+    Image.fromarray(values).save(path, tiffinfo=info)
+    return path
+
+
+WIDE_TAGS = [
+    {"MaxSampleValue": 255},
+    {"MinSampleValue": 10, "MaxSampleValue": 250},
+    {"SMinSampleValue": -20.0, "SMaxSampleValue": 4000.0},
+    {"SMinSampleValue": 0.0, "SMaxSampleValue": 1.0},
+]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+@pytest.mark.parametrize("tags", WIDE_TAGS, ids=str)
+def test_values_of_more_bits_are_read_by_the_range_that_a_tag_tells(tmp_path, tags, kind):
+    low = tags.get("SMinSampleValue", tags.get("MinSampleValue", 0))
+    high = tags.get("SMaxSampleValue", tags.get("MaxSampleValue"))
+    ramp = np.linspace(low - 5, high + 5, 64 * 4).reshape(4, 64).astype(kind)
+    found = loaded(tiff(tmp_path / "x.tif", ramp, **tags))
+    expected = ((ramp.astype(float) - low) / (high - low)).clip(0, 1) * 255
+    assert abs(found - expected[..., None]).max() <= 1
+    with Image.open(tmp_path / "x.tif") as opened:
+        assert opened.mode == {np.int32: "I", np.float32: "F"}[kind]
+        np.testing.assert_array_equal(loaded(opened), found)
+
+
+@pytest.mark.parametrize("tags", [{}, {"MinSampleValue": 3}, {"MinSampleValue": 7, "MaxSampleValue": 7}], ids=str)
+@pytest.mark.parametrize(("kind", "said"), [(np.int32, "32-bit integer"), (np.float32, "floating-point")])
+def test_values_of_more_bits_without_a_range_are_refused(tmp_path, tags, kind, said):
+    path = tiff(tmp_path / "x.tif", np.arange(256, dtype=kind).reshape(16, 16), **tags)
+    line = f"{said} pixels have no known range; save it with 8 or 16 bits"
+    assert f"1 of 1 images cannot be read: x.tif ({line})" in refusal(image_files.check_images, [path])
+    for source in (path, Image.fromarray(np.arange(256, dtype=kind).reshape(16, 16))):
+        with pytest.raises(OSError, match=line):
+            decoding.load_image(source)
+
+
+def test_16_bits_with_a_sign_have_no_range_either(tmp_path):
+    content = tiff(tmp_path / "x.tif", np.arange(256, dtype=np.uint16).reshape(16, 16), SampleFormat=1).read_bytes()
+    entry = (339).to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little")
+    assert entry + b"\x01\0" in content
+    (tmp_path / "x.tif").write_bytes(content.replace(entry + b"\x01\0", entry + b"\x02\0"))
+    assert "x.tif (signed 16-bit pixels have no" in refusal(image_files.check_images, [tmp_path / "x.tif"])
+
+
+def test_a_real_image_of_32_bits_is_refused_and_not_black(wild_dir):
+    message = refusal(image_files.check_images, [wild_dir / "int32_0_255.tif"])
+    assert "int32_0_255.tif (32-bit integer pixels have no known range; save it with 8 or 16 bits)" in message
+
+
+def test_the_12_bits_of_a_scanner_are_scaled_by_what_they_can_hold(tmp_path):
+    ramp = np.linspace(0, 4095, 64).round().astype(int)
+    pairs = ramp.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    tiff(tmp_path / "x.tif", np.zeros((1, 64), np.uint16))
+    content = bytearray((tmp_path / "x.tif").read_bytes())
+    with Image.open(tmp_path / "x.tif") as image:
+        (start,), bits = image.tag_v2[273], (16).to_bytes(2, "little")
+    entry = (258).to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little") + bits
+    place = content.index(entry)
+    content[place + 8 : place + 10] = (12).to_bytes(2, "little")
+    content[start : start + 96] = packed.astype(np.uint8).tobytes()
+    (tmp_path / "x.tif").write_bytes(content)
+    assert abs(loaded(tmp_path / "x.tif")[0, :, 0] - ramp / 4095 * 255).max() <= 1
+
+
+def test_grey_values_that_count_from_white_are_turned_round(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 4).round().astype(np.uint16).reshape(4, 64)
+    content = tiff(tmp_path / "x.tif", ramp).read_bytes()
+    entry = (262).to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little")
+    (tmp_path / "x.tif").write_bytes(content.replace(entry + b"\x01\0", entry + b"\0\0"))
+    assert abs(loaded(tmp_path / "x.tif") - (255 - ramp / 65535 * 255)[..., None]).max() <= 1
+
+
+def test_16_bit_grey_is_turned_upright_too(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 4).round().astype(np.uint16).reshape(4, 64)
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    Image.fromarray(ramp).save(tmp_path / "x.tif", exif=exif)
+    np.testing.assert_array_equal(loaded(tmp_path / "x.tif")[..., 0], np.rot90(ramp >> 8, -1))
+
+
+@pytest.mark.parametrize("major", [b"heic", b"heix", b"mif1"])
+def test_heic_is_named_with_the_package_that_reads_it(tmp_path, major):
+    brands = b"".join([major, bytes(4), b"mif1", b"heic"])
+    (tmp_path / "x.jpg").write_bytes((8 + len(brands)).to_bytes(4, "big") + b"ftyp" + brands + bytes(64))
+    message = refusal(image_files.check_images, [tmp_path / "x.jpg"])
+    assert "x.jpg (HEIC, which is not read; save it as JPEG or PNG, as the package pillow-heif can)" in message
+    (tmp_path / "x.jpg").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(64))
+    assert "x.jpg (not an image)" in refusal(image_files.check_images, [tmp_path / "x.jpg"])
 
 
 def test_16_bit_colour_is_scaled(tmp_path):

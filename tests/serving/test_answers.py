@@ -118,6 +118,14 @@ def test_a_csv_without_prompts_gets_quality_alone(answers, upload):
     assert table["pred_align"].isna().all() and table["pred_quality"].notna().all()
 
 
+def test_a_table_of_a_spreadsheet_is_read_and_that_is_said_without_its_place(answers, upload):
+    sheet = upload("rows.csv", "name;prompt\na.png;a cat, asleep\n".encode("utf-16"))
+    shown, download = answers.table([sheet], [upload("a.png")])
+    assert "rows.csv: read with UTF-16, semicolons between columns" in shown and str(sheet.path) not in shown
+    table = pd.read_csv(download.value["path"] if isinstance(download.value, dict) else download.value)
+    assert table["prompt"].tolist() == ["a cat, asleep"]
+
+
 def test_a_table_comes_back_as_it_was_sent_and_is_safe_in_a_spreadsheet(answers, upload):
     sheet = upload("rows.csv", b"name,prompt\n=a.png,+1\n@b.png,it's -1\n")
     uploads = [upload("=a.png"), upload("@b.png", png(9, 9))]

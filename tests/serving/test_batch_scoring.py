@@ -152,6 +152,22 @@ def test_a_table_in_pieces_gets_the_scores_it_gets_at_once(command, table, expec
     assert table.out.read_bytes() == in_pieces
 
 
+def test_a_table_as_a_spreadsheet_writes_it_gets_the_same_scores_under_its_own_names(command, table, expected, capsys):
+    names = [f".\\Images\\{name.upper()}" for name in table.rows["name"]]
+    renamed = table.rows.assign(name=names)
+    renamed.to_csv(table.csv, index=False, sep="\t", encoding="utf-16")
+    predict.main(command)
+    found = pd.read_csv(table.out)
+    assert found["name"].tolist() == names
+    table.out.write_text(found.assign(name=table.rows["name"]).to_csv(index=False))
+    assert_scores(table.out, expected)
+    said = capsys.readouterr().err.splitlines()
+    assert f"note: {table.csv}: read with UTF-16, tabs between columns" in said
+    assert (
+        sum("image name(s) are taken for files spelled otherwise" in line for line in said) == 4
+    )  # one for each piece
+
+
 def test_a_folder_in_pieces_gets_the_scores_it_gets_at_once(trained, table, scored):
     (table.images / "deeper").mkdir()
     first = min(table.rows["name"])
@@ -315,7 +331,7 @@ def test_a_broken_image_stops_with_its_name_and_once_repaired_the_command_goes_o
 def test_a_missing_image_stops_and_once_it_is_there_the_command_goes_on(command, table, expected, refused, scored):
     name = table.rows["name"][9]
     (table.images / name).unlink()
-    assert f"1 of 8 images are missing: {name}; the scores so far are kept" in refused(command)
+    assert f"): {name}; the scores so far are kept" in refused(command)
     shutil.copy(table.demo / name, table.images)
     scored.clear()
     predict.main(command)
@@ -400,7 +416,7 @@ def test_another_checkpoint_at_the_same_place_is_another_command(stopped, table,
         (b"name,name\nA,b\n", "the header has 'name' more than once"),
         (b"file,prompt\nA,b\n", "no column 'name' among 'file', 'prompt'; name yours with --name_column"),
         (b"name,prompt\nA,b\n\xff,c\n", "not UTF-8"),
-        (b"name,prompt\nA,b\nA,b,c\n", "not a readable CSV (Expected 2 fields in line 3, saw 3)"),
+        (b"name,prompt\nA,b\nA,b,c\n", "row 3 is longer than the header"),
         (b"name,prompt\nA,b\n\n,c\n", "row 4: the image name is empty"),
         (b"name,prompt\nA,b\n../A,c\n", "1 image name(s) leave"),
         (b"name,prompt\nB,b\n", "1 of 1 images are missing: B"),

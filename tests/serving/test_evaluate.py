@@ -73,6 +73,22 @@ def test_on_its_own_set_a_run_reaches_what_it_reported_of_its_test_fold(runs, so
     assert f"48 of 64 images of data left out: {runs[0]} has seen them" in capsys.readouterr().out
 
 
+def test_several_raters_of_a_table_from_a_spreadsheet_are_averaged_where_that_is_asked_for(
+    runs, demo_set, tmp_path, capsys
+):
+    table = pd.read_csv(demo_set[0])
+    twice = [
+        table.assign(**{name: table[name] + sign for name in ("mos_quality", "mos_align")}) for sign in (0.5, -0.5)
+    ]
+    pd.concat(twice).to_csv(tmp_path / "twice.csv", index=False, sep=";", decimal=",")
+    source = ["--csv", str(tmp_path / "twice.csv"), "--image_dir", str(demo_set[1])]
+    assert_own_results(evaluated(runs[0], *source, "--duplicates", "mean"), runs[0])
+    said = capsys.readouterr().err
+    assert "semicolons between columns, decimal commas" in said and "128 rows of 64 image(s) averaged" in said
+    with pytest.raises(ValueError, match=r"64 image name\(s\) occur more than once"):
+        evaluated(runs[0], *source)
+
+
 def test_images_that_were_seen_are_known_under_other_names_and_columns(runs, demo_set, tmp_path):
     table = pd.read_csv(demo_set[0])
     names = table["name"].str.replace("_", "-renamed_")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import COLUMNS, csv_text, scored_rows
 from refusals import refusal
@@ -101,10 +103,12 @@ def test_a_column_that_occurs_twice_is_refused(make_dataset):
         ("", "is empty"),
         ("name,prompt,mos_quality\n", "no rows"),
         ("name,prompt,mos_quality\n,,\n\n", "no rows"),
-        ("name,prompt,mos_quality\na.png,a cat, a dog,3\n", "line 2"),
-        ("name,prompt,mos_quality\na.png,b,3\na.png,a cat, a dog,3\n", "line 3"),
+        ("name,prompt,mos_quality\na.png,a cat, a dog,3\n", "row 2 is longer than the header"),
+        ("name,prompt,mos_quality\na.png,b,3\na.png,a cat, a dog,3\n", "row 3 is longer"),
         ('name,prompt,mos_quality\na.png,"never closed,3\n', "double quotes"),
-        ("name;prompt;mos_quality\na;b;3\n", "no column 'name' among 'name;prompt;mos_quality'"),
+        ("name,prompt,mos_quality\na.png,b,3\na.png,a cat, a dog, a fox,3\n", "line 3 is longer than the header"),
+        ("file;text;score\na;b;3\n", "no column 'name' among 'file', 'text', 'score'"),
+        ("name,text;prompt\na,b;c\n", "can be read with commas or semicolons between columns"),
     ],
 )
 def test_a_csv_that_cannot_be_read_is_refused_by_file_and_reason(make_dataset, text, says):
@@ -113,11 +117,144 @@ def test_a_csv_that_cannot_be_read_is_refused_by_file_and_reason(make_dataset, t
     assert says in message and str(files.csv) in message
 
 
-@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
-def test_other_encodings_are_refused_with_what_to_do(make_dataset, encoding):
-    files = make_dataset([{"name": "a.png", "prompt": "两只猫", "mos_quality": 3}], encoding=encoding)
+@pytest.mark.parametrize(("encoding", "text"), [("gbk", "两只猫"), ("cp1252", "café"), ("latin-1", "ü")])
+def test_encodings_that_nothing_tells_are_refused_with_what_to_do(make_dataset, encoding, text):
+    files = make_dataset([{"name": "a.png", "prompt": text, "mos_quality": 3}], encoding=encoding)
     message = refusal(read, files)
     assert "not UTF-8" in message and str(files.csv) in message
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(60), b"\xd0\xcf\x11\xe0" + bytes(60)])
+def test_a_workbook_that_is_called_a_csv_is_refused_with_what_to_do(make_dataset, content):
+    files = make_dataset(scored_rows(1))
+    files.csv.write_bytes(content)
+    assert "is a workbook, no CSV; save it as 'CSV UTF-8'" in refusal(read, files)
+
+
+# -- as spreadsheets and other countries write it
+
+FOUR = {"name": ["a.png", "b.png"], "prompt": ["a cat, a dog", "x; y"], "mos_quality": [3.5, 2.25], "mos_align": [4, 1]}
+
+
+def written(delimiter: str = ",", decimal: str = ".", *, quoting: int = csv.QUOTE_MINIMAL, trailing: str = "") -> str:
+    """FOUR as such a spreadsheet writes it; `trailing` ends the rows, or these and the header."""
+    table = pd.DataFrame({name: [str(cell).replace(".", decimal) for cell in cells] for name, cells in FOUR.items()})
+    table["name"] = FOUR["name"]
+    lines = table.to_csv(index=False, sep=delimiter, quoting=quoting, lineterminator="\n").splitlines()  # type: ignore[call-overload]
+    ends = [delimiter if trailing == "all" else "", *([delimiter if trailing else ""] * 2)]
+    return "".join(line + end + "\n" for line, end in zip(lines, ends, strict=True))
+
+
+@pytest.mark.parametrize("trailing", ["", "rows", "all"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL], ids=["unquoted", "quoted"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("delimiter", "decimal"), [(",", "."), (",", ","), (";", "."), (";", ","), ("\t", "."), ("\t", ","), ("|", ".")]
+)
+def test_delimiter_decimal_sign_and_encoding_make_no_difference_and_are_said(
+    make_dataset, delimiter, decimal, encoding, quoting, trailing
+):
+    text = written(delimiter, decimal, quoting=quoting, trailing=trailing)
+    files = make_dataset([{"name": name} for name in FOUR["name"]], text=text, encoding=encoding)
+    said: list[str] = []
+    table = read(files, say=said.append)
+    assert [table[column].tolist() for column in ("name", "prompt", "q", "c")] == list(FOUR.values())
+    parts = {
+        {";": "semicolons", "\t": "tabs", "|": "bars"}.get(delimiter, ""),
+        "UTF-16" * encoding.startswith("utf-16"),
+        "decimal commas" * (decimal == ","),
+    } - {""}
+    assert len(said) == bool(parts)
+    assert all(part in said[0] and str(files.csv) in said[0] for part in parts)
+
+
+@pytest.mark.parametrize(("name", "said"), [("semicolon_decimal_comma", "semicolons"), ("tab_separated", "tabs")])
+def test_real_exports_of_spreadsheets_are_read(wild_dir, agiqa_dir, name, said):
+    found: list[str] = []
+    table = csv_files.read_table(wild_dir / f"{name}.csv", agiqa_dir / "images", USUAL, say=found.append)
+    official = pd.read_csv(agiqa_dir / "data.csv").set_index("name").loc[table["name"]]
+    np.testing.assert_array_equal(table["q"], official["mos_quality"])
+    np.testing.assert_array_equal(table["c"], official["mos_align"])
+    assert table["prompt"].tolist() == official["prompt"].str.strip().tolist()
+    assert len(found) == 1 and f"{said} between columns" in found[0]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_commas_that_may_be_those_of_thousands_are_refused(make_dataset, delimiter):
+    files = make_dataset(text=f'name{delimiter}mos_quality\na.png{delimiter}"3,550"\nb.png{delimiter}"2,125"\n')
+    message = refusal(read, files)
+    assert f"{files.csv} row 2: mos_quality is '3,550', which may be 3.550 or 3550; write decimal points" in message
+
+
+@pytest.mark.parametrize("header", ["name,prompt,mos_quality", "name,prompt,mos_quality,"])
+def test_a_decimal_comma_without_quotes_is_refused_and_not_cut_in_two(make_dataset, header):
+    files = make_dataset(text=f"{header}\na.png,a cat,3,55\nb.png,a dog,2,5\n")
+    assert "row 2 is longer than the header; texts and numbers with commas need double" in refusal(read, files)
+
+
+def test_decimal_commas_beside_points_are_refused_by_row(make_dataset):
+    files = make_dataset(text="name;prompt;mos_quality\na.png;a cat;3.5\nb.png;a dog;2,5\n")
+    assert f"{files.csv} row 3: mos_quality is '2,5'" in refusal(read, files)
+
+
+def test_a_line_that_names_the_delimiter_is_no_header_but_a_row(make_dataset):
+    text = "sep=;\nname;prompt;mos_quality\na.png;a cat;3,5\n"
+    files = make_dataset([{"name": "a.png"}], text=text)
+    table = read(files)
+    assert (table["q"].tolist(), table["row"].tolist()) == ([3.5], [3])
+    files.csv.write_text(text + "b.png;a dog;x\n")
+    assert "row 4: mos_quality is 'x'" in refusal(read, files)
+
+
+def test_utf_16_that_is_cut_off_is_refused_by_its_name(make_dataset):
+    files = make_dataset(scored_rows(1), encoding="utf-16")
+    files.csv.write_bytes(files.csv.read_bytes()[:-1])
+    assert f"{files.csv}: not UTF-16" in refusal(read, files)
+
+
+# -- several rows of an image
+
+
+def rated(*scores: float, **more: object) -> list[dict[str, object]]:
+    """Rows of one image by several raters, behind one of another."""
+    other = {"name": "b.png", "prompt": "a dog", "mos_quality": 1, "std_quality": 0.25, **dict.fromkeys(more, "")}
+    return [other, *({"name": "a.png", "prompt": "a cat", "mos_quality": score, **more} for score in scores)]
+
+
+def test_several_rows_of_an_image_are_refused_by_row_with_the_way_on(make_dataset):
+    message = refusal(read, make_dataset(rated(3, 4, 4.5)))
+    assert "1 image name(s) occur more than once: a.png (rows 3, 4, 5); --duplicates mean averages" in message
+
+
+def test_several_raters_are_averaged_and_their_deviation_is_kept(make_dataset):
+    rows = rated(3, 4, 4.5, mos_align="", authenticity=2, explanation="dull")
+    rows[2] |= {"mos_align": 2, "authenticity": 4, "explanation": "blurred"}
+    rows[0] |= {"authenticity": 7}
+    said: list[str] = []
+    table = read(make_dataset(rows), extra=["authenticity"], duplicates="mean", say=said.append)
+    assert table["name"].tolist() == ["b.png", "a.png"] and table["row"].tolist() == [2, 3]
+    np.testing.assert_allclose(table["q"], [1, np.mean([3, 4, 4.5])])
+    np.testing.assert_allclose(table["q_std"], [0.25, np.std([3, 4, 4.5])])
+    np.testing.assert_allclose(table["c"], [math.nan, 2])
+    assert table["c_std"].isna().all()
+    np.testing.assert_allclose(table["authenticity"], [7, np.mean([2, 4, 2])])
+    assert table["explanation"].tolist() == ["", "dull blurred"]
+    assert said == [f"{table['path'][0].parent.parent / 'data.csv'}: --duplicates mean: 3 rows of 1 image(s) averaged"]
+
+
+def test_names_that_mean_the_same_file_are_rows_of_one_image(make_dataset):
+    rows = [{"name": name, "prompt": "a", "mos_quality": score} for name, score in (("a.png", 1), ("./A.PNG", 4))]
+    files = make_dataset(rows, without=["./A.PNG"])
+    assert "a.png" in refusal(read, files) or "A.PNG" in refusal(read, files)
+    assert read(files, duplicates="mean")["q"].tolist() == [2.5]
+
+
+@pytest.mark.parametrize("column", ["prompt", "split", "reference"])
+def test_rows_of_an_image_that_differ_in_more_than_scores_are_refused(make_dataset, column):
+    rows = rated(3, 4, split="train", reference="r.png")
+    rows[-1] |= {column: "val"}
+    message = refusal(read, make_dataset(rows), duplicates="mean")
+    assert f"the rows of a.png (3, 4) differ in their {column}" in message
 
 
 def test_a_missing_csv_and_a_folder_in_its_place_are_refused_by_name(tmp_path):

@@ -89,6 +89,22 @@ def test_what_is_in_a_set_is_counted(described):
     assert fact(described, "rationales") == "2 images"
 
 
+def test_elongated_images_are_told_with_what_remains_unseen_of_them(make_dataset, described):
+    assert fact(described, "elongated") == (
+        "1 of 24 images are 3:1 or longer; the middle square that most CLIPs see leaves 75% of them unseen (up to "
+        "75%): --crops looks at parts all over them"
+    )
+
+
+@pytest.mark.parametrize(("size", "lost"), [((30, 10), 0.67), ((10, 40), 0.75), ((29, 10), None)])
+def test_what_the_middle_square_leaves_unseen_is_a_share_of_the_image(size, lost):
+    files = [ImageFile(Path("x"), "", each) for each in (size, (10, 10))]
+    said = describe.elongated_images(files)
+    assert (
+        said == "" if lost is None else "1 of 2 images are 3:1 or longer; " in said and f"leaves {lost:.0%} of" in said
+    )
+
+
 def test_images_of_the_same_content_are_named(described):
     said = fact(described, "duplicates")
     assert said == "2 content(s) occur more than once: gen0_0.png = gen1_0.png; gen0_1.png = gen2_7.png"

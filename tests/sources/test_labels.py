@@ -427,18 +427,283 @@ def test_labels_without_any_score_are_refused(tmp_path):
     assert message("aigiqa-20k", tmp_path).endswith("the label file of AIGIQA-20K has no scores")
 
 
-def test_a_row_without_an_image_name_is_refused(tmp_path):
-    put_text(tmp_path / "dmos.csv", "dist_img,ref_img,dmos,var", "a.png,r.png,3,1", ",r.png,3,1")
-    put_images(tmp_path / "images", "a.png")
-    assert "1 row(s) of KADID-10k name no image" in message("kadid-10k", tmp_path)
-
-
 def test_where_no_folder_has_any_image_those_looked_in_are_named(tmp_path):
     spaq(tmp_path)
     (tmp_path / "TestImage" / "00001.jpg").unlink()
     found = message("spaq", tmp_path)
     assert found.endswith("such as 00001.jpg, is here; looked in TestImage, images, the folder itself")
+    put_images(tmp_path / "images", "0001.jpg")
+    assert message("spaq", tmp_path).endswith("the folder itself; the nearest is 'images/0001.jpg'")
 
 
 def test_the_command_line_knows_every_data_set():
     assert list(DATASET_NAMES) == list(DATASETS)
+
+
+# -- what official files have wrong, and the forms that they go round in
+
+
+def told(name: str, root: Path, **options: bool) -> tuple[pd.DataFrame, list[str]]:
+    """The table of a data set, and what is said about it, without the name of the set in front."""
+    said: list[str] = []
+    found = read_dataset(name, root, say=said.append, **options)
+    title = f"{DATASETS[name].title}: "
+    assert all(line.startswith(title) and "\n" not in line for line in said)
+    return found, [line.removeprefix(title) for line in said]
+
+
+def kadid_rows(root: Path, *rows: str, images: Sequence[str] = ("a.png", "b.png")) -> None:
+    put_text(root / "dmos.csv", "dist_img,ref_img,dmos,var", *rows)
+    put_images(root / "images", *images)
+
+
+@pytest.mark.parametrize("write", [write for _, write in FORMS], ids=[write.__name__ for _, write in FORMS])
+def test_nothing_is_said_of_a_file_without_fault(tmp_path, write):
+    name = next(name for name, each in FORMS if each is write)
+    write(tmp_path)
+    known = {"aigiqa_20k": 2, "aigiqa_20k_workbook": 2, "aigciqa2023_official": 1}  # withheld scores, missing prompts
+    assert len(told(name, tmp_path)[1]) == known.get(write.__name__, 0)
+
+
+def test_the_official_workbook_of_agiqa_1k_is_read(tmp_path, wild_dir):
+    raw = pd.read_excel(wild_dir / "AIGC_MOS_Zscore.xlsx")
+    (tmp_path / "AIGC_MOS_Zscore.xlsx").write_bytes((wild_dir / "AIGC_MOS_Zscore.xlsx").read_bytes())
+    (tmp_path / "file").mkdir()
+    for name in [*raw["Image"], "dreamStudio_without.jpg", "deepai_without.jpg"]:
+        (tmp_path / "file" / name).touch()
+    found, said = told("agiqa-1k", tmp_path)
+    counts = raw["Image"].value_counts()
+    kept = raw[raw["Image"].map(counts) == 1]
+    assert len(kept) == len(raw) - 2 and found["name"].tolist() == [f"file/{name}" for name in kept["Image"]]
+    np.testing.assert_array_equal(found["q"], kept["MOS"])
+    assert found["prompt"].tolist() == kept["Prompt"].str.strip().tolist()
+    assert len(said) == 2
+    assert said[0] == "2 image(s) have no row: file/deepai_without.jpg, file/dreamStudio_without.jpg"
+    assert said[1].startswith("2 rows of 1 image(s) with different scores left out")
+    assert said[1].endswith(": file/dreamStudio_8_9_1_1.jpg")
+
+
+def test_rows_that_stand_twice_are_taken_once(tmp_path):
+    kadid_rows(tmp_path, "a.png,r.png,3,1", "b.png,r.png,2,1", "a.png,r.png,3,1")
+    found, said = told("kadid-10k", tmp_path)
+    assert found["name"].tolist() == ["images/a.png", "images/b.png"] and found["q"].tolist() == [3, 2]
+    assert said == ["1 row(s) that stand there twice left out: images/a.png"]
+
+
+def test_rows_of_names_that_mean_the_same_file_are_compared(tmp_path):
+    kadid_rows(tmp_path, "A.PNG,r.png,3,1", "b.png,r.png,2,1", "a.png,r.png,4,1")
+    found, said = told("kadid-10k", tmp_path)
+    assert found["name"].tolist() == ["images/b.png"]
+    assert said[-1].startswith("2 rows of 1 image(s) with different scores left out")
+
+
+def test_rows_without_a_name_headers_in_between_and_blank_rows_are_left_out(tmp_path):
+    header = "dist_img,ref_img,dmos,var"
+    kadid_rows(tmp_path, "a.png,r.png,3,1", header, ",,,", ",r.png,3,1", "b.png,r.png,2,1")
+    found, said = told("kadid-10k", tmp_path)
+    assert found["name"].tolist() == ["images/a.png", "images/b.png"]
+    assert said == ["1 header(s) between the rows of dmos.csv left out", "1 row(s) that name no image left out"]
+
+
+def test_images_without_a_score_or_a_row_are_said(tmp_path):
+    kadid_rows(tmp_path, "a.png,r.png,,", "b.png,r.png,2,1", images=["a.png", "b.png", "c.png"])
+    assert told("kadid-10k", tmp_path)[1] == [
+        "1 image(s) have no row: images/c.png",
+        "1 image(s) have no score: images/a.png",
+    ]
+
+
+@pytest.mark.parametrize("leave_out", [True, False])
+def test_a_few_names_without_an_image_are_left_out_and_many_are_not(tmp_path, leave_out):
+    rows = [f"{number}.png,r.png,{number % 5},1" for number in range(40)]
+    kadid_rows(tmp_path, *rows, images=[f"{number}.png" for number in range(2, 40)])
+    found, said = told("kadid-10k", tmp_path, leave_out=leave_out)
+    if leave_out:
+        assert len(found) == 38 and said == ["2 row(s) whose image is not there left out: 0.png, 1.png"]
+    else:
+        assert len(found) == 40 and said == []
+    (tmp_path / "images" / "2.png").unlink()
+    assert len(told("kadid-10k", tmp_path)[0]) == 40  # more than one in twenty: refused when the images are looked for
+
+
+def test_names_and_files_may_differ_in_case(tmp_path):
+    tid2013(tmp_path)
+    for name, other in (("I01_01_1.bmp", "i01_01_1.BMP"), ("i02_24_5.bmp", "I02_24_5.bmp")):
+        (tmp_path / "distorted_images" / name).rename(tmp_path / "distorted_images" / other)
+    found, said = told("tid2013", tmp_path)
+    assert found["name"].tolist() == ["distorted_images/i01_01_1.BMP", "distorted_images/I02_24_5.bmp"]
+    assert found["unit"].tolist() == ["I01", "I02"]
+    assert "2 image name(s) are taken for files spelled otherwise" in said[0]
+
+
+TABLES = ["agiqa-3k", "agiqa-1k", "pku-aigiqa-4k", "evalmuse-40k", "koniq-10k", "kadid-10k", "spaq"]
+
+
+def rewritten(path: Path, suffix: str, *, header: bool = True) -> Path:
+    """A table of a data set in another form, the first one deleted."""
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {".xlsx": pd.read_excel, ".json": pd.read_json}
+    content = readers.get(path.suffix, pd.read_csv)(path)
+    path.unlink()
+    twin = path.with_suffix(suffix)
+    if suffix == ".json":
+        content.to_json(twin, orient="records")
+    elif suffix == ".xlsx":
+        content.to_excel(twin, index=False, header=header)
+    else:
+        content.to_csv(twin, index=False, header=header)
+    return twin
+
+
+def label_path(name: str, root: Path) -> Path:
+    return next(path for pattern in DATASETS[name].files for path in root.glob(pattern))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".xlsx", ".json"])
+@pytest.mark.parametrize("name", TABLES)
+def test_the_same_table_in_another_form_gives_the_same(tmp_path, name, suffix):
+    dict(FORMS)[name](tmp_path)
+    expected = read_dataset(name, tmp_path)
+    rewritten(label_path(name, tmp_path), suffix)
+    found, said = told(name, tmp_path)
+    if name == "agiqa-1k":  # what pandas takes for a missing value in writing the twin
+        found, expected = found.drop(columns="prompt"), expected.drop(columns="prompt")
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-9)
+    assert said == []
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".xlsx"])
+@pytest.mark.parametrize("name", [name for name in TABLES if name not in ("evalmuse-40k", "spaq")])
+def test_a_table_without_its_header_gives_the_same(tmp_path, name, suffix):
+    dict(FORMS)[name](tmp_path)
+    path = label_path(name, tmp_path)
+    if name == "agiqa-1k":
+        agiqa_1k_without_na = [("deepai_0_0_0_0.jpg", "bird, car", 2.793411), ("sd_0_0_0_1.jpg", "car", 3)]
+        put_excel(path, ["Image", "Prompt", "MOS"], *agiqa_1k_without_na)
+    expected = read_dataset(name, tmp_path)
+    twin = rewritten(path, suffix, header=False)
+    found, said = told(name, tmp_path)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-9)
+    assert said == [f"{twin.name} has no header, its columns are taken as {said[0].partition(' taken as ')[2]}"]
+
+
+def test_a_header_may_differ_in_case_and_blanks(tmp_path):
+    pku_aigiqa_4k(tmp_path)
+    expected = read_dataset("pku-aigiqa-4k", tmp_path)
+    raw = pd.read_excel(tmp_path / "annotation.xlsx")
+    raw.rename(columns=lambda name: name.replace("_", " ").title()).to_excel(tmp_path / "annotation.xlsx", index=False)
+    pd.testing.assert_frame_equal(read_dataset("pku-aigiqa-4k", tmp_path), expected)
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    put_text(tmp_path / "dmos.csv", "dist_img,ref_img,dmos,DMOS,var", "a.png,r.png,3,4,1")
+    assert message("kadid-10k", tmp_path).endswith("dmos.csv: the header has 'dmos' more than once")
+
+
+def test_of_two_forms_of_a_table_one_is_read_and_both_are_said(tmp_path):
+    kadid_10k(tmp_path)
+    pd.read_csv(tmp_path / "dmos.csv").assign(dmos=1.0).to_excel(tmp_path / "dmos.xlsx", index=False)
+    found, said = told("kadid-10k", tmp_path)
+    assert found["q"].tolist() == [4.57] and said == ["labels are read from dmos.csv, not from dmos.xlsx"]
+
+
+def test_an_official_table_that_a_spreadsheet_has_saved_again_is_read(tmp_path):
+    kadid_10k(tmp_path)
+    text = "dist_img;ref_img;dmos;var\r\nI01_01_01.png;I01.png;4,57;0,25\r\n"
+    (tmp_path / "dmos.csv").write_bytes(text.encode("utf-16"))
+    found, said = told("kadid-10k", tmp_path)
+    assert found["q"].tolist() == [4.57] and found["q_std"].tolist() == [0.5]
+    assert said == ["dmos.csv: read with UTF-16, semicolons between columns, decimal commas"]
+
+
+def koniq_sets(root: Path, *, header: bool = True, scale: float = 1.0) -> list[str]:
+    """KonIQ's second file, with the official folds: proportions of votes, and MOS on 1..100 in truth."""
+    names = [f"{number}.jpg" for number in range(6)]
+    folds = ["training", "training", "validation", "test", "test", "training"]
+    first = ["image_name,c1,c2,c3,c4,c5,c_total,MOS,SD,set"] if header else []
+    rows = [
+        f"{name},0,0,0.5,0.5,0,100,{scale * (3.5 - number / 4)},0.5,{fold}"
+        for number, (name, fold) in enumerate(zip(names, folds, strict=True))
+    ]
+    put_text(root / "koniq10k_distributions_sets.csv", *first, *rows)
+    put_images(root / "512x384", *names)
+    return folds
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".xlsx"])
+@pytest.mark.parametrize("header", [True, False])
+def test_the_second_file_of_koniq_gives_the_official_folds(tmp_path, header, suffix):
+    koniq_sets(tmp_path, header=header, scale=20)
+    if suffix == ".xlsx":
+        raw = pd.read_csv(tmp_path / "koniq10k_distributions_sets.csv", header=None)
+        (tmp_path / "koniq10k_distributions_sets.csv").unlink()
+        raw.to_excel(tmp_path / "koniq10k_distributions_sets.xlsx", index=False, header=False)
+    found, said = told("koniq-10k", tmp_path)
+    assert found["split"].tolist() == ["train", "train", "val", "test", "test", "train"]
+    expected = [1 + (20 * (3.5 - number / 4) - 1) * 4 / 99 for number in range(6)]
+    np.testing.assert_allclose(found["q"], expected, rtol=1e-12)
+    np.testing.assert_array_equal(found["q_std"], [0.5] * 6)
+    assert f"MOS of koniq10k_distributions_sets{suffix} is on 1..100, brought to 1..5" in said
+    assert len(said) == (1 if header else 2)
+
+
+@pytest.mark.parametrize("with_header", [True, False])
+def test_with_both_files_of_koniq_scores_are_those_of_the_first(tmp_path, with_header):
+    folds = koniq_sets(tmp_path, header=with_header, scale=20)
+    head = ['"image_name","c1","c2","c3","c4","c5","c_total","MOS","SD","MOS_zscore"'] if with_header else []
+    rows = [f'"{number}.jpg",0,0,50,50,0,100,{3.5 - number / 4},0.25,60' for number in range(6)]
+    put_text(tmp_path / "koniq10k_scores_and_distributions.csv", *head, *rows)
+    found = told("koniq-10k", tmp_path)[0]
+    np.testing.assert_allclose(found["q"], [3.5 - number / 4 for number in range(6)])
+    assert found["q_std"].tolist() == [0.25] * 6
+    assert found["split"].replace({"train": "training", "val": "validation"}).tolist() == folds
+
+
+def aigciqa_official(root: Path, *, prompts: str, index: bool) -> pd.DataFrame:
+    """Six models, two prompts, four images of each, as they are published: images by number, prompts in a workbook."""
+    models = ["Controlnet", "DALLE", "Glide", "Lafite", "stable-diffusion", "Unidiffuser"]
+    rows = [(model, f"{prompt:03}-{copy}.png", prompt) for model in models for prompt in range(2) for copy in range(4)]
+    values = np.arange(len(rows)) + 20.0
+    for number in (1, 2, 3):
+        for folder, stem, key in (("MOS", "mosz", "MOSz"), ("STD", "SD", "SD")):
+            path = root / "DATA" / folder / f"{stem}{number}.mat"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            savemat(path, {key: (values + number if key == "MOSz" else values / 100)[:, None]})
+    texts = ["a corgi", "two dogs, running"]
+    if prompts == ".xlsx":
+        put_excel(root / "AIGCIQA2023_Prompts.xlsx", None, *(("Basic", "Simple", text, "x") for text in texts))
+    elif prompts == ".csv":
+        pd.DataFrame({"style": "s", "prompt": texts}).to_csv(root / "AIGCIQA2023_Prompts.csv", index=False)
+    if index:
+        put_excel(root / "pic-index.xlsx", None, *(row[:2] for row in rows))
+    put_images(root / "Image" / "allimg", *(f"{number}.png" for number in range(len(rows))))
+    return pd.DataFrame({"prompt": [texts[row[2]] for row in rows], "model": [row[0] for row in rows], "q": values + 1})
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("prompts", [".xlsx", ".csv"])
+def test_the_official_aigciqa2023_has_its_prompts_beside_numbered_images(tmp_path, prompts, index):
+    expected = aigciqa_official(tmp_path, prompts=prompts, index=index)
+    found, said = told("aigciqa2023", tmp_path)
+    assert said == []
+    assert found["name"].tolist() == [f"Image/allimg/{number}.png" for number in range(48)]
+    assert found["prompt"].tolist() == expected["prompt"].tolist()
+    assert found["group"].tolist() == (expected["model"].tolist() if index else [""] * 48)
+    np.testing.assert_allclose(found[["q", "authenticity", "c"]], expected[["q"]].to_numpy() + np.arange(3))
+    np.testing.assert_allclose(found["q_std"], (expected["q"] - 1) / 100)
+
+
+def test_prompts_that_cannot_be_those_of_the_images_are_refused(tmp_path):
+    aigciqa_official(tmp_path, prompts=".xlsx", index=False)
+    put_excel(tmp_path / "AIGCIQA2023_Prompts.xlsx", None, *[("a", "b", f"text {number}") for number in range(5)])
+    assert "AIGCIQA2023_Prompts.xlsx: has 5 prompts, which 48 images cannot be of" in message("aigciqa2023", tmp_path)
+
+
+def test_the_files_by_which_a_spreadsheet_locks_its_own_are_passed_over(tmp_path):
+    aigiqa_20k_workbook(tmp_path)
+    (tmp_path / "~$mos.xlsx").write_bytes(b"lock")
+    assert len(told("aigiqa-20k", tmp_path)[0]) == 1
+
+
+def test_scores_that_are_not_published_are_said(tmp_path):
+    aigiqa_20k(tmp_path)
+    assert told("aigiqa-20k", tmp_path)[1][0] == "2 image(s) whose score is not published left out"
