@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def test_a_real_run_scores_the_same_without_torch(lite_run, tmp_path, capsys):
     assert "196 for training, 63 for choosing the epoch, 63 for the test" in card
 
 
-def scorer(model: Any, image_size: int, scales: str = "qc", crops: int = 0, **preprocess: Any) -> Scorer:
+def scorer(model: Any, image_size: int, scales: Sequence[str] = "qc", crops: int = 0, **preprocess: Any) -> Scorer:
     """A scorer of a small model with random weights."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -102,11 +102,13 @@ SMALL: dict[str, Callable[[], Scorer]] = {
         32,
         crops=4,
     ),
-    "levels, another score": lambda: scorer(
+    "levels": lambda: scorer(
         build_model(build_clip(text=TEXT), prompt_levels=True), 32, resize_mode="longest", interpolation="bilinear"
     ),
     "levels, quality alone": lambda: scorer(build_model(build_clip(text=TEXT), prompt_levels=True), 32, "q", crops=3),
-    "probe": lambda: scorer(build_model(build_clip(text=TEXT), base="probe", extra=["mos_x"]), 32),
+    "probe, another score": lambda: scorer(
+        build_model(build_clip(text=TEXT), base="probe", extra=["mos_x"]), 32, ["q", "c", "mos_x"]
+    ),
     "refined": lambda: scorer(
         build_model(build_clip(text=TEXT), residual=False, refinement={"layers": 1, "heads": 2, "dim": 8}), 32
     ),
@@ -118,7 +120,7 @@ SMALL: dict[str, Callable[[], Scorer]] = {
 
 
 def test_scores_beyond_the_scale_are_clamped_as_the_scorer_clamps_them(pictures):
-    own = SMALL["probe"]()
+    own = SMALL["probe, another score"]()
     prompts = ["a cat", "a dog", "night", "a red car", "rain", "two men", "x"]
     with torch.no_grad():
         own.model.heads.base_c.weight.mul_(300)
@@ -131,7 +133,7 @@ def test_scores_beyond_the_scale_are_clamped_as_the_scorer_clamps_them(pictures)
     views = [take(decode(path, FORMATS, 32), 32, "shortest", "bicubic", True, None) for path in pictures]
     with torch.no_grad():
         pixels = torch.from_numpy(np.stack(views))
-        _, found, _ = ScoreGraph(own, torch.float32)(pixels, own.tokenize(prompts), torch.arange(7)[:, None])
+        found = ScoreGraph(own, torch.float32)(pixels, own.tokenize(prompts), torch.arange(7)[:, None])[1]
     np.testing.assert_allclose(found, expected, atol=1e-3)  # 300 times as steep
 
 
