@@ -120,8 +120,8 @@ class KernelBase(nn.Module):
 
     def forward(self, stages_BF: Tensor, row: int) -> Tensor:
         """(B, F) -> (B,): quality in row 0, in row 1 what consistency has beside the cosine."""
-        alike_BL = torch.exp(-self.gamma * torch.cdist(stages_BF, self.places).square())
-        return alike_BL @ self.weights[row] + (self.bias_q if row == 0 else 0.0)
+        apart_BL = stages_BF.square().sum(1)[:, None] + self.places.square().sum(1) - 2 * stages_BF @ self.places.T
+        return torch.exp(-self.gamma * apart_BL.clamp(min=0)) @ self.weights[row] + (self.bias_q if row == 0 else 0.0)
 
 
 class ResidualHeads(nn.Module):

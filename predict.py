@@ -30,14 +30,18 @@ __all__ = ["Scorer", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score what the command line names; print the table, or write it to --out."""
+    """Score what the command line names; print the table, or write it to --out. Or write the scorer itself."""
     with one_line_errors():
         args = parse_predict_args(argv)
         if args.evaluate:
             evaluate(args)
             return
         names = names_given(args)
-        if args.out:
+        if args.export:
+            from serving.export import export  # with libraries that scoring does without
+
+            export(args, names)
+        elif args.out:
             write_scores(args, names)
         else:
             print_scores(args, names)

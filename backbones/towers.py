@@ -207,7 +207,7 @@ def run_observed(
         if number in observed:
             found.append(statistics_of(x))
 
-    num_images = len(x)
+    num_images = x.shape[0]
     x = run_image(visual, x, start, stop, observe)
     return x, torch.cat(found, dim=1) if found else torch.zeros(num_images, 0, device=x.device)
 
@@ -230,7 +230,7 @@ def run_image(visual: Any, x: Tensor, start: int, stop: int, observe: Observer =
         return F.normalize(visual(x).float(), dim=-1)
     if start == 0:
         x = visual._embeds(x)
-    pooled_at_B = torch.zeros(len(x), dtype=torch.long, device=x.device) if pools_one_token(visual) else None
+    pooled_at_B = torch.zeros(x.shape[0], dtype=torch.long, device=x.device) if pools_one_token(visual) else None
     x = run_blocks(visual.transformer, x, start, stop, pooled_at_B=pooled_at_B, observe=observe)
     if stop <= len(blocks):
         return x
@@ -266,7 +266,7 @@ def run_text(text: Any, x: Tensor, tokens_PN: Tensor | None, start: int, stop: i
     if stop <= len(blocks):
         return x
     x = text.ln_final(x)
-    pooled_PD = x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), end_P]
+    pooled_PD = x if x.ndim == 2 else x[torch.arange(x.shape[0], device=x.device), end_P]
     if isinstance(text.text_projection, nn.Linear):
         pooled_PD = text.text_projection(pooled_PD)
     elif text.text_projection is not None:
@@ -325,7 +325,7 @@ def run_blocks(
 
 def run_last_block(block: Any, x_BND: Tensor, pooled_at_B: Tensor, mask: Tensor | None) -> Tensor:
     """One token of a block's output, (B, D): attention looks from it at all tokens, everything else is for it alone."""
-    rows = torch.arange(len(x_BND), device=x_BND.device)
+    rows = torch.arange(x_BND.shape[0], device=x_BND.device)
     normed_BND = block.ln_1(x_BND)
     if mask is not None:  # (N, N) -> a row for each image and attention head
         mask = mask[pooled_at_B][:, None].repeat_interleave(block.attn.num_heads, dim=0)

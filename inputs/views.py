@@ -25,13 +25,19 @@ INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
 RESIZE_MODES = ("shortest", "longest", "squash")
 
 
-def crop_grid(height: int, width: int, size: int, count: int) -> list[tuple[int, int]]:
-    """(top, left) of `count` crops on a grid that spans the image, the longer side with more of them.
+def grid_shape(count: int) -> tuple[int, int]:
+    """Crops along the shorter and the longer side: as near to a square as `count` allows.
 
-    The grid is as near to a square as `count` allows: 4, 6, 9, 12 and 15 cover an image well, a prime is one line.
+    4, 6, 9, 12 and 15 cover an image well, a prime is one line.
     """
     few = max(rows for rows in range(1, math.isqrt(count) + 1) if count % rows == 0)
-    rows, columns = (few, count // few) if width >= height else (count // few, few)
+    return few, count // few
+
+
+def crop_grid(height: int, width: int, size: int, count: int) -> list[tuple[int, int]]:
+    """(top, left) of `count` crops on a grid that spans the image, the longer side with more of them."""
+    few, many = grid_shape(count)
+    rows, columns = (few, many) if width >= height else (many, few)
     tops, lefts = (
         np.rint(np.linspace(0, side - size, number) if number > 1 else [(side - size) / 2]).astype(int).tolist()
         for side, number in ((height, rows), (width, columns))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import socket
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from cli.options import split_list
 from cli.parser import OneLineParser
 from configs import DATASET_NAMES, OPTIONS, check_dataset_name
 
+PRECISIONS = ("float32", "float16", "int8")
+EXPORT_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 PILLOW_MAX_PIXELS = 178_956_970  # above which Pillow itself refuses an image
 
 
@@ -20,7 +23,8 @@ def build_predict_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="predict.py",
         usage="python predict.py --checkpoint RUN/best (IMAGE... | --csv FILE | --image_dir DIR) [flags]\n"
-        "       python predict.py --checkpoint RUN --evaluate (--csv FILE | --dataset NAME --data_root DIR) [flags]",
+        "       python predict.py --checkpoint RUN --evaluate (--csv FILE | --dataset NAME --data_root DIR) [flags]\n"
+        "       python predict.py --checkpoint RUN/best --export DIR [IMAGE... | --image_dir DIR] [--precision P]",
         description="Score images with a trained run, in the MOS units of its training data.",
         allow_abbrev=False,
     )
@@ -43,6 +47,22 @@ def build_predict_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", metavar="FILE", help="write name,pred_quality,pred_align (or the table of --evaluate) there"
     )
+    add_other_uses(parser)
+    parser.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
+    parser.add_argument(
+        "--chunk_size", type=int, default=4096, help="rows at a time that --out keeps if stopped (default: 4096)"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, help="threads that decode images (default: one per core, at most 16)"
+    )
+    parser.add_argument(
+        "--device", choices=OPTIONS["device"].metadata["choices"], default="auto", help="(default: auto)"
+    )
+    return parser
+
+
+def add_other_uses(parser: argparse.ArgumentParser) -> None:
+    """The flags of --evaluate and --export."""
     parser.add_argument(
         "--evaluate",
         action="store_true",
@@ -62,17 +82,18 @@ def build_predict_parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{name}", default=default, metavar="COLUMN", help=f"with --evaluate (default: {default})"
         )
-    parser.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
     parser.add_argument(
-        "--chunk_size", type=int, default=4096, help="rows at a time that --out keeps if stopped (default: 4096)"
+        "--export",
+        metavar="DIR",
+        help="write the whole scorer as ONNX into a new folder, with a score.py that needs no torch, and compare both "
+        "on the run's test images, or on those that are named",
     )
     parser.add_argument(
-        "--num_workers", type=int, help="threads that decode images (default: one per core, at most 16)"
+        "--precision",
+        choices=PRECISIONS,
+        help="with --export: float16 stores and computes CLIP with half the bits, int8 its linear layers with a "
+        "quarter (default: float32)",
     )
-    parser.add_argument(
-        "--device", choices=OPTIONS["device"].metadata["choices"], default="auto", help="(default: auto)"
-    )
-    return parser
 
 
 def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,9 +109,10 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--chunk_size {args.chunk_size}: must be at least 1")
     args.checkpoints, args.checkpoint = args.checkpoint, args.checkpoint[0]
     check_evaluation(args)
+    check_export(args)
     if args.images and (args.csv or args.image_dir):
         raise ValueError(f"{args.images[0]}: image files or {'--csv' if args.csv else '--image_dir'}, not both")
-    if not (args.images or args.csv or args.image_dir or args.evaluate):
+    if not (args.images or args.csv or args.image_dir or args.evaluate or args.export):
         raise ValueError("no images to score: give IMAGE..., --csv FILE or --image_dir DIR; see --help")
     if args.csv and args.prompt is not None:
         raise ValueError("--prompt: the prompts come from --csv, drop one of the two")
@@ -118,6 +140,27 @@ def check_evaluation(args: argparse.Namespace) -> None:
         raise ValueError("--prompt: the prompts come with the human scores, drop it")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--evaluate: runs in one process; leave torchrun out")
+
+
+def check_export(args: argparse.Namespace) -> None:
+    """Rules around --export. Raises ValueError."""
+    if not args.export:
+        if args.precision:
+            raise ValueError(f"--precision {args.precision}: works with --export only")
+        return
+    for flag in ("csv", "out", "evaluate"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag}: does not go with --export, drop one of the two")
+    if args.prompt is not None and not (args.images or args.image_dir):
+        raise ValueError("--prompt: belongs to IMAGE... or --image_dir; without them the run's own prompts are used")
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"--device {args.device}: an export is made on the CPU, drop it")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--export: runs in one process; leave torchrun out")
+    if os.path.lexists(args.export) or not Path(args.export).parent.is_dir():
+        raise ValueError(f"--export {args.export}: must be a new folder, in one that exists")
+    if missing := [name for name in EXPORT_NEEDS if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"--export: needs {', '.join(missing)}: pip install -r requirements-extra.txt")
 
 
 def build_app_parser() -> argparse.ArgumentParser:

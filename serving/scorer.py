@@ -166,15 +166,17 @@ class Scorer:
 
     def pixels(self, images: Sequence[str | Path | Image.Image], num_workers: int | None) -> LoosePixels:
         """The source of evaluation views."""
-        preprocess = self.description["clip"]["preprocess_cfg"]
-        views = Views(
+        return LoosePixels(images, self.views(), self.runtime.num_threads if num_workers is None else num_workers)
+
+    def views(self) -> Views:
+        """How images are looked at."""
+        return Views(
             image_size=self.description["image_size"],
             device=self.runtime.device,
             test_crops=self.description.get("test_crops", 0),
             global_view=self.model.global_view,
-            **preprocess,
+            **self.description["clip"]["preprocess_cfg"],
         )
-        return LoosePixels(images, views, self.runtime.num_threads if num_workers is None else num_workers)
 
     def text_table(self, texts: Sequence[str]) -> TextTable:
         """The prompts, tokenised, with their levels if the model reads them."""

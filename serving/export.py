@@ -1,0 +1,192 @@
+"""A trained run as a folder for others: ONNX, tokenizer, preprocessing, a model card, and a score.py without torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+import models
+from evaluation.metrics import srocc
+from inputs.views import grid_shape
+from pages import elements, run_page
+from pages.run_data import Run, read_run
+from serving.export_graph import DISABLED, DTYPES, GRAPH_FILE, ScoreGraph, write_graph
+from serving.export_tokenizer import portable
+from serving.scorer import Scorer
+from sources.scores import TASKS, columns_of, title_of
+from storage.atomic import temporary_name, write_errors
+from storage.image_files import FORMATS
+from storage.json_files import write_json
+from training import checkpoints
+
+TEMPLATES = Path(__file__).with_name("templates")
+SCRIPT = "score.py"
+MOST_COMPARED = 100  # images
+AT_ONCE = 16  # of them
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images to compare the two scorers on."""
+
+    source: str
+    paths: list[str]
+    prompts: list[str]
+
+
+def export(args: argparse.Namespace, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Write the scorer of --checkpoint into the folder --export, and say how far it agrees with this one.
+
+    Args:
+        names: images that the flags name, to compare on; none: the run's own test images.
+
+    Returns:
+        Name of a score -> SROCC with the scorer it was made from, and the largest difference in MOS units.
+
+    Raises:
+        ValueError: it cannot be exported. OSError: images cannot be read, or the folder cannot be written.
+    """
+    precision = args.precision or "float32"
+    target = Path(args.export)
+    scorer = Scorer.load(args.checkpoint, device="cpu")
+    run = run_of(Path(args.checkpoint))
+    samples = samples_of(args, names, run)
+    temporary = temporary_name(target)
+    try:
+        with write_errors(target):
+            temporary.mkdir()
+            write_scorer(scorer, temporary, precision)
+        found = compare(scorer, temporary, samples)
+        with write_errors(target):
+            write_card(scorer, run, temporary, precision, samples, found)
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"{target}: {precision}, {size / 1e6:.1f} MB; see its README.md")
+    print("\n".join(compared_lines(samples, found)))
+    return found
+
+
+def run_of(checkpoint: Path) -> Run | None:
+    """The finished run that a checkpoint belongs to; None if it lies alone. Raises ValueError if that is damaged."""
+    folder = checkpoints.weights_folder(checkpoint).resolve().parent
+    return read_run(folder) if (folder / "results.json").exists() else None
+
+
+def samples_of(args: argparse.Namespace, names: Sequence[str], run: Run | None) -> Samples:
+    """The images that are named, or those of the run's test fold that are still there, at most MOST_COMPARED."""
+    if names:
+        paths = [str(Path(args.image_dir or "") / name) for name in names[:MOST_COMPARED]]
+        return Samples("named images", paths, [args.prompt or ""] * len(paths))
+    rows = [] if run is None else zip(run.scored["name"], run.scored["prompt"], strict=True)
+    known = [(run.files.get(name, ("", ""))[0], prompt) for name, prompt in rows] if run else []
+    there = [(path, prompt) for path, prompt in known if path and Path(path).is_file()][:MOST_COMPARED]
+    fold = {"test": "test", "val": "validation"}[run.fold] if run else "test"
+    return Samples(f"images of the run's {fold} fold", [path for path, _ in there], [text for _, text in there])
+
+
+def write_scorer(scorer: Scorer, folder: Path, precision: str) -> None:
+    """Fill a folder with all that score.py reads, and itself. Raises ValueError for what cannot be exported."""
+    graph = ScoreGraph(scorer, DTYPES[precision])
+    text = None
+    if graph.reads_text:
+        made, before = portable(scorer.tokenizer, graph.text_length, trim=graph.trims)
+        made.save(str(folder / "tokenizer.json"))
+        levels = models.LEVEL_TEXTS["consistency"] if scorer.has_levels else []
+        text = {"patterns": ["{prompt}", *levels], **before}
+    views = scorer.views()
+    settings = {
+        "scores": {
+            columns_of(task)[1]: {"low": scale.low, "high": scale.high} for task, scale in scorer.scales.items()
+        },
+        "decode": {"formats": list(FORMATS), "size": views.decode_size},
+        "views": {
+            "size": views.image_size,
+            "mode": views.resize_mode,
+            "interpolation": views.interpolation.value,
+            "whole": views.global_view,
+            "crops": list(grid_shape(views.test_crops)) if views.test_crops else None,
+        },
+        "text": text,
+        "session": {"disabled_optimizers": DISABLED.get(precision, [])},
+    }
+    write_json(folder / "preprocess.json", settings)
+    write_graph(graph, folder, precision)
+    shutil.copyfile(TEMPLATES / SCRIPT, folder / SCRIPT)
+
+
+def compare(scorer: Scorer, folder: Path, samples: Samples) -> dict[str, tuple[float, float]]:
+    """As `export` returns it; nothing without images. Raises OSError."""
+    if not samples.paths:
+        return {}
+    expected = scorer.score(samples.paths, samples.prompts)
+    other = runpy.run_path(str(folder / SCRIPT))["Scorer"](folder)
+    parts = [
+        other.score(samples.paths[start : start + AT_ONCE], samples.prompts[start : start + AT_ONCE])
+        for start in range(0, len(samples.paths), AT_ONCE)
+    ]
+    found = {}
+    for name in parts[0]:
+        mine, theirs = expected[name].to_numpy(), np.concatenate([part[name] for part in parts])
+        known = np.isfinite(mine)
+        if known.any():
+            found[name] = (srocc(theirs[known], mine[known]), float(np.abs(theirs - mine)[known].max()))
+    return found
+
+
+def compared_lines(samples: Samples, found: Mapping[str, tuple[float, float]]) -> list[str]:
+    """What `compare` has found, in words."""
+    if not found:
+        return ["compared with nothing: no images of the run's test fold are here; IMAGE... or --image_dir names some"]
+    head = f"compared with the float32 scorer it was made from, on {len(samples.paths)} {samples.source}:"
+    return [head, *(f"  {name}: SROCC {rank:.4f}, off by at most {far:.1g} MOS" for name, (rank, far) in found.items())]
+
+
+def write_card(
+    scorer: Scorer,
+    run: Run | None,
+    folder: Path,
+    precision: str,
+    samples: Samples,
+    found: Mapping[str, tuple[float, float]],
+) -> None:
+    """README.md: what the scorer is, what it is worth, and how it is used."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=False,  # it is no page; what came with the data goes through `cell`
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = cell
+    text = environment.get_template("model_card.md.j2").render(
+        run=run,
+        about=run_page.about(run.options, run.provenance) if run else [],
+        tables=[table for table in (run_page.score_table(run), run_page.certainty_table(run)) if table] if run else [],
+        source=scorer.description.get("source", "a CLIP"),
+        graph=GRAPH_FILE,
+        precision=precision,
+        scores=[
+            (columns_of(task)[1], title_of(task), scale, task in TASKS and task != "q")
+            for task, scale in scorer.scales.items()
+        ],
+        compared=compared_lines(samples, found) if found else [],
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
+
+
+def cell(value: Any) -> str:
+    """A text of somebody else's in a Markdown table or line."""
+    text = elements.truncate(value, 200)
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
