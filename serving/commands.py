@@ -149,6 +149,8 @@ def check_export(args: argparse.Namespace) -> None:
     for flag in ("csv", "out", "evaluate"):
         if getattr(args, flag):
             raise ValueError(f"--{flag}: does not go with --export, drop one of the two")
+    if args.prompt is not None and not (args.images or args.image_dir):
+        raise ValueError("--prompt: belongs to IMAGE... or --image_dir; without them the run's own prompts are used")
     if args.device not in ("auto", "cpu"):
         raise ValueError(f"--device {args.device}: an export is made on the CPU, drop it")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

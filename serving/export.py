@@ -86,7 +86,7 @@ def samples_of(args: argparse.Namespace, names: Sequence[str], run: Run | None) 
     """The images that are named, or those of the run's test fold that are still there, at most MOST_COMPARED."""
     if names:
         paths = [str(Path(args.image_dir or "") / name) for name in names[:MOST_COMPARED]]
-        return Samples("the images that were named", paths, [args.prompt or ""] * len(paths))
+        return Samples("named images", paths, [args.prompt or ""] * len(paths))
     rows = [] if run is None else zip(run.scored["name"], run.scored["prompt"], strict=True)
     known = [(run.files.get(name, ("", ""))[0], prompt) for name, prompt in rows] if run else []
     there = [(path, prompt) for path, prompt in known if path and Path(path).is_file()][:MOST_COMPARED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections.abc import Callable
 
@@ -42,6 +43,21 @@ def refused(capsys) -> Callable[..., str]:
         ("--evaluate --dataset spaq,tid2013 --data_root .", "--data_root: has 1 folder(s) for 2 --dataset"),
         ("--evaluate --csv a.csv --out no/such/folder.csv", "--out no/such/folder.csv: must be a file in a folder"),
         ("--evaluate --csv a.csv", "none: not a checkpoint"),
+        ("--export out --csv a.csv", "--csv: does not go with --export, drop one of the two"),
+        ("--export out --out a.csv", "--out: does not go with --export"),
+        ("--export out --evaluate --csv a.csv", "--csv: does not go with --export"),
+        ("--export . a.png", "--export .: must be a new folder, in one that exists"),
+        ("--export no/such", "--export no/such: must be a new folder, in one that exists"),
+        ("--export out --device cuda", "--device cuda: an export is made on the CPU, drop it"),
+        (
+            "--export out --prompt cat",
+            "--prompt: belongs to IMAGE... or --image_dir; without them the run's own prompts",
+        ),
+        ("--export out --precision int4", "--precision"),
+        ("--export out --checkpoint other", "several --checkpoint: works with --evaluate only"),
+        ("--precision int8 a.png", "--precision int8: works with --export only"),
+        ("--export out a.png", "a.png: no such image"),
+        ("--export out", "none: not a checkpoint"),
     ],
 )
 def test_command_lines_that_cannot_be_are_refused(refused, flags, message):
@@ -51,3 +67,14 @@ def test_command_lines_that_cannot_be_are_refused(refused, flags, message):
 def test_several_processes_cannot_share_an_evaluation(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--evaluate: runs in one process" in refused("--checkpoint", "none", "--evaluate", "--csv", "a.csv")
+
+
+def test_an_export_says_what_it_lacks(refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnxs") else name)
+    said = refused("--checkpoint", "none", "--export", "out")
+    assert said == "error: --export: needs onnxscript: pip install -r requirements-extra.txt\n"
+
+
+def test_several_processes_cannot_share_an_export(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--export: runs in one process" in refused("--checkpoint", "none", "--export", "out")
