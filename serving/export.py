@@ -65,7 +65,8 @@ def export(args: argparse.Namespace, names: Sequence[str]) -> dict[str, tuple[fl
         with write_errors(target):
             temporary.mkdir()
             write_scorer(scorer, temporary, precision)
-            found = compare(scorer, temporary, samples)
+        found = compare(scorer, temporary, samples)
+        with write_errors(target):
             write_card(scorer, run, temporary, precision, samples, found)
             os.replace(temporary, target)
     finally:
@@ -180,8 +181,7 @@ def write_card(
             (columns_of(task)[1], title_of(task), scale, task in TASKS and task != "q")
             for task, scale in scorer.scales.items()
         ],
-        compared=compared_lines(samples, found),
-        unit=scorer.description["image_size"],
+        compared=compared_lines(samples, found) if found else [],
     )
     (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
 

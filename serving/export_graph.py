@@ -54,7 +54,7 @@ class ScoreGraph(nn.Module):
             with torch.no_grad():
                 levels_KE = self.model.encode_text(tokens, 0, tokens)
         self.register_buffer("levels_KE", levels_KE)
-        self.text_length = self.model.clip.context_length
+        self.text_length = scorer.tokenize([""]).shape[1]
         self.trims = towers.trims_exactly(self.model.clip.text)
         if self.trims:
             # A row more than any text has: torch.export takes a table that is read to its end for one of fixed length.

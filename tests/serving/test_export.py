@@ -16,6 +16,7 @@ from conftest import ROOT
 from exported import bare_python, run_bare, script
 from PIL import Image
 from small_models import build_clip, build_model
+from torch import nn
 
 import baseline
 import predict
@@ -172,6 +173,22 @@ def test_all_kinds_of_scorers_score_the_same(kind, tmp_path, pictures):
         without = other.score(pictures, [""] * len(pictures))
         np.testing.assert_allclose(without["pred_quality"], own.score(pictures)["pred_quality"], atol=CLOSE, rtol=0)
         assert np.isnan(without.get("pred_align", np.nan)).all()
+
+
+class Undecided(nn.Module):
+    """A tower that asks for a value before it knows the image."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) -> (B, E)."""
+        return image.mean(dim=(2, 3)) if image.sum() > 0 else image.amax(dim=(2, 3))
+
+
+def test_a_tower_that_cannot_be_followed_is_refused_in_one_line(tmp_path):
+    own = SMALL["probe, another score"]()
+    own.model.clip.visual = Undecided()
+    with pytest.raises(ValueError, match="--export: TextTransformer or Undecided cannot be exported") as caught:
+        export.write_scorer(own, tmp_path, "float32")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
