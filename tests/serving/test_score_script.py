@@ -103,7 +103,7 @@ KINDS = ("jpeg", "cmyk jpeg", "grey jpeg", "png", "transparent", "transparent gr
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "16 bits", "two colours", "gif", "bmp", "tiff", "webp"])
-@pytest.mark.parametrize("size", [None, 8, 30, 100])  # the second decodes at an eighth, the third at a half
+@pytest.mark.parametrize("size", [None, 8, 12, 30, 100])  # decoded whole, at an eighth, a quarter, a half, whole
 def test_it_decodes_what_the_scorer_decodes(tmp_path, kind, size):
     path = tmp_path / "image"
     path.write_bytes(images(kind))
