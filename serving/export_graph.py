@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -132,10 +133,12 @@ def write_graph(graph: ScoreGraph, folder: Path, precision: str) -> None:
             f"--export: {' or '.join(sorted(towers_of))} cannot be exported by torch.onnx ({one_line(error)[:200]})"
         ) from error
     assert written is not None
-    written.save(str(folder / GRAPH_FILE))
-    if precision == "int8":
-        with silence():
-            quantize(folder / GRAPH_FILE)
+    if precision != "int8":
+        written.save(str(folder / GRAPH_FILE))
+        return
+    with TemporaryDirectory(dir=folder) as whole, silence():
+        written.save(str(Path(whole) / GRAPH_FILE))
+        quantize(Path(whole) / GRAPH_FILE, folder / GRAPH_FILE)
 
 
 @contextmanager
@@ -151,10 +154,10 @@ def silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def quantize(path: Path) -> None:
+def quantize(path: Path, target: Path) -> None:
     """Store the weights of CLIP's linear layers in 8 bits, one scale per row; activations are quantised as they come.
 
-    Convolutions stay as they are: onnxruntime has no fast kernel for them without a set of images to calibrate on.
+    Convolutions stay as they are: the range of what enters them would have to be measured on images first.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -164,7 +167,7 @@ def quantize(path: Path) -> None:
     inside = {node.name: next((p.value for p in node.metadata_props if p.key == scope), "") for node in nodes}
     quantize_dynamic(
         path,
-        path,
+        target,
         op_types_to_quantize=["MatMul", "Gemm"],
         per_channel=True,
         weight_type=QuantType.QInt8,

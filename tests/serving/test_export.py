@@ -21,7 +21,8 @@ from torch import nn
 import baseline
 import predict
 from evaluation.metrics import srocc
-from serving import export
+from pages.run_data import Run
+from serving import commands, export
 from serving.export_graph import ScoreGraph
 from serving.scorer import Scorer
 from storage.image_files import FORMATS
@@ -189,6 +190,32 @@ def test_a_tower_that_cannot_be_followed_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="--export: TextTransformer or Undecided cannot be exported") as caught:
         export.write_scorer(own, tmp_path, "float32")
     assert "\n" not in str(caught.value)
+
+
+def test_a_card_says_what_is_not_known_and_repeats_no_markup(tmp_path):
+    own = SMALL["probe, another score"]()
+    own.description["source"] = "a | <script>`\nCLIP"
+    export.write_card(own, None, tmp_path, "int8", export.Samples("", [], []), {})
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Not known: no `results.json` lay beside the checkpoint." in card
+    assert "not compared with those of the run." in card
+    assert "a \\| &lt;script>' CLIP with small heads on its embeddings, as ONNX in int8." in card
+    assert "| `pred_x` | mos_x | 1 | 5 | no |" in card
+
+
+def test_images_to_compare_on_are_those_named_or_of_the_test_fold(tmp_path):
+    named = commands.parse_predict_args(["--checkpoint", "r", "--export", "o", "--image_dir", "d", "--prompt", "a cat"])
+    found = export.samples_of(named, [f"{number}.png" for number in range(150)], None)
+    assert (found.paths[0], len(found.paths), set(found.prompts)) == ("d/0.png", 100, {"a cat"})
+
+    table = pd.DataFrame({"name": list("abc"), "prompt": list("xyz"), "split": ["test", "val", "test"]})
+    (tmp_path / "a").touch()
+    files = {name: (str(tmp_path / name), "") for name in "abc"}
+    run = Run(tmp_path, {}, {}, {"test": {"srocc_q": 1.0}}, pd.DataFrame(), table, files)
+    plain = commands.parse_predict_args(["--checkpoint", "r", "--export", "o"])
+    found = export.samples_of(plain, [], run)
+    assert (found.source, found.paths, found.prompts) == ("images of the run's test fold", [str(tmp_path / "a")], ["x"])
+    assert export.samples_of(plain, [], None).paths == []
 
 
 @pytest.mark.slow
