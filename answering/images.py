@@ -298,6 +298,14 @@ def absent_graph_notes(config: VQAConfig, folds: Iterable[Questions], graphs: Sc
     )
 
 
+def without_demo_paths(config: VQAConfig) -> VQAConfig:
+    """The options of a run on the drawn set as they were given; of any other run, as they are."""
+    if not config.demo:
+        return config
+    features = config.features if config.features == CLIP else None
+    return replace(config, data_root=None, features=features, scene_graphs=None)
+
+
 def find_demo(config: VQAConfig, runtime: Runtime) -> VQAConfig:
     """The options with the paths to the drawn set, which is drawn if it is not there yet. Raises ValueError."""
     folder, features = find_demo_set(Path(config.cache_dir), config.dataset, runtime)

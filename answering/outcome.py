@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from answering import images, remarks
-from answering.configs import NOT_SAVED, OPTIONS, VQAConfig
+from answering.configs import NOT_SAVED, OPTIONS, VQAConfig, command_line
 from answering.experiment import Experiment, Fold
 from answering.feed import QuestionBatch, QuestionFeed
 from answering.folds import digest_of
@@ -356,6 +356,7 @@ def conclude(
         **measured,
         "data_fingerprint": digest_of(fold.questions for fold in experiment.folds.values()),
         "test_digest": digest_of([experiment.folds["test"].questions]),
+        "command": command_line(images.without_demo_paths(experiment.config)),
         "defaults": {name: spec.default for name, spec in OPTIONS.items() if name not in NOT_SAVED},
         "notes": images.graph_notes(experiment.config),
         "advice": list(said),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,7 +168,7 @@ def answers_content(run: AnswersRun, pictures: Pictures) -> dict[str, Any]:
         "data": data_table(run),
         "changed": changed,
         "unchanged": unchanged,
-        "again": shlex.join(["python", "main.py", "--config", str(run.folder / "config.json")]),
+        "again": truncate(results.get("command") or NOTHING, 2000),
         "provenance": provenance_table(run),
         "timing": times_table(run),
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import pickle
 import re
+import shlex
 import shutil
 import zipfile
 from collections import Counter
@@ -34,7 +36,7 @@ from stopped_runs import OF_TIME
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from answering.configs import OPTIONS, VQAConfig, parse_args
+from answering.configs import NOT_SAVED, OPTIONS, VQAConfig, parse_args
 from answering.folds import read_folds
 from cli.parser import flag_words
 from training import checkpoints
@@ -448,3 +450,15 @@ def test_scalars_of_every_epoch_go_to_tensorboard(tmp_path, capsys):
         assert found.Scalars(f"test/{name}")[0].value == pytest.approx(results["measures"][name])
     assert "test/consistency" not in found.Tags()["scalars"]
     assert "gets nothing more" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_command_that_a_run_tells_makes_the_same_run(form):
+    folder = finished(form)
+    command = read(folder / "results.json")["command"]
+    assert html.escape(command) in (folder / "report.html").read_text()
+    config, saved = parse_args(shlex.split(command)[2:]), read(folder / "config.json")
+    drawn = ("data_root", "features", "scene_graphs", "branches", *NOT_SAVED)  # what follows from the others
+    assert {name: getattr(config, name) for name in OPTIONS if name not in drawn} == {
+        name: value for name, value in saved.items() if name in OPTIONS and name not in drawn
+    }

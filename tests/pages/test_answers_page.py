@@ -6,7 +6,6 @@ import hashlib
 import html
 import json
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,10 +211,12 @@ def test_pictures_are_also_png_files_and_take_the_colours_of_the_page(drawn):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_command_for_the_same_run_names_the_folder_as_a_shell_reads_it(tmp_path):
-    folder = write_answers_run(tmp_path / "it's; a run")
+def test_the_command_of_a_run_is_shown_as_it_is_told(tmp_path):
+    folder = write_answers_run(tmp_path / "run")
+    assert "<p>The same run again: <code>–</code></p>" in page_of(folder).source  # of an older version
+    change(folder, "results.json", lambda results: results.update(command="python main.py --data_root 'a <b>'"))
     (command,) = re.findall(r"<code>(python main.py .*?)</code>", page_of(folder).source)
-    assert shlex.split(html.unescape(command))[2:] == ["--config", str(folder / "config.json")]
+    assert html.unescape(command) == "python main.py --data_root 'a <b>'"
 
 
 @pytest.mark.usefixtures("undrawn")
