@@ -21,7 +21,7 @@ if __name__ == "__main__":
         parse_predict_args()
 
 from cli.errors import one_line_errors
-from serving.batch_scoring import evaluate, names_given, print_scores, write_scores
+from serving.batch_scoring import evaluate, join_shards, names_given, print_scores, write_scores, write_shard
 from serving.commands import parse_predict_args
 from serving.scorer import Scorer
 from training import devices
@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             from serving.export import export  # with libraries that scoring does without
 
             export(args, names)
+        elif args.shard:
+            write_shard(args, names)
+        elif args.join:
+            join_shards(args, names)
         elif args.out:
             write_scores(args, names)
         else:

@@ -171,9 +171,18 @@ def score_piece(
 
 
 def score_share(
-    scorer: Scorer, args: argparse.Namespace, names: Sequence[str], parts: Chunks, done: Collection[int]
+    scorer: Scorer,
+    args: argparse.Namespace,
+    names: Sequence[str],
+    parts: Chunks,
+    done: Collection[int],
+    is_own: Callable[[int], bool] | None = None,
 ) -> tuple[int, int, int]:
-    """Score the pieces that are not done, of which process r of K takes number r, r + K, ...; each becomes a part.
+    """Score this process's share of the pieces that are not done; each becomes a part.
+
+    Args:
+        is_own: number of a piece -> whether it is of the share; without it, process r of K takes r, r + K, ... of those
+            that are not done.
 
     Returns:
         How many pieces and rows there are in all, and how many prompts this process cut.
@@ -188,7 +197,7 @@ def score_share(
         for number, piece in enumerate(pieces(args, names)):
             num_pieces += 1
             num_rows += len(piece)
-            if number in done or next(turns) != runtime.rank:
+            if number in done or not (is_own(number) if is_own else next(turns) == runtime.rank):
                 continue
             try:
                 scores = score_piece(scorer, args, piece, bar.update)
@@ -200,13 +209,48 @@ def score_share(
     return num_pieces, num_rows, num_cut
 
 
-def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Score piece by piece, each process its share, and join the pieces into --out. Raises ValueError, OSError."""
+def open_parts(args: argparse.Namespace, names: Sequence[str]) -> Chunks:
+    """Where the scores of pieces are kept until they are joined. Raises ValueError, OSError."""
     if args.csv and not Path(args.csv).is_file():
         raise ValueError(f"{args.csv}: no such file")
+    checkpoints.load_description(Path(args.checkpoint))
+    return Chunks(Path(args.out), describe_job(args, names))
+
+
+def write_shard(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Score the pieces of one shard; those of all lie in one folder until `join_shards`. Raises ValueError, OSError."""
+    parts, (shard, count) = open_parts(args, names), args.shard
+    parts.check()
+    scorer = Scorer.load(args.checkpoint, device=args.device)
+    parts.begin()
+    done, start = set(parts.finished()), time.monotonic()
+    num_pieces, _, num_cut = score_share(scorer, args, names, parts, done, lambda number: number % count == shard - 1)
+    note_cut_prompts(num_cut)
+    own = range(shard - 1, num_pieces, count)
+    num_new, seconds = len(set(own) - done), time.monotonic() - start
+    print(f"shard {shard} of {count}: {num_new} of its {len(own)} pieces scored in {seconds:.0f} s, all are there now")
+
+
+def join_shards(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Write --out from the pieces that shards have scored. Raises ValueError if any is missing, OSError."""
+    parts = open_parts(args, names)
+    with parts.alone():
+        sizes = [len(piece) for piece in pieces(args, names)]
+        missing = sorted(set(range(len(sizes))) - set(parts.finished()))
+        if missing:
+            raise ValueError(
+                f"--join: {len(missing)} of {len(sizes)} pieces are missing, such as number {missing[0] + 1}; run "
+                "their shards again, or this command without --join, which scores them"
+            )
+        parts.join(len(sizes))
+    print(f"{sum(sizes)} rows joined: {args.out}")
+
+
+def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Score piece by piece, each process its share, and join the pieces into --out. Raises ValueError, OSError."""
+    parts = open_parts(args, names)
     scorer = Scorer.load(args.checkpoint, device=args.device)
     runtime = scorer.runtime
-    parts = Chunks(Path(args.out), describe_job(args, names))
     with parts.alone() if runtime.is_main else nullcontext():
         done = set(runtime.of_main(parts.finished))
         if runtime.world > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,12 @@ def build_predict_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chunk_size", type=int, default=4096, help="rows at a time that --out keeps if stopped (default: 4096)"
     )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="with --out: score only this part of the pieces, as one of N jobs that see the same folder, in any order",
+    )
+    parser.add_argument("--join", action="store_true", help="with --out: join what all shards have scored")
     parser.add_argument(
         "--num_workers", type=int, help="threads that decode images (default: one per core, at most 16)"
     )
@@ -110,6 +117,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.checkpoints, args.checkpoint = args.checkpoint, args.checkpoint[0]
     check_evaluation(args)
     check_export(args)
+    check_shard(args)
     if args.images and (args.csv or args.image_dir):
         raise ValueError(f"{args.images[0]}: image files or {'--csv' if args.csv else '--image_dir'}, not both")
     if not (args.images or args.csv or args.image_dir or args.evaluate or args.export):
@@ -142,13 +150,31 @@ def check_evaluation(args: argparse.Namespace) -> None:
         raise ValueError("--evaluate: runs in one process; leave torchrun out")
 
 
+def check_shard(args: argparse.Namespace) -> None:
+    """Rules around --shard, which becomes a pair of numbers, and --join. Raises ValueError."""
+    if not (args.shard or args.join):
+        return
+    flag = "--shard" if args.shard else "--join"
+    if args.shard and args.join:
+        raise ValueError("--join: joins what all shards have scored, drop --shard")
+    if not args.out or args.evaluate:
+        raise ValueError(f"{flag}: needs --out FILE, the table that all shards fill, and no --evaluate")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{flag}: runs in one process; leave torchrun out")
+    if args.shard:
+        found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", args.shard)
+        if not found or int(found[1]) > int(found[2]):
+            raise ValueError(f"--shard {args.shard}: must be such as 3/16, the third of sixteen")
+        args.shard = int(found[1]), int(found[2])
+
+
 def check_export(args: argparse.Namespace) -> None:
     """Rules around --export. Raises ValueError."""
     if not args.export:
         if args.precision:
             raise ValueError(f"--precision {args.precision}: works with --export only")
         return
-    for flag in ("csv", "out", "evaluate"):
+    for flag in ("csv", "out", "evaluate", "shard", "join"):
         if getattr(args, flag):
             raise ValueError(f"--{flag}: does not go with --export, drop one of the two")
     if args.prompt is not None and not (args.images or args.image_dir):

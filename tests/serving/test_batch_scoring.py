@@ -564,3 +564,47 @@ def test_a_pipe_named_as_an_image_is_an_error_and_not_passed_over(trained, table
     os.mkfifo(table.images / "a.png")
     message = refused(["--checkpoint", str(trained), "--image_dir", str(table.images)])
     assert f"1 of 29 images cannot be read: {table.images / 'a.png'} (no regular file)" in message
+
+
+def test_shards_in_any_order_are_joined_into_the_same_table(command, expected, table, scored, capsys, refused):
+    for shard in (3, 1):
+        predict.main([*command, "--shard", f"{shard}/3"])
+    assert "shard 1 of 3: 2 of its 2 pieces scored" in capsys.readouterr().out
+    assert [len(names) for names in scored] == [CHUNK, CHUNK, NUM_ROWS - 3 * CHUNK]  # pieces 3, 1 and 4
+    assert not table.out.exists()
+    error = refused([*command, "--join"])
+    assert error.startswith("error: --join: 1 of 4 pieces are missing, such as number 2; run their shards again")
+    predict.main([*command, "--shard", "2/3"])
+    count = len(scored)
+    predict.main([*command, "--shard", "2/3"])
+    predict.main([*command, "--join"])
+    assert len(scored) == count and f"{NUM_ROWS} rows joined" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(pd.read_csv(table.out), expected, rtol=1e-5)
+    assert not parts_of(table.out).exists()
+
+
+def test_what_is_missing_of_shards_is_scored_by_the_command_itself(command, expected, table):
+    predict.main([*command, "--shard", "2/2"])
+    predict.main(command)
+    pd.testing.assert_frame_equal(pd.read_csv(table.out), expected, rtol=1e-5)
+
+
+def test_shards_of_another_table_are_refused(command, table, refused):
+    predict.main([*command, "--shard", "1/2"])
+    table.rows.assign(prompt="something else").to_csv(table.csv, index=False)
+    assert "holds scores of another command (other csv)" in refused([*command, "--shard", "2/2"])
+    assert "holds scores of another command (other csv)" in refused([*command, "--join"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--shard", "0/3"], "--shard 0/3: must be such as 3/16"),
+        (["--shard", "4/3"], "--shard 4/3: must be such as 3/16"),
+        (["--shard", "x"], "--shard x: must be such as 3/16"),
+        (["--shard", "1/2", "--join"], "--join: joins what all shards have scored, drop --shard"),
+    ],
+)
+def test_shards_that_cannot_be_are_told(command, flags, said, refused):
+    assert said in refused([*command, *flags])
+    assert "needs --out FILE" in refused([*command[:2], "a.png", "--shard", "1/2"])
