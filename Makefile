@@ -42,7 +42,7 @@ demo: $(STAMP)
 	$(BIN)/python baseline.py --demo --overwrite --output_dir runs/demo $(ARGS)
 
 demo-vqa: $(STAMP)
-	$(BIN)/python main.py --demo --overwrite --output runs/demo-vqa $(ARGS)
+	$(BIN)/python main.py --demo --coarse clip --overwrite --output runs/demo-vqa $(ARGS)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal  # a process per core, each with one thread
 

@@ -223,9 +223,9 @@ def ask(config: VQAConfig) -> dict[str, Any]:
     by_clip = answerer.model.feature_width > 0 and config.features == CLIP
     has_graphs = config.scene_graphs or (config.sg_source == "gt" and config.data_root)
     graphs = images.read_graphs(config) if has_graphs else {}
-    if not path.is_file() and (by_clip or plain_id(path.name) not in graphs):
+    sees_pixels = by_clip or "coarse" in answerer.model.branches
+    if not path.is_file() and (sees_pixels or plain_id(path.name) not in graphs):
         raise ValueError(f"--image {path}: there is no such file")
-    by_clip = answerer.model.feature_width > 0 and config.features == CLIP
     name = path.name if by_clip else plain_id(path.name)
     coarse = answerer.open_coarse({name: path})
     if config.answers:
@@ -278,7 +278,7 @@ def check_explainable(answerer: Answerer, name: str, graphs: SceneGraphs) -> Non
     """Raise ValueError, before anything is computed, if what an answer rests on cannot be shown."""
     has_graph = "graph" in answerer.config.branch_names
     if not has_graph and answerer.model.feature_width == 0:
-        raise ValueError("--explain: this run looks at no image, so there is nothing to show; drop it")
+        raise ValueError("--explain: this run looks at no region or object, so there is nothing to show; drop it")
     if has_graph and name not in graphs:
         where = answerer.config.scene_graphs or answerer.config.data_root
         given = f"{where} has no scene graph of image {name!r}" if where else "needs the scene graph of the image"

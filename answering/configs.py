@@ -424,6 +424,8 @@ def check_answering(config: VQAConfig) -> None:
         for flag, value in (("--image FILE", config.image), ("--question TEXT", config.question)):
             if not value:
                 raise ValueError(f"--mode ask: needs {flag}")
+        if config.answers and config.explain:
+            raise ValueError("--answers: by the coarse branch alone, which looks at no region: drop --explain")
         if config.output and config.explain and Path(config.output).suffix.lower() != ".png":
             raise ValueError(f"--output {config.output}: --explain draws a PNG; name a file that ends in .png")
         if config.output and not config.explain:

@@ -163,6 +163,9 @@ def test_what_cannot_be_chosen_among_is_told_in_one_line(runs, capsys):
     ask += ["--cache_dir", str(drawn_cache()), "--checkpoint", str(runs["clip"])]
     for answers in ("red", "red|red", "red||blue"):
         assert "--answers A|B: name at least two" in error_of(*ask, "--answers", answers, capsys=capsys)
+    assert "looks at no region: drop --explain" in error_of(*ask, "--answers", "a|b", "--explain", capsys=capsys)
+    assert "this run looks at no region or object" in error_of(*ask, "--explain", capsys=capsys)
+    assert not Path("1-explained.png").exists()
     assert "--answers: belongs to --mode ask" in error_of("--demo", "--answers", "a|b", capsys=capsys)
 
 

@@ -135,7 +135,7 @@ def test_what_cannot_be_explained_is_told_in_one_line(tmp_path, monkeypatch, cap
         (ask(alone, there), "--explain: needs the scene graph of the image; name the folder of one by --sg_source"),
         (ask(alone, "elsewhere.png", *true_graphs()), f"--explain: {folder} has no scene graph of image 'elsewhere'"),
         (ask(alone, "nowhere.png", *true_graphs()), "--image nowhere.png: there is no such file"),
-        (ask(finished_without_images(), "elsewhere.png"), "--explain: this run looks at no image"),
+        (ask(finished_without_images(), "elsewhere.png"), "--explain: this run looks at no region or object"),
         (ask(alone, there, *true_graphs(), *with_output), "--output a.jpg: --explain draws a PNG"),
         ([*ask(alone, there)[:-1], *with_output], "--output a.jpg: --mode ask writes only what --explain draws"),
         (["--demo", "--explain"], "--explain: belongs to --mode ask"),
