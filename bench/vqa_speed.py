@@ -128,6 +128,7 @@ def run(args: argparse.Namespace, side: str, folder: str) -> dict[str, float]:
     config = VQAConfig(
         data_root=folder,
         features=folder,
+        branches="fine",
         sg_source="predicted",
         scene_graphs=folder,
         num_hid=args.num_hid,
@@ -203,7 +204,7 @@ class Samples(Dataset):
 
 def plain_epoch(experiment: Experiment, optimizer: torch.optim.Optimizer) -> float:
     """The epoch as public code has it; returns the mean loss."""
-    config, model = experiment.config, experiment.model.train()
+    config, model = experiment.config, experiment.model.branches["fine"].train()
     order = torch.Generator().manual_seed(config.seed)
     samples = Samples(experiment)
     total = 0.0

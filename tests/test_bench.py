@@ -25,3 +25,11 @@ def test_both_sides_train_alike_and_the_table_says_by_how_much_ours_is_faster():
         ratio = float(cells["plain s"]) / float(cells["ours s"])
         assert float(cells["plain / ours"]) == pytest.approx(ratio, rel=0.02)
         assert float(cells["losses differ by"].rstrip("%")) < 0.1
+
+
+@pytest.mark.slow
+def test_an_epoch_of_questions_is_measured_beside_a_plain_loop(capfd):
+    command = [sys.executable, str(ROOT / "bench" / "vqa_speed.py"), "--num_questions", "400", "--num_images", "200"]
+    subprocess.run([*command, "--num_hid", "16", "--AOA_layers", "1"], check=True)
+    row = capfd.readouterr().out.splitlines()[-1].split("|")
+    assert row[1].strip() == "200" and all(float(cell.strip(" *")) > 0 for cell in row[2:-1])
