@@ -496,7 +496,8 @@ def read_koniq_10k(root: Path, say: Say) -> Table:
     if (q > 5).any():
         say(f"MOS of {path.name} is on 1..100, brought to 1..5")
         q = 1 + (q - 1) * 4 / 99
-    split = raw["image_name"].map(folds).astype(object).fillna("").str.lower().replace({"training": "train", "validation": "val"})
+    fold = raw["image_name"].map(folds).astype(object).fillna("").str.lower()
+    split = fold.replace({"training": "train", "validation": "val"})
     return table(name=raw["image_name"], q=q, q_std=scores(raw, "SD", path), split=split)
 
 
