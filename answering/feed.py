@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inputs.transfer import Rows, chunks, run_ahead, to_device
+from inputs.transfer import Rows, chunks, run_ahead, to_device, trimmed
 from regions.features import RegionFiles
 from regions.whole_images import CoarseInputs
 from vqa.preprocess import QuestionTable
@@ -168,12 +168,6 @@ class QuestionFeed:
     def split(self, batch: QuestionBatch, size: int) -> list[QuestionBatch]:
         """The same batch in parts of at most `size` rows, read once more, for one process."""
         return [self.assemble(rows) for rows in chunks(batch.rows, size)]
-
-
-def trimmed(words: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Without the columns that are padding in every row, but for one."""
-    used = np.flatnonzero((words > 0).any(axis=0))
-    return words[:, : used[-1] + 1 if len(used) else 1]
 
 
 def padded(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,8 @@ def prepare(known: RegionFiles | None, coarse: Coarse | None, questions: Iterabl
 
 def usable(known: RegionFiles | None, coarse: Coarse | None) -> Collection[str] | None:
     """The images that all can be known of that branches look at; None if none looks at any."""
-    if known is None or coarse is None:
-        return coarse.images.ids if coarse is not None else None if known is None else known.ids
-    own = set(coarse.images.ids)
-    return {image for image in known.ids if image in own}
+    seen = [each.ids for each in (known, None if coarse is None else coarse.images) if each is not None]
+    return set(seen[0]).intersection(*seen[1:]) if len(seen) > 1 else seen[0] if seen else None
 
 
 @dataclass
@@ -113,9 +112,16 @@ class Coarse:
             self.frozen.eval().rank,
             self.caching,
             min(self.xvlm.k_test, len(answers)),
-            weights=frozen_cache.fingerprint_of(self.frozen.state_dict()),  # with the answers
+            weights=self.fingerprint,
             config=asdict(self.xvlm),
+            ranking=frozen_cache.digest_of_code("branches/bert.py", "branches/coarse.py", "branches/xvlm.py"),
         )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the frozen X-VLM, the answers that it chooses among included."""
+        assert self.frozen is not None
+        return frozen_cache.fingerprint_of(self.frozen.state_dict())
 
     def tokens(self, answers: Sequence[str]) -> Tensor:
         """(A, T) tokens of answers, as X-VLM reads them."""

@@ -161,15 +161,16 @@ def build_schedule(experiment: Experiment, optimizer: Optimizer) -> LambdaLR:
     config, steps = experiment.config, experiment.steps_per_epoch
     num_steps = steps * config.epochs
 
+    def factor(step: int, kind: str) -> float:
+        if kind == "ban":
+            return ban_factor(step // steps)
+        return optim.lr_factor(step, kind=kind, num_steps=num_steps, num_warmup_steps=round(WARM_UP * num_steps))
+
     def of_xvlm(step: int) -> float:
-        return optim.lr_factor(step, kind="linear", num_steps=num_steps, num_warmup_steps=round(WARM_UP * num_steps))
+        return factor(step, "linear")
 
     def of_others(step: int) -> float:
-        if config.scheduler == "ban":
-            return ban_factor(step // steps)
-        return optim.lr_factor(
-            step, kind=config.scheduler, num_steps=num_steps, num_warmup_steps=round(WARM_UP * num_steps)
-        )
+        return factor(step, config.scheduler)
 
     return LambdaLR(optimizer, [of_xvlm if group["part"] == "xvlm" else of_others for group in optimizer.param_groups])
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache as cache_calls
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -107,15 +108,19 @@ def refresh(sets: Iterable[FeatureSet]) -> None:
         features.refresh()
 
 
+def digest_of_code(*patterns: str) -> str:
+    """SHA-256 over files of this project, by patterns from its root."""
+    files = (path for pattern in patterns for path in sorted(ROOT.glob(pattern)))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def identity(clip_config: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
     """What cached values of a CLIP depend on, but for weights, stages and inputs."""
-    files = (path for pattern in CODE for path in sorted(ROOT.glob(pattern)))
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     return {
         "clip": clip_config,
         "device": runtime.device.type,
         "precision": runtime.precision,
-        "code": code,
+        "code": digest_of_code(*CODE),
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
@@ -130,7 +135,7 @@ def build_caching(clip_config: Mapping[str, Any], runtime: Runtime, cache: Featu
         batch_size=batch_size,
         reserve=0,
         keep_decoded=False,
-        fingerprint=fingerprint,
+        fingerprint=cache_calls(fingerprint),  # of weights that stay as they are
         dropping=DroppedRows(),
     )
 

@@ -42,6 +42,12 @@ def run_ahead(function: Callable[[T], R], items: Iterable[T], depth: int) -> Ite
             yield waiting.popleft().result()
 
 
+def trimmed(words: np.ndarray) -> np.ndarray:
+    """Rows of numbers of words, 0 being none, without the columns that are padding in every row, but for one."""
+    used = np.flatnonzero((words > 0).any(axis=0))
+    return words[:, : used[-1] + 1 if len(used) else 1]
+
+
 def chunks(items: Rows, size: int) -> Iterator[Rows]:
     """Pieces of at most `size`."""
     for start in range(0, len(items), size):

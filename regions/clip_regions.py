@@ -7,8 +7,8 @@ Shapes: B images, R rows and columns of patches, K = R x R regions, F numbers th
 
 from __future__ import annotations
 
-import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from inputs.transfer import Rows, chunks, run_ahead
 from inputs.views import Views
 from regions.features import Regions
 from storage.feature_cache import FeatureCache
-from storage.image_files import check_images
+from storage.image_files import ImageFile, check_images
 from storage.messages import first_five
 from training.devices import Runtime
 
@@ -37,7 +37,7 @@ AT_ONCE = 32  # images that are decoded and looked at together
 FLAG = "--features clip"  # of patches
 
 
-class ClipImages:
+class ClipImages(ABC):
     """What a CLIP's image tower makes of whole images, computed once and kept in a cache folder."""
 
     flag = FLAG  # what asks for it
@@ -67,6 +67,11 @@ class ClipImages:
         self.caching = frozen_cache.build_caching(backbone.config, runtime, cache, AT_ONCE)
         self.digests: dict[str, str] = {}  # of the images that were asked for: the content of their files
 
+    @property
+    def ids(self) -> Collection[str]:
+        """The images there are."""
+        return self.paths.keys()
+
     def open(self, shape: Sequence[int], dtype: torch.dtype, kind: str) -> None:
         """The cached rows, of this shape, type and kind."""
         self.kept = self.caching.open(
@@ -74,8 +79,8 @@ class ClipImages:
             shape,
             dtype,
             input=kind,
-            weights=frozen_cache.fingerprint(self.visual, self.num_stages),
-            regions=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+            weights=self.caching.fingerprint(self.visual, self.num_stages),
+            regions=frozen_cache.digest_of_code("regions/clip_regions.py", "regions/whole_images.py"),
         )
 
     def maps(self, images: Sequence[Tensor]) -> Tensor:
@@ -86,9 +91,9 @@ class ClipImages:
         """An image to learn sizes by: (3, S, S) uint8."""
         return torch.zeros(3, self.views.image_size, self.views.image_size, dtype=torch.uint8)
 
+    @abstractmethod
     def look(self, images: Sequence[Tensor]) -> Tensor:
         """Decoded images -> the rows that are kept of them. Raises ValueError for numbers that these cannot hold."""
-        raise NotImplementedError
 
     def fill(self, images: Iterable[str]) -> None:
         """Compute what is missing of these images, all processes together; they are known from then on.
@@ -97,11 +102,8 @@ class ClipImages:
             ValueError: files are missing or damaged, or the cache folder has no room.
             OSError: files have changed since they were checked.
         """
-        names, kept = list(images), self.kept
-        if unknown := [name for name in names if name not in self.paths]:
-            raise ValueError(f"{self.flag}: {len(unknown)} of {len(names)} images are not there: {first_five(unknown)}")
-        num_threads = self.runtime.num_threads
-        files = check_images([self.paths[name] for name in names], num_threads=num_threads)
+        names, kept, num_threads = list(images), self.kept, self.runtime.num_threads
+        files = check_named(names, self.paths, self.flag, num_threads)
         distinct = {file.digest: file for file in files}
         keys = list(distinct)
         store = ImageStore(list(distinct.values()), image_size=self.views.decode_size, num_threads=num_threads)
@@ -151,11 +153,6 @@ class PatchRegions(ClipImages):
         self.boxes = grid(self.rows)
         self.open((self.rows**2, self.width), torch.float16, "patches")
 
-    @property
-    def ids(self) -> Collection[str]:
-        """The images there are."""
-        return self.paths.keys()
-
     def count(self, image: str) -> int:
         """See `features.RegionFiles`."""
         return len(self.boxes)
@@ -178,6 +175,13 @@ class PatchRegions(ClipImages):
     def read(self, image: str) -> Regions:
         """See `features.RegionFiles`; an image that `fill` was not asked for is not there."""
         return Regions(self.kept.stack([self.digests[image]])[0].float().numpy(), self.boxes)
+
+
+def check_named(names: Sequence[str], paths: Mapping[str, Path], flag: str, num_threads: int) -> list[ImageFile]:
+    """Read the files of named images once. Raises ValueError, by the flag, for those that are missing or damaged."""
+    if unknown := [name for name in names if name not in paths]:
+        raise ValueError(f"{flag}: {len(unknown)} of {len(names)} images are not there: {first_five(unknown)}")
+    return check_images([paths[name] for name in names], num_threads=num_threads)
 
 
 def stages_with_patches(visual: Any) -> int:

@@ -25,12 +25,10 @@ from backbones.loading import Backbone
 from inputs import frozen_cache
 from inputs.image_store import ImageStore
 from inputs.texts import TextTable
-from inputs.transfer import Rows, chunks
+from inputs.transfer import Rows, chunks, trimmed
 from inputs.views import Views
-from regions.clip_regions import ClipImages
+from regions.clip_regions import ClipImages, check_named
 from storage.feature_cache import FeatureCache, key_of
-from storage.image_files import check_images
-from storage.messages import first_five
 from training.devices import Runtime
 
 FLAG = "--branches coarse"
@@ -55,11 +53,6 @@ class ClipEmbeddings(ClipImages):
         self.text, self.tokenizer = backbone.clip.text.requires_grad_(False), backbone.tokenizer
         self.width = backbone.embed_dim
         self.open((self.width,), torch.float32, "embedding")
-
-    @property
-    def ids(self) -> Collection[str]:
-        """The images there are."""
-        return self.paths.keys()
 
     def look(self, images: Sequence[Tensor]) -> Tensor:
         """Decoded images -> (B, E)."""
@@ -121,11 +114,8 @@ class Pixels:
 
     def fill(self, images: Iterable[str]) -> None:
         """Make sure that images can be read. Raises ValueError for those that are missing or damaged."""
-        names = list(images)
-        if unknown := [name for name in names if name not in self.paths]:
-            raise ValueError(f"{FLAG}: {len(unknown)} of {len(names)} images are not there: {first_five(unknown)}")
-        num_threads = self.runtime.num_threads
-        files = check_images([self.paths[name] for name in names], num_threads=num_threads)
+        names, num_threads = list(images), self.runtime.num_threads
+        files = check_named(names, self.paths, FLAG, num_threads)
         self.row_of = {name: row for row, name in enumerate(names)}
         self.digests = {name: file.digest for name, file in zip(names, files, strict=True)}
         self.store = ImageStore(
@@ -149,7 +139,7 @@ class WordedQuestions:
 
     def read(self, rows: Rows, images: Sequence[str]) -> dict[str, Any]:
         """See `CoarseInputs`."""
-        found = {"pixels_ICHW": self.images.read(images), "tokens_BL": without_padding(self.tokens_QL[rows])}
+        found = {"pixels_ICHW": self.images.read(images), "tokens_BL": trimmed(self.tokens_QL[rows])}
         if self.targets_QA is None:
             return found
         own = self.targets_QA[rows].tocoo()
@@ -157,7 +147,7 @@ class WordedQuestions:
         if not len(answers_K):  # all weights of a network that learns must have a gradient, if one of 0
             answers_K, weights_K, questions_K = (np.zeros(1, dtype=part.dtype) for part in (own.col, own.data, own.row))
         return found | {
-            "right_KT": without_padding(self.answers_AT[answers_K]),
+            "right_KT": trimmed(self.answers_AT[answers_K]),
             "weights_K": weights_K.astype(np.float32),
             "questions_K": questions_K.astype(np.int64),
         }
@@ -173,12 +163,6 @@ class RankedQuestions:
     def read(self, rows: Rows, images: Sequence[str]) -> dict[str, Any]:
         """See `CoarseInputs`."""
         return {"tried_Bk": self.tried_Qk[rows], "log_p_Bk": self.log_p_Qk[rows]}
-
-
-def without_padding(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Without the columns that are padding in every row, but for one."""
-    used = np.flatnonzero((tokens > 0).any(axis=0))
-    return np.ascontiguousarray(tokens[:, : used[-1] + 1 if len(used) else 1])
 
 
 @torch.inference_mode()
@@ -215,7 +199,7 @@ def rank_once(
         for part in chunks(rows, caching.batch_size):
             place_of = {name: place for place, name in enumerate(dict.fromkeys(images_Q[row] for row in part))}
             images_B = torch.tensor([place_of[images_Q[row]] for row in part], device=device)
-            tokens = torch.from_numpy(without_padding(asked.tokens_QL[part])).to(device)
+            tokens = torch.from_numpy(trimmed(asked.tokens_QL[part])).to(device)
             with caching.runtime.autocast():
                 tried, log_p = rank(tokens, asked.images.read(list(place_of)), images_B)
             kept.add([keys[row] for row in part], torch.stack([tried.double(), log_p.double()], dim=1))
