@@ -81,12 +81,11 @@ def csv_form(path: str | Path, columns: Collection[str] = ()) -> CsvForm:
     """
     check_plain_file(Path(path))
     encoding = encoding_of(Path(path))
-    text = beginning(Path(path), encoding)
-    if not text:
-        raise RefusedFile("is empty, must have a header and a row for each image")
+    num_before, text = without_blank_lines(beginning(Path(path), encoding))
     named = re.match(r'"?sep=(.)"?\r?\n', text)  # a line by which spreadsheets tell their delimiter
     if named and named[1] in DELIMITERS:
-        return CsvForm(bounded_header(text[named.end() :], named[1]), named[1], encoding, num_before=1)
+        num_blank, text = without_blank_lines(text[named.end() :])
+        return CsvForm(bounded_header(text, named[1]), named[1], encoding, num_before + 1 + num_blank)
     headers = {delimiter: bounded_header(text, delimiter) for delimiter in DELIMITERS}
     hits = {delimiter: len(set(header) & set(columns)) for delimiter, header in headers.items()}
     most = max(hits.values())
@@ -97,7 +96,19 @@ def csv_form(path: str | Path, columns: Collection[str] = ()) -> CsvForm:
     if len({headers[delimiter] for delimiter in best}) > 1:
         ways = " or ".join(DELIMITERS[delimiter] for delimiter in best)
         raise RefusedFile(f"its header can be read with {ways} between columns; write it with one of them")
-    return CsvForm(headers[best[0]], best[0], encoding)
+    return CsvForm(headers[best[0]], best[0], encoding, num_before)
+
+
+def without_blank_lines(text: str) -> tuple[int, str]:
+    """How many blank lines a text begins with, and what follows. Raises RefusedFile if nothing does."""
+    blank = re.match(r"(?: *\r?\n)*", text)
+    assert blank is not None
+    rest = text[blank.end() :]
+    if not rest.strip():
+        raise RefusedFile("is empty, must have a header and a row for each image")
+    if rest[0] == "\r":  # pandas miscounts these
+        raise RefusedFile("begins with a blank line; remove it")
+    return blank[0].count("\n"), rest
 
 
 def encoding_of(path: Path) -> str:

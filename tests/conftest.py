@@ -36,8 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hypothesis tries more where that is asked for, and takes its time. Tests that say how much keep to that."""
-    settings.register_profile("short", deadline=None)  # a busy machine may stop for a while at any place
+    """Hypothesis tries the same every time, and more and other cases with --torture; tests may say how many."""
+    # No deadline: a busy machine may stop for a while at any place.
+    settings.register_profile("short", derandomize=True, deadline=None)
     settings.register_profile("torture", max_examples=10_000, deadline=None)
     settings.load_profile("torture" if config.getoption("--torture") else "short")
 

@@ -374,6 +374,7 @@ def test_tables(cases, tmp_path):
     @example(b'name\n"a\nb.png"\n')
     @example(b'name,split\n"a\nb.png",train\n')
     @example(b"x" * 5000 + b"\n1\n")
+    @example(b"\n1\n")
     @example(b"name,mos_quality\n" + b"x" * 5000 + b",1\n")
     @example(b"name,mos_quality\na.png," + b"x" * 5000 + b"\n")
     @given(damaged(CSV_SEEDS, CSV_TOKENS) | TABLES.map(as_csv))

@@ -206,6 +206,29 @@ def test_a_line_that_names_the_delimiter_is_no_header_but_a_row(make_dataset):
     assert "row 4: mos_quality is 'x'" in refusal(read, files)
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("before", ["{0}", "  {0}{0}", "sep=;{0}", "{0}sep=;{0} {0}"])
+def test_blank_lines_before_the_header_are_passed_over_and_counted(make_dataset, before, newline):
+    files = make_dataset([{"name": "a.png"}])
+    lines = [before.format(newline), f"name;mos_quality{newline}", f"a.png;3{newline}"]
+    files.csv.write_bytes("".join(lines).encode())
+    table = read(files)
+    assert (table["q"].tolist(), table["row"].tolist()) == ([3], [before.count("{0}") + 2])
+
+
+@pytest.mark.parametrize("text", ["\n", "\r\n\r\n", "\n  ", "sep=;\n", "sep=;\n\n", "\r", "\ufeff\n"])
+def test_a_csv_of_blank_lines_is_empty(make_dataset, text):
+    files = make_dataset([{"name": "a.png"}])
+    files.csv.write_bytes(text.encode())
+    assert f"{files.csv}: is empty, must have a header" in refusal(read, files)
+
+
+def test_a_blank_line_of_an_old_mac_is_refused(make_dataset):
+    files = make_dataset([{"name": "a.png"}])
+    files.csv.write_bytes(b"\rname,mos_quality\ra.png,3\r")
+    assert f"{files.csv}: begins with a blank line" in refusal(read, files)
+
+
 def test_utf_16_that_is_cut_off_is_refused_by_its_name(make_dataset):
     files = make_dataset(scored_rows(1), encoding="utf-16")
     files.csv.write_bytes(files.csv.read_bytes()[:-1])
