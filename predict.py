@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         names = names_given(args)
         if args.export:
-            from serving.export import export  # with libraries that scoring does without
+            from sharing.export import export  # with libraries that scoring does without
 
             export(args, names)
         elif args.shard:

@@ -29,6 +29,7 @@ ORDER = (
         "answering",
         "finetune",
         "serving",
+        "sharing",
         "tuning",
     ),
     *("baseline", "main", "app", "compare", "predict", "protocol", "report", "search"),

@@ -1,4 +1,4 @@
-"""`serving/templates/score.py`: short, of four libraries, and to the bit what the Scorer does with an image."""
+"""`sharing/templates/score.py`: short, of four libraries, and to the bit what the Scorer does with an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`serving/export_tokenizer.py`: tokenizer.json gives the token ids that the scorer gives, whatever the text."""
+"""`sharing/tokenizer.py`: tokenizer.json gives the token ids that the scorer gives, whatever the text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from backbones.tokenizers import TransformersTokenizer, restore_tokenizer
-from serving import export_tokenizer
+from sharing import tokenizer as export_tokenizer
 
 CONTEXT = 20
 # Characters that one library knows and the other does not yet are no promise.

@@ -17,7 +17,7 @@ import PIL
 import tokenizers
 from conftest import ROOT
 
-TEMPLATE = ROOT / "serving" / "templates" / "score.py"
+TEMPLATE = ROOT / "sharing" / "templates" / "score.py"
 NEEDED = (np, PIL, onnxruntime, tokenizers)
 
 

@@ -1,4 +1,4 @@
-"""`serving/export.py`: what is exported scores as the Scorer does, where there is no torch."""
+"""`sharing/export.py`: what is exported scores as the Scorer does, where there is no torch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ import baseline
 import predict
 from evaluation.metrics import srocc
 from pages.run_data import Run
-from serving import commands, export
-from serving.export_graph import ScoreGraph
+from serving import commands
 from serving.scorer import Scorer
+from sharing import export
+from sharing.graph import ScoreGraph
 from storage.image_files import FORMATS
 
 CLOSE = 1e-4  # MOS units

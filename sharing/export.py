@@ -19,9 +19,9 @@ from evaluation.metrics import srocc
 from inputs.views import grid_shape
 from pages import elements, run_page
 from pages.run_data import Run, read_run
-from serving.export_graph import DISABLED, DTYPES, GRAPH_FILE, ScoreGraph, write_graph
-from serving.export_tokenizer import portable
 from serving.scorer import Scorer
+from sharing.graph import DISABLED, DTYPES, GRAPH_FILE, ScoreGraph, write_graph
+from sharing.tokenizer import portable
 from sources.scores import TASKS, columns_of, title_of
 from storage.atomic import temporary_name, write_errors
 from storage.image_files import FORMATS
