@@ -82,6 +82,7 @@ def run(
 
             # The test fold's answers are looked at here, once, with the weights that validation has chosen.
             best = outcome.load_best(experiment, state.average.weights, folder)
+            task.weigh_branches(experiment, best, best_weights, saver.check)
             fold = config.measured_fold  # the validation fold where the test fold is left unread
             answers = task.answer(experiment, best, experiment.folds[fold], saver.check)
             floors = outcome.floor_answers(experiment, best, fold) if config.test else {}

@@ -40,10 +40,21 @@ class Fold:
     feed: QuestionFeed
 
     def predict(
-        self, model: AnswerModel, batch_size: int, compute: Any, runtime: devices.Runtime, **hooks: Any
+        self,
+        model: AnswerModel,
+        batch_size: int,
+        compute: Any,
+        runtime: devices.Runtime,
+        rows: np.ndarray | None = None,
+        **hooks: Any,
     ) -> dict[str, np.ndarray]:
-        """What a model computes of all questions, named (Q, ...) arrays; `hooks` are those of `loop.predict`."""
+        """What a model computes of the questions in these rows, all for None: named (Q, ...) arrays in order of rows.
+
+        `hooks` are those of `loop.predict`.
+        """
         parts = self.feed.parts(MORE_AT_ONCE * batch_size)
+        if rows is not None:
+            parts = [some for part in parts if len(some := part[np.isin(part, rows)])]
         found = loop.predict(model, self.feed.batches(parts), compute, runtime=runtime, **hooks)
         back = np.argsort(np.concatenate(parts))
         return {name: values[back] for name, values in found.items()}

@@ -33,7 +33,7 @@ from evaluation.metrics import mean_interval
 from pages import report
 from storage.atomic import atomic_write
 from storage.json_files import read_json
-from training import checkpoints, devices, loop, resuming, run_folder
+from training import checkpoints, devices, resuming, run_folder
 from vqa import floors, gqa_metrics
 from vqa.gqa_metrics import covered
 from vqa.questions import Questions, gqa_questions, plain_id, read_choices
@@ -242,9 +242,7 @@ def grounding(experiment: Experiment, model: AnswerModel, fold: Fold) -> dict[st
                 found[key] = torch.tensor(values, device=experiment.runtime.device)
         return found
 
-    parts = [rows[kept[rows]] for rows in fold.feed.parts(experiment.config.batch_size)]
-    batches = fold.feed.batches([rows for rows in parts if len(rows)])
-    told = loop.predict(model, batches, compute, runtime=experiment.runtime)
+    told = fold.predict(model, experiment.config.batch_size, compute, experiment.runtime, np.flatnonzero(kept))
     return {name: float(values.mean()) for name, values in told.items()}
 
 

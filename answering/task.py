@@ -13,15 +13,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from answering.experiment import Experiment, Fold
 from answering.feed import QuestionBatch
-from branches.fusion import AnswerModel
-from training import micro_batches, optim, resuming
+from branches.fusion import AnswerModel, fuse
+from training import checkpoints, micro_batches, optim, resuming
 from training.fit import FitOptions
+from vqa.targets import dense
 
 BAN_WARM_UP = (0.5, 1.0, 1.5, 2.0)  # of --lr in the first epochs; the last stays
 BAN_DECAY = (10, 12, 14, 16, 18)  # epochs done, at each of which a quarter is left
 WARM_UP = 0.1  # share of all steps, of the other schedules
 MIXTURE_TIMES = 10  # --lr for what branches weigh: few steps are to tell a good one from a bad one
 FRESH_TIMES = 2  # --xvlm_lr for those weights of X-VLM that a file of pretraining has not, as its authors do
+MIXTURE_STEPS = 300
+MOST_NUMBERS = 2**26  # of the validation fold's logits, which the mixture is fitted to: 256 MB
 MIXTURE = "weight_KA"  # of `AnswerModel`
 XVLM = "branches.coarse.xvlm."  # how the names of X-VLM's parameters begin
 
@@ -136,6 +139,49 @@ def answer(
         return found
 
     return fold.predict(model, experiment.config.batch_size, compute, runtime, before_batch=before_batch)
+
+
+def weigh_branches(
+    experiment: Experiment,
+    model: AnswerModel,
+    best_weights: checkpoints.DeferredWeights,
+    before_batch: Callable[[], object],
+) -> None:
+    """Let the branches of a trained model weigh what makes the best mixture on the validation fold, and write that.
+
+    On training questions, a branch that has learned them by heart looks better than it is. Where the validation fold
+    is what will be measured (`--no_test`), it is not fitted to.
+    """
+    if model.weight_KA is None or not experiment.config.test:
+        return
+    fold, config, runtime = experiment.folds["val"], experiment.config, experiment.runtime
+    assert fold.table.targets_QA is not None
+    most = max(1, MOST_NUMBERS // model.weight_KA.numel())
+    rows = np.sort(np.random.default_rng(config.seed).permutation(len(fold.table))[:most])
+
+    def compute(model: AnswerModel, batch: QuestionBatch) -> dict[str, Tensor]:
+        return {"logits": model(**batch.inputs)[:, 1:]}
+
+    found = fold.predict(model, config.batch_size, compute, runtime, rows, before_batch=before_batch)
+    if runtime.is_main:
+        logits_QKA = torch.from_numpy(found["logits"]).to(runtime.device, torch.float32)
+        targets_QA = torch.from_numpy(dense(fold.table.targets_QA, rows)).to(runtime.device)
+        model.weight_KA.data = best_mixture(logits_QKA, targets_QA, config.loss)
+        best_weights.keep(model.state_dict())
+        best_weights.flush()
+    runtime.copy_weights(model)
+    runtime.say(f"mixture   weighed anew on {len(rows):,} validation questions")
+
+
+def best_mixture(logits_QKA: Tensor, targets_QA: Tensor, loss: str) -> Tensor:
+    """W (K, A) by which `fuse` is least wrong about questions, from equal shares on."""
+    weight_KA = torch.zeros(logits_QKA.shape[1:], device=logits_QKA.device, requires_grad=True)
+    optimizer = torch.optim.Adam([weight_KA], lr=0.05)
+    for _ in range(MIXTURE_STEPS):
+        optimizer.zero_grad()
+        losses_of(fuse(logits_QKA, weight_KA, loss), targets_QA, loss).mean().backward()
+        optimizer.step()
+    return weight_KA.detach()
 
 
 def fit_options(experiment: Experiment) -> FitOptions:
