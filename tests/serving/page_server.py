@@ -16,17 +16,19 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from serving.answers import read_test_fold
+from serving.answers import Answers, read_test_fold
 from serving.page import build_page, serve
-from serving.scorer import Scorer
+from serving.routes import build_routes, describe
+from serving.shared_scorer import SharedScorer
 
 
 class Server:
     """A page that is served. `asked` holds whom this process has asked for anything beside it, which is refused."""
 
-    def __init__(self, url: str, asked: list[object]) -> None:
+    def __init__(self, url: str, asked: list[object], answers: Answers) -> None:
         self.url = url
         self.asked = asked
+        self.answers = answers
 
     def get(self, path: str, body: object = None, kind: str = "application/json") -> tuple[int, str]:
         """Status and text of an address; `body`, JSON or bytes, is posted to it."""
@@ -80,7 +82,7 @@ def refuse_others(patch: pytest.MonkeyPatch, port: int) -> list[object]:
 
 
 @contextmanager
-def served(scorer: Scorer, run: Path, folder: Path) -> Iterator[Server]:
+def served(scorer: SharedScorer, run: Path, folder: Path, **accounts: str) -> Iterator[Server]:
     """The page of a run's model while the block lasts; `folder` takes uploads and downloads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
@@ -88,8 +90,11 @@ def served(scorer: Scorer, run: Path, folder: Path) -> Iterator[Server]:
             patch.setattr(gr.processing_utils.sh, name, getattr(gr.processing_utils.sh, name))
         port = free_port()
         asked = refuse_others(patch, port)
-        page = build_page(scorer, folder, test=read_test_fold(run), max_pixels=1_000_000)
-        yield Server(serve(page, "127.0.0.1", port).rstrip("/"), asked)
+        answers = Answers(scorer, read_test_fold(run), folder, max_pixels=1_000_000)
+        page = build_page(answers)
+        routes = build_routes(answers, describe(scorer, run), accounts)
+        url = serve(page, "127.0.0.1", port, routes=routes, accounts=accounts)
+        yield Server(url.rstrip("/"), asked, answers)
         page.close(verbose=False)
 
 
