@@ -190,9 +190,14 @@ class Answers:
         self.num_waiting = 0  # changed in the server's event loop alone
         self.left: dict[str, threading.Event] = {}  # by session, while something is computed for it: its page is gone
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request for one image is taken now."""
+        return self.num_waiting < MAX_WAITING
+
     def check_room(self) -> None:
-        """Raise Busy if one more request for one image would be refused."""
-        if self.num_waiting >= MAX_WAITING:
+        """Raise Busy if it is not."""
+        if not self.has_room:
             raise Busy(f"busy: {MAX_WAITING} requests are waiting already; try again in a moment")
 
     async def score_one(self, name: str, source: Path | BinaryIO, prompt: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
@@ -10,7 +11,6 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from starlette.datastructures import UploadFile
 from starlette.routing import BaseRoute
 
@@ -21,7 +21,6 @@ from training import checkpoints, run_folder
 
 MAX_BODY = 100 * 2**20  # bytes, as of the page's uploads
 HOW = "send a form: image, a file, and prompt, a text, which may be left out"
-PASSWORD = Depends(HTTPBasic(realm="image scores"))
 
 
 def build_routes(answers: Answers, about: Mapping[str, Any], accounts: Mapping[str, str]) -> list[BaseRoute]:
@@ -55,9 +54,8 @@ def build_routes(answers: Answers, about: Mapping[str, Any], accounts: Mapping[s
 
     @router.get("/health")
     async def health() -> JSONResponse:
-        ready = answers.num_waiting < MAX_WAITING
-        state = {"ready": ready, "waiting": answers.num_waiting, "max_waiting": MAX_WAITING}
-        return JSONResponse(state, 200 if ready else 503)
+        state = {"ready": answers.has_room, "waiting": answers.num_waiting, "max_waiting": MAX_WAITING}
+        return JSONResponse(state, 200 if answers.has_room else 503)
 
     @router.get("/version", **guarded)
     async def version() -> JSONResponse:
@@ -66,13 +64,17 @@ def build_routes(answers: Answers, about: Mapping[str, Any], accounts: Mapping[s
     return router.routes
 
 
-def password_check(accounts: Mapping[str, str]) -> Callable[[HTTPBasicCredentials], None]:
-    """What raises HTTPException unless a request brings a user and the password that goes with it."""
+def password_check(accounts: Mapping[str, str]) -> Callable[[Request], None]:
+    """What raises HTTPException unless a request brings a user and the password that goes with it, by HTTP Basic."""
 
-    def check(given: HTTPBasicCredentials = PASSWORD) -> None:
-        known = accounts.get(given.username, "")
-        if not known or not secrets.compare_digest(given.password.encode(), known.encode()):
-            raise HTTPException(401, "wrong user or password", {"WWW-Authenticate": "Basic"})
+    def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Basic ")
+        try:
+            user, _, password = base64.b64decode(given, validate=True).decode().partition(":")
+        except ValueError:
+            user = password = ""
+        if user not in accounts or not secrets.compare_digest(password.encode(), accounts[user].encode()):
+            raise HTTPException(401, "wrong user or password", {"WWW-Authenticate": 'Basic realm="image scores"'})
 
     return check
 
