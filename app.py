@@ -28,32 +28,38 @@ if __name__ == "__main__":
     # Both are read while Gradio is imported. Uploads: nobody else reads them, and they go when the program ends.
     uploads_folder = tempfile.TemporaryDirectory(prefix="image-scores-")
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads_folder.name}
+    # Nor are statistics of requests computed, which would take longer with each of the last 10,000, and nobody sees.
+    os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(sys.maxsize)}
 
 import gradio as gr
 
 from cli.errors import one_line_errors
-from serving.answers import read_test_fold
+from serving.answers import Answers, read_test_fold
 from serving.commands import parse_app_args
 from serving.page import build_page, serve
-from serving.scorer import Scorer
+from serving.routes import build_routes, describe
+from serving.shared_scorer import SharedScorer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page of the checkpoint that the command line names until Ctrl-C ends it."""
     with one_line_errors():
         args = parse_app_args(argv)
-        scorer = Scorer.load(args.checkpoint, device=args.device)
-        test = read_test_fold(Path(args.checkpoint))
+        checkpoint = Path(args.checkpoint)
+        scorer = SharedScorer.load(checkpoint, device=args.device)
         folder = Path(gr.utils.get_upload_folder())
-        page = build_page(scorer, folder, title=args.checkpoint, test=test, max_pixels=args.max_pixels)
+        answers = Answers(scorer, read_test_fold(checkpoint), folder, args.max_pixels)
+        page = build_page(answers, title=args.checkpoint)
+        routes = build_routes(answers, describe(scorer, checkpoint), args.accounts)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are deleted then too
-        address = serve(page, args.host, args.port)
+        address = serve(page, args.host, args.port, routes=routes, accounts=args.accounts)
         try:
             print(f"{address}   Ctrl-C ends it", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             print()
         page.close(verbose=False)
+        scorer.close()
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import html
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import gradio as gr
 import numpy as np
@@ -20,7 +22,7 @@ from PIL import Image
 
 from inputs.decoding import load_image
 from serving import explain
-from serving.scorer import Scorer
+from serving.shared_scorer import SharedScorer
 from sources import csv_files, examples
 from sources.scores import columns_of, title_of
 from storage import tables
@@ -40,9 +42,14 @@ SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
 MAX_FILE_SIZE = "100mb"
 MAX_IMAGES = 500  # at once; more are for predict.py
 MAX_PROMPT = 2000  # characters
+MAX_WAITING = 64  # requests for one image that are worked on or wait for that; more are refused
 MAX_SHEET = 4 * 2**20  # bytes of a CSV, which is room for prompts of that length
 MAX_ROWS_SHOWN = 100
 THUMB_SIDE, PICTURE_SIDE = 160, 720  # pixels of what the page shows
+
+
+class Busy(Exception):
+    """As many requests are waiting as may wait; the text says so to whoever asks."""
 
 
 class Upload(NamedTuple):
@@ -92,23 +99,28 @@ def read_test_fold(path: Path) -> TestFold:
         raise ValueError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
 
 
-def small_image(upload: Upload, max_pixels: int, side: int) -> Image.Image:
-    """The upright RGB image of an upload, at most `side` pixels wide and high.
+def checked_image(name: str, source: Path | BinaryIO, max_pixels: int, side: int | None) -> Image.Image:
+    """The upright RGB image of a file, decoded for views of `side` pixels, see `decoding.load_image`.
 
     The header is read first; what it promises too much of is never decoded.
 
     Raises:
-        ValueError: it cannot be read, see `image_files.opened`, or is too large.
+        ValueError: it cannot be read, see `image_files.opened`, or is too large; `name` stands in front.
     """
     try:
-        content = read_file(upload.path)
+        content = read_file(source) if isinstance(source, Path) else source.read()
         with opened(content) as header:
             width, height = header.size
         if width * height > max_pixels:
             raise OSError(f"{width} x {height} are more than {max_pixels / 1e6:g} million pixels")
-        image = load_image(content, side)
+        return load_image(content, side)
     except OSError as error:
-        raise ValueError(f"{upload.name} ({error})") from None
+        raise ValueError(f"{name} ({error})") from None
+
+
+def small_image(upload: Upload, max_pixels: int, side: int) -> Image.Image:
+    """The image of an upload, at most `side` pixels wide and high. Raises ValueError, see `checked_image`."""
+    image = checked_image(upload.name, upload.path, max_pixels, side)
     image.thumbnail((side, side))
     return image
 
@@ -161,15 +173,91 @@ def note_html(*notes: str) -> str:
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes if note)
 
 
+def cut_note(prompts: Collection[str]) -> str:
+    """Says how many prompts were longer than the model reads, if any were."""
+    return f"{len(prompts)} prompt(s) are longer than the model reads; the end was left out." if prompts else ""
+
+
 class Answers:
     """What the page's buttons answer, as HTML. Everything that came from outside is escaped here."""
 
-    def __init__(self, scorer: Scorer, test: TestFold, folder: Path, max_pixels: int) -> None:
+    def __init__(self, scorer: SharedScorer, test: TestFold, folder: Path, max_pixels: int) -> None:
         """`folder`: where tables to download are put; the caller deletes it."""
         self.scorer = scorer
         self.test = test
         self.folder = folder
         self.max_pixels = max_pixels
+        self.num_waiting = 0  # changed in the server's event loop alone
+        self.left: dict[str, threading.Event] = {}  # by session, while something is computed for it: its page is gone
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request for one image is taken now."""
+        return self.num_waiting < MAX_WAITING
+
+    def check_room(self) -> None:
+        """Raise Busy if it is not."""
+        if not self.has_room:
+            raise Busy(f"busy: {MAX_WAITING} requests are waiting already; try again in a moment")
+
+    async def score_one(self, name: str, source: Path | BinaryIO, prompt: str) -> dict[str, Any]:
+        """Scores of one image, scored together with what others ask for meanwhile.
+
+        Returns:
+            MOS units by column, as in tables, None for what needs a prompt; "prompt_cut": more than the model reads.
+
+        Raises:
+            ValueError: the image or the prompt cannot be used. Busy: too many requests are waiting.
+        """
+        text = prompt.strip()
+        if len(text) > MAX_PROMPT:
+            raise ValueError(f"the prompt has more than {MAX_PROMPT} characters")
+        self.check_room()
+        self.num_waiting += 1
+        try:
+            side = self.scorer.views().decode_size
+            image = await asyncio.to_thread(checked_image, name, source, self.max_pixels, side)
+            answer = await asyncio.wrap_future(self.scorer.ask(image, text))
+        finally:
+            self.num_waiting -= 1
+        row = self.scorer.clamped(answer.table).iloc[0]
+        columns = [columns_of(task)[1] for task in self.scorer.scales]
+        scores = {column: None if np.isnan(row[column]) else float(row[column]) for column in columns}
+        return {**scores, "prompt_cut": text in answer.cut}
+
+    async def score_upload(self, image: Sequence[Upload], prompt: str | None = None) -> dict[str, Any]:
+        """As `score_one`, for Gradio's clients, who see the names of the arguments."""
+        try:
+            if not image:
+                raise ValueError("no image was given")
+            return await self.score_one(*image[0], prompt or "")
+        except (ValueError, Busy) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def leave(self, request: gr.Request) -> None:
+        """End what is computed for a visitor who has closed the page."""
+        if left := self.left.get(str(request.session_hash)):
+            left.set()
+
+    @contextmanager
+    def steps(
+        self, request: gr.Request | None, progress: gr.Progress, total: int, unit: str
+    ) -> Iterator[Callable[[int], None]]:
+        """Gives what is to be told of each step done: the visitor sees it, and the job ends when the page is closed."""
+        session, done = str(request and request.session_hash), 0
+        left = self.left[session] = threading.Event()
+
+        def count(number: int) -> None:
+            nonlocal done
+            done += number
+            if left.is_set():
+                raise ValueError("the page was closed")
+            progress((done, total), unit=unit)
+
+        try:
+            yield count
+        finally:
+            del self.left[session]
 
     def usual(self, task: str) -> float | None:
         """How far a score usually lies from people's, in MOS units, if that is known."""
@@ -191,30 +279,31 @@ class Answers:
             return list(pool.map(one, uploads))
 
     def score_all(
-        self, uploads: Sequence[Upload], images: Sequence[Image.Image], prompts: Sequence[str], progress: gr.Progress
-    ) -> list[Scored]:
-        """Score checked uploads. Raises ValueError, OSError."""
-        done = 0
-
-        def count(number: int) -> None:
-            nonlocal done
-            done += number
-            progress((done, len(uploads)), unit="images")
-
-        table = self.scorer.score([upload.path for upload in uploads], prompts, progress=count)
+        self,
+        uploads: Sequence[Upload],
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        progress: gr.Progress,
+        request: gr.Request | None,
+    ) -> tuple[list[Scored], str]:
+        """Score checked uploads; also says which prompts were too long. Raises ValueError, OSError."""
+        paths = [upload.path for upload in uploads]
+        with self.steps(request, progress, len(uploads), "images") as count:
+            table, cut = self.scorer.answer(paths, prompts, count)
         columns = {task: table[columns_of(task)[1]].tolist() for task in self.scorer.scales}
-        return [
+        rows = [
             Scored(upload.name, prompt, as_link(image), {task: columns[task][row] for task in columns})
             for row, (upload, image, prompt) in enumerate(zip(uploads, images, prompts, strict=True))
         ]
-
-    def cut_note(self) -> str:
-        """Whether prompts of the last scoring were longer than the model reads."""
-        number = self.scorer.num_truncated
-        return f"{number} prompt(s) are longer than the model reads; the end was left out." if number else ""
+        return rows, cut_note(cut)
 
     def score(
-        self, uploads: Sequence[Upload], prompt: str | None, by: str, progress: gr.Progress = PROGRESS
+        self,
+        uploads: Sequence[Upload],
+        prompt: str | None,
+        by: str,
+        progress: gr.Progress = PROGRESS,
+        request: gr.Request | None = None,
     ) -> tuple[tuple[list[Scored], str], str]:
         """Score images with one prompt: what `rank` shows, and that ranking by a score."""
         with messages(uploads):
@@ -230,8 +319,8 @@ class Answers:
                 raise ValueError(left_out)
             text = (prompt or "").strip()[:MAX_PROMPT]
             uploads, thumbs = zip(*good, strict=True)
-            rows = self.score_all(uploads, thumbs, [text] * len(uploads), progress)
-            found = (rows, note_html(left_out, self.cut_note()))
+            rows, cut = self.score_all(uploads, thumbs, [text] * len(uploads), progress, request)
+            found = (rows, note_html(left_out, cut))
             return found, self.rank(found, by)
 
     def rank(self, found: tuple[list[Scored], str], by: str) -> str:
@@ -269,7 +358,14 @@ class Answers:
             f"<tbody>{''.join(cells)}</tbody></table>"
         )
 
-    def look(self, uploads: Sequence[Upload], prompt: str | None, grid: int, progress: gr.Progress = PROGRESS) -> str:
+    def look(
+        self,
+        uploads: Sequence[Upload],
+        prompt: str | None,
+        grid: int,
+        progress: gr.Progress = PROGRESS,
+        request: gr.Request | None = None,
+    ) -> str:
         """Heat maps of one image, a figure for each score."""
         with messages(uploads):
             if not uploads:
@@ -277,16 +373,11 @@ class Answers:
             text = (prompt or "").strip()[:MAX_PROMPT]
             picture = small_image(uploads[0], self.max_pixels, PICTURE_SIDE)
             path = uploads[0].path
-            done = 0
-
-            def count(number: int) -> None:
-                nonlocal done
-                done += number
-                progress((done, grid * grid + 1), unit="looks")
-
-            maps = explain.occlusion_map(self.scorer, path, text, grid, progress=count)
-            scores = self.scorer.score([path], text).iloc[0]
-            notes = note_html(self.cut_note())
+            with self.steps(request, progress, grid * grid + 1, "looks") as count:
+                maps = explain.occlusion_map(self.scorer, path, text, grid, progress=count)
+            table, cut = self.scorer.answer([path], text)
+            scores = table.iloc[0]
+            notes = note_html(cut_note(cut))
             figures = (
                 self.figure_html(picture, task, values, float(scores[columns_of(task)[1]]))
                 for task, values in maps.items()
@@ -312,7 +403,11 @@ class Answers:
         )
 
     def table(
-        self, sheets: Sequence[Upload], uploads: Sequence[Upload], progress: gr.Progress = PROGRESS
+        self,
+        sheets: Sequence[Upload],
+        uploads: Sequence[Upload],
+        progress: gr.Progress = PROGRESS,
+        request: gr.Request | None = None,
     ) -> tuple[str, Any]:
         """Score the rows of a CSV: the table, and a download of it."""
         with messages([*sheets, *uploads]):
@@ -330,10 +425,10 @@ class Answers:
                 notes.append(f"{len(spare)} image(s) without a row were not scored: {first_five(spare)}")
             thumbs = [image for number in place if isinstance(image := images[number], Image.Image)]
             named = [Upload(name, uploads[number].path) for name, number in zip(names, place, strict=True)]
-            rows = self.score_all(named, thumbs, prompts, progress)
+            rows, cut = self.score_all(named, thumbs, prompts, progress, request)
             if len(rows) > MAX_ROWS_SHOWN:
                 notes.append(f"The first {MAX_ROWS_SHOWN} of {len(rows)} rows are shown; the file has them all.")
-            shown = note_html(*notes, self.cut_note()) + self.table_html(
+            shown = note_html(*notes, cut) + self.table_html(
                 rows[:MAX_ROWS_SHOWN], list(self.scorer.scales), with_prompt=True
             )
             return shown, gr.DownloadButton(value=self.write(rows), interactive=True)

@@ -189,6 +189,30 @@ def check_export(args: argparse.Namespace) -> None:
         raise ValueError(f"--export: needs {', '.join(missing)}: pip install -r requirements-extra.txt")
 
 
+def read_accounts(args: argparse.Namespace) -> dict[str, str]:
+    """Password by user, of --auth or --auth_file; empty without. Raises OSError, and ValueError, which tells none."""
+    if args.auth is not None and args.auth_file is not None:
+        raise ValueError("--auth_file: drop either it or --auth")
+    given = {"--auth": args.auth} if args.auth is not None else {}
+    if args.auth_file is not None:
+        try:
+            lines = Path(args.auth_file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"--auth_file {args.auth_file}: must be text in UTF-8") from None
+        given = {f"--auth_file {args.auth_file} line {n}": line for n, line in enumerate(lines, 1) if line.strip()}
+        if not given:
+            raise ValueError(f"--auth_file {args.auth_file}: must have a line USER:PASSWORD")
+    accounts: dict[str, str] = {}
+    for place, line in given.items():
+        user, _, password = line.partition(":")
+        if not user or user != user.strip() or not password:  # Gradio strips the names that it is given
+            raise ValueError(f"{place}: must be USER:PASSWORD, neither empty, no space around USER")
+        if user in accounts:
+            raise ValueError(f"{place}: the user {user} has a line above already")
+        accounts[user] = password
+    return accounts
+
+
 def build_app_parser() -> argparse.ArgumentParser:
     """The command line of app.py."""
     parser = OneLineParser(
@@ -203,9 +227,18 @@ def build_app_parser() -> argparse.ArgumentParser:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="where to listen; 0.0.0.0 lets other machines in, without a password (default: 127.0.0.1, this one only)",
+        help="where to listen; 0.0.0.0 lets other machines in, who need no password unless --auth or --auth_file asks "
+        "for one (default: 127.0.0.1, this one only)",
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
+    parser.add_argument(
+        "--auth",
+        metavar="USER:PASSWORD",
+        help="ask for this password, which whoever lists the processes of this machine sees here",
+    )
+    parser.add_argument(
+        "--auth_file", metavar="FILE", help="ask for a password of this file, a USER:PASSWORD in each of its lines"
+    )
     parser.add_argument(
         "--device", choices=OPTIONS["device"].metadata["choices"], default="auto", help="(default: auto)"
     )
@@ -224,8 +257,10 @@ def parse_app_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     Raises:
         ValueError: an unknown flag, a value that breaks its rule, no checkpoint, or an address that cannot be used.
+        OSError: --auth_file cannot be read.
     """
     args = build_app_parser().parse_args(argv)
+    args.accounts = read_accounts(args)
     if not 1 <= args.max_pixels <= PILLOW_MAX_PIXELS:
         raise ValueError(f"--max_pixels {args.max_pixels}: must lie in 1..{PILLOW_MAX_PIXELS}, Pillow reads no more")
     folder = Path(args.checkpoint)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.routing import BaseRoute
 
-from serving.answers import EMPTY, MAX_FILE_SIZE, MAX_PROMPT, NO_TEST_FOLD, SUFFIXES, Answers, TestFold, Upload
-from serving.scorer import Scorer
+from serving.answers import EMPTY, MAX_FILE_SIZE, MAX_PROMPT, MAX_WAITING, SUFFIXES, Answers, Upload
+from serving.shared_scorer import MOST_AT_ONCE
 from sources.scores import title_of
 
 STYLE = Path(__file__).with_name("app.css")
@@ -41,21 +42,12 @@ not add up to the score.</p></details>
 """
 
 
-def build_page(
-    scorer: Scorer, folder: Path, *, title: str = "", test: TestFold = NO_TEST_FOLD, max_pixels: int = 50_000_000
-) -> gr.Blocks:
-    """The page for a model.
-
-    Args:
-        folder: where tables to download are put; the caller deletes it.
-        title: names the model.
-        test: what is known of its test fold.
-        max_pixels: images with more are refused.
-    """
-    answers = Answers(scorer, test, folder, max_pixels)
-    # The model has one user at a time. There is no API beside the page.
+def build_page(answers: Answers, *, title: str = "") -> gr.Blocks:
+    """The page for a model, which `title` names."""
+    # One visitor's job at a time, in pieces between which requests for one image come in.
     event: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
     with gr.Blocks(title="Image scores", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        build_api(answers)  # first: what comes later and has the name of one of the answers, gets another one
         name = f"<span>{html.escape(title)}</span>" if title else ""
         gr.HTML(f"<header><h1>What people would say of an image</h1>{name}</header>", js_on_load=None)
         with gr.Tab("Score"):
@@ -65,7 +57,25 @@ def build_page(
         with gr.Tab("Table"):
             build_table_tab(answers, event)
         gr.HTML(answers.about_html(), js_on_load=None)
+        page.unload(answers.leave)
+    page.queue(max_size=MAX_WAITING)
     return page
+
+
+def build_api(answers: Answers) -> None:
+    """What Gradio's clients call as /score: an image and a prompt in, scores out. The page shows nothing of it."""
+    image = gr.File(label="image", visible=False)
+    hand_over_names(image)
+    prompt = gr.Textbox(label="prompt", visible=False)
+    scores = gr.JSON(label="scores", visible=False)
+    gr.Button(visible=False).click(
+        answers.score_upload,
+        [image, prompt],
+        scores,
+        api_name="score",
+        api_description="Scores of an image in MOS units; a prompt says what it should show.",
+        concurrency_limit=MOST_AT_ONCE,
+    )
 
 
 def build_score_tab(answers: Answers, event: Mapping[str, Any]) -> None:
@@ -135,8 +145,20 @@ def refuse_downloads() -> None:
         setattr(gr.processing_utils.sh, name, refuse)
 
 
-def serve(page: gr.Blocks, host: str, port: int) -> str:
-    """Serve the page in other threads, to this machine alone unless `host` says otherwise. Returns its address."""
+def serve(
+    page: gr.Blocks,
+    host: str,
+    port: int,
+    *,
+    routes: Sequence[BaseRoute] = (),
+    accounts: Mapping[str, str] | None = None,
+) -> str:
+    """Serve the page in other threads, to this machine alone unless `host` says otherwise. Returns its address.
+
+    Args:
+        routes: what is answered beside the page.
+        accounts: password by user; the page and its API are for these alone.
+    """
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # none that would have to be fetched
     theme = gr.themes.Base(
         primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
@@ -148,6 +170,8 @@ def serve(page: gr.Blocks, host: str, port: int) -> str:
         share=False,
         quiet=True,
         prevent_thread_lock=True,
+        app_kwargs={"routes": list(routes)},
+        auth=list(accounts.items()) if accounts else None,
         max_file_size=MAX_FILE_SIZE,
         show_error=True,
         footer_links=[],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,8 @@ from sources.scores import TASKS, columns_of
 from storage.image_files import read_file
 from storage.messages import first_five
 from training import checkpoints, devices, loop
+
+AnyScorer = TypeVar("AnyScorer", bound="Scorer")
 
 
 class LoosePixels:
@@ -92,7 +94,7 @@ class Scorer:
         return getattr(self.model.heads, "temperature", None) is not None
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto", amp: str = "off") -> Scorer:
+    def load(cls: type[AnyScorer], path: str | Path, *, device: str = "auto", amp: str = "off") -> AnyScorer:
         """Load a checkpoint folder (RUN/best, or RUN itself). Raises ValueError if it is none or is damaged."""
         models.check_checkpoint(Path(path))
         folder, state, description = checkpoints.load_weights(Path(path))
@@ -133,17 +135,12 @@ class Scorer:
             OSError: images cannot be read; all are counted, the first five named.
         """
         self.num_truncated = 0
-        prompts = "" if prompts is None else prompts
-        texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
-        if len(texts) != len(images):
-            raise ValueError(f"{len(images)} images but {len(texts)} prompts: give one for each, one for all, or none")
+        texts = self.texts(len(images), prompts)
         columns = {task: columns_of(task)[1] for task in dict.fromkeys([*TASKS, *self.scales])}
         table = pd.DataFrame(np.nan, index=range(len(images)), columns=list(columns.values()))
         if not len(images):
             return table
         has_prompt = np.array([bool(text.strip()) for text in texts])
-        if not has_prompt.any() and "q" not in self.scales:
-            raise ValueError("this model was trained on consistency alone: give it prompts")
         pixels = self.pixels(images, num_workers)
         feed = Feed(
             pixels=pixels,
@@ -159,10 +156,24 @@ class Scorer:
         scores = loop.predict(self.model, batches, models.score_batch, runtime=alone)
         for task, scale in self.scales.items():
             if task in scores:
-                mos = scale.to_mos(scores[task])
-                table[columns[task]] = scale.clamp(mos) if clamp else mos
+                table[columns[task]] = scale.to_mos(scores[task])
         table.loc[~has_prompt, columns["c"]] = np.nan
-        return table
+        return self.clamped(table) if clamp else table
+
+    def texts(self, num_images: int, prompts: Sequence[str] | str | None) -> list[str]:
+        """A prompt for each image, "" for none. Raises ValueError, see `score`."""
+        prompts = "" if prompts is None else prompts
+        texts = [prompts] * num_images if isinstance(prompts, str) else list(prompts)
+        if len(texts) != num_images:
+            raise ValueError(f"{num_images} images but {len(texts)} prompts: give one for each, one for all, or none")
+        if texts and "q" not in self.scales and not any(text.strip() for text in texts):
+            raise ValueError("this model was trained on consistency alone: give it prompts")
+        return texts
+
+    def clamped(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The same scores within their scales."""
+        columns = {columns_of(task)[1]: scale for task, scale in self.scales.items()}
+        return table.assign(**{column: scale.clamp(table[column].to_numpy()) for column, scale in columns.items()})
 
     def pixels(self, images: Sequence[str | Path | Image.Image], num_workers: int | None) -> LoosePixels:
         """The source of evaluation views."""

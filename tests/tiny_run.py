@@ -7,6 +7,7 @@ from pathlib import Path
 
 import baseline
 from serving.scorer import Scorer
+from serving.shared_scorer import SharedScorer
 
 TINY = ["--clip_model", "tiny", "--clip_pretrained", "none", "--image_size", "56", "--freeze_clip", "--epochs", "1"]
 load = Scorer.load  # which tests replace
@@ -29,3 +30,9 @@ def finished_run(demo_set: tuple[Path, Path], *flags: str) -> Path:
 def loaded(checkpoint: Path) -> Scorer:
     """The scorer of a run that nobody changes. Use it, do not change it."""
     return load(checkpoint)
+
+
+@cache
+def shared(checkpoint: Path) -> SharedScorer:
+    """The same for many threads."""
+    return SharedScorer.load(checkpoint)

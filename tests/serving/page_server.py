@@ -7,31 +7,52 @@ import json
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
 import pytest
+from gradio_client import Client
 from PIL import Image
 
-from serving.answers import read_test_fold
+from serving.answers import Answers, read_test_fold
 from serving.page import build_page, serve
-from serving.scorer import Scorer
+from serving.routes import build_routes, describe
+from serving.shared_scorer import SharedScorer
+
+FORM = "multipart/form-data; boundary=x"
+
+
+def form(image: bytes | None = None, name: str = "a.jpg", **fields: str) -> bytes:
+    """A form as a browser or curl sends it."""
+    parts = [f'Content-Disposition: form-data; name="{key}"\r\n\r\n{value}'.encode() for key, value in fields.items()]
+    if image is not None:
+        parts.append(f'Content-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'.encode() + image)
+    return b"".join(b"--x\r\n" + part + b"\r\n" for part in parts) + b"--x--\r\n"
 
 
 class Server:
     """A page that is served. `asked` holds whom this process has asked for anything beside it, which is refused."""
 
-    def __init__(self, url: str, asked: list[object]) -> None:
+    def __init__(self, url: str, asked: list[object], answers: Answers) -> None:
         self.url = url
         self.asked = asked
+        self.answers = answers
+        self.clients: list[Client] = []
 
-    def get(self, path: str, body: object = None, kind: str = "application/json") -> tuple[int, str]:
+    def get(
+        self,
+        path: str,
+        body: object = None,
+        kind: str = "application/json",
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[int, str]:
         """Status and text of an address; `body`, JSON or bytes, is posted to it."""
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, content, {"Content-Type": kind})
+        request = urllib.request.Request(self.url + path, content, {"Content-Type": kind, **headers})
         try:
             with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
                 return answer.status, answer.read().decode(errors="replace")
@@ -44,6 +65,12 @@ class Server:
         body = {"data": list(given), "fn_index": event["id"], "session_hash": session}
         assert self.get("/gradio_api/queue/join", body)[0] == 200
         return self.get(f"/gradio_api/queue/data?session_hash={session}")[1]
+
+    def client(self, **options: Any) -> Client:
+        """Gradio's client of the page."""
+        client = Client(self.url, verbose=False, **options)
+        self.clients.append(client)
+        return client
 
     def config(self) -> dict[str, Any]:
         """The page's parts and events."""
@@ -80,16 +107,25 @@ def refuse_others(patch: pytest.MonkeyPatch, port: int) -> list[object]:
 
 
 @contextmanager
-def served(scorer: Scorer, run: Path, folder: Path) -> Iterator[Server]:
+def served(scorer: SharedScorer, run: Path, folder: Path, **accounts: str) -> Iterator[Server]:
     """The page of a run's model while the block lasts; `folder` takes uploads and downloads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
         for name in ("get", "async_validate_url"):  # which serving replaces
             patch.setattr(gr.processing_utils.sh, name, getattr(gr.processing_utils.sh, name))
+        patch.setattr(
+            "gradio_client.client.build_hf_headers", lambda **options: {}
+        )  # asks huggingface.co for something
         port = free_port()
         asked = refuse_others(patch, port)
-        page = build_page(scorer, folder, test=read_test_fold(run), max_pixels=1_000_000)
-        yield Server(serve(page, "127.0.0.1", port).rstrip("/"), asked)
+        answers = Answers(scorer, read_test_fold(run), folder, max_pixels=1_000_000)
+        page = build_page(answers)
+        routes = build_routes(answers, describe(scorer, run), accounts)
+        url = serve(page, "127.0.0.1", port, routes=routes, accounts=accounts)
+        server = Server(url.rstrip("/"), asked, answers)
+        yield server
+        for client in server.clients:
+            client.close()
         page.close(verbose=False)
 
 

@@ -16,11 +16,11 @@ import pandas as pd
 import pytest
 from page_server import as_sent
 from PIL import Image
-from tiny_run import finished_run, loaded
+from tiny_run import finished_run, shared
 
 from serving.answers import MAX_SHEET, Answers, Upload, read_test_fold, score_html, small_image
 from serving.answers import TestFold as KnownFold
-from serving.scorer import Scorer
+from serving.shared_scorer import SharedScorer
 from sources.examples import LabelScale
 
 
@@ -31,8 +31,8 @@ def run(demo_set) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scorer(run) -> Scorer:
-    return loaded(run)
+def scorer(run) -> SharedScorer:
+    return shared(run)
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from page_server import Server, served
-from tiny_run import finished_run, loaded
+from tiny_run import finished_run, shared
 
-from serving.scorer import Scorer
+from serving.shared_scorer import SharedScorer
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio.queueing")  # said inside, not for us to mend
 
@@ -26,8 +26,8 @@ def run(demo_set) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scorer(run) -> Scorer:
-    return loaded(run)
+def scorer(run) -> SharedScorer:
+    return shared(run)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_no_file_but_uploads_is_served(server, run, place, route):
 def table_event(server: Server) -> dict[str, Any]:
     """What the button under the two inputs of a table does."""
     config = server.config()
-    inputs = [part["id"] for part in config["components"] if part["type"] == "file"]
-    [event] = [event for event in config["dependencies"] if set(event["inputs"]) == set(inputs[1:])]
+    inputs = [part["id"] for part in config["components"] if part["type"] == "file"][-2:]
+    [event] = [event for event in config["dependencies"] if set(event["inputs"]) == set(inputs)]
     return event
 
 

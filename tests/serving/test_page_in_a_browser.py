@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from page_server import Server, as_sent, served
-from tiny_run import finished_run, loaded
+from tiny_run import finished_run, shared
 
 from serving import explain
-from serving.scorer import Scorer
+from serving.shared_scorer import SharedScorer
 
 PROMPT = "a red circle & two <b>blue</b> squares"
 HOSTILE = "<img src=x onerror=window.hit=1>.png"
@@ -31,8 +31,8 @@ def run(demo_set) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scorer(run) -> Scorer:
-    return loaded(run)
+def scorer(run) -> SharedScorer:
+    return shared(run)
 
 
 @pytest.fixture(scope="module")
