@@ -6,7 +6,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard *.py) $(wildcard tools/*.py) $(wildcard bench/*.py) $(dir $(wildcard */__init__.py))
+SOURCES := $(wildcard *.py) $(wildcard tools/*.py tools/wheel/*.py tools/wheel/package/*.py) $(wildcard bench/*.py) $(dir $(wildcard */__init__.py))
 
 .PHONY: help $(VENV) demo demo-vqa test test-slow test-all torture bench bench-vqa lint audit clean
 .DEFAULT_GOAL := help

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> pd.DataFrame:
     """Compare what the command line names; print the table and return it."""
     with one_line_errors():
         parser = OneLineParser(
-            prog="compare.py",
+            prog="python compare.py",
             description="Tell whether runs differ, on the test images or questions that they share: paired bootstrap "
             "over prompts (baseline.py) or images (main.py, by kinds of questions too). "
             "Folders of repeated runs (--repeats, --kfold) are compared split by split.",

@@ -1,8 +1,7 @@
-"""Score images with a trained run: from the command line, or from Python in three lines.
+"""Score images with a trained run: from the command line, or from Python by its `Scorer`.
 
-from predict import Scorer
-scorer = Scorer.load("runs/demo/best")
-print(scorer.score(["a.png", "b.png"], ["a red circle", "a blue square"]))
+python predict.py --checkpoint runs/demo/best a.png b.png --prompt "a red circle"
+python predict.py --help
 """
 
 from __future__ import annotations

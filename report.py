@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the page of what the command line names."""
     with one_line_errors():
         parser = OneLineParser(
-            prog="report.py",
+            prog="python report.py",
             description="Show a run as one HTML file with pictures, or several runs beside each other.",
             allow_abbrev=False,
         )

@@ -215,8 +215,10 @@ def work(search: Search) -> None:
 def run_workers(request: Request, argv: Sequence[str]) -> None:
     """Let other processes run the trials. Raises SearchFailed if one ends with an error, which it has said."""
     count = request.workers
+    itself = ["-m", f"{__package__}.search"] if __package__ else [__file__]  # installed, or in a checkout
     environment = {
         **os.environ,
+        "PYTHONSAFEPATH": "1" if __package__ else "",  # so that -m looks for nothing in the current folder
         "OMP_NUM_THREADS": str(max(1, devices.num_cpus() // count)),
         "LOCAL_WORLD_SIZE": str(count),  # for the threads that decode images
         "TQDM_DISABLE": "1",
@@ -224,7 +226,7 @@ def run_workers(request: Request, argv: Sequence[str]) -> None:
     workers = []
     try:
         for number in range(count):
-            command = [sys.executable, __file__, *argv, "--parent", str(os.getpid())]
+            command = [sys.executable, *itself, *argv, "--parent", str(os.getpid())]
             own = {**environment, "LOCAL_RANK": str(number % max(1, devices.num_gpus()))}
             # In a session of its own: Ctrl-C reaches this process alone, which passes it on.
             workers.append(subprocess.Popen(command, env=own, start_new_session=True))

@@ -453,7 +453,7 @@ def command_line(config: VQAConfig) -> str:
     """The shell command that runs main.py with these options, but for what belongs to one place (NOT_SAVED)."""
     values = {name: value for name, value in vars(config).items() if name not in NOT_SAVED}
     base = {**(DEMO_SETTINGS if config.demo else {}), "demo": False}
-    return shlex.join(["python", "main.py", *flag_words(values, OPTIONS, base)])
+    return " ".join(["python main.py", *map(shlex.quote, flag_words(values, OPTIONS, base))])
 
 
 def parser() -> OneLineParser:

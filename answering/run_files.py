@@ -213,7 +213,7 @@ def build_saver(
     def tell(error: Exception) -> None:
         if isinstance(error, loop.NonFiniteLoss):
             asked = [experiment.folds["train"].questions.ids[row] for row in error.samples]
-            found = resuming.failure(error, progress, {"questions": asked}, "main.py", writer.path)
+            found = resuming.failure(error, progress, {"questions": asked}, "python main.py", writer.path)
             writer.json(run_folder.FAILURE_FILE, found)
         runtime.say(f"saved     in {writer.path} as it was before; --resume {writer.path} repeats from there")
 

@@ -91,7 +91,7 @@ def build_saver(
     def tell(error: Exception) -> None:
         if isinstance(error, loop.NonFiniteLoss):
             names = experiment.examples.table["name"].iloc[error.samples].tolist()
-            found = resuming.failure(error, progress, {"images": names}, "baseline.py", writer.path)
+            found = resuming.failure(error, progress, {"images": names}, "python baseline.py", writer.path)
             writer.json(run_folder.FAILURE_FILE, found)
         runtime.say(f"saved     in {writer.path} as it was before; --resume {writer.path} repeats from there")
 

@@ -173,7 +173,7 @@ def with_preset(
     return {**below, **settings}
 
 
-def command_line(config: TrainingConfig, program: str = "baseline.py", **changes: Any) -> str:
+def command_line(config: TrainingConfig, **changes: Any) -> str:
     """The shell command that runs `config` with `changes`, but for what belongs to one place (NOT_SAVED).
 
     No flag says None where the demo has a value, and `parse_args` never yields that.
@@ -187,4 +187,4 @@ def command_line(config: TrainingConfig, program: str = "baseline.py", **changes
             settings, said
         )
     values = {name: value for name, value in values.items() if name not in NOT_SAVED}
-    return shlex.join(["python", program, *flag_words(values, OPTIONS, base)])
+    return " ".join(["python baseline.py", *map(shlex.quote, flag_words(values, OPTIONS, base))])

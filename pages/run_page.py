@@ -53,7 +53,7 @@ def run_content(run: Run, pictures: Pictures) -> dict[str, Any]:
         "folds": folds_table(run),
         "changed": options_table(run.options, changed=True),
         "unchanged": options_table(run.options, changed=False),
-        "again": shlex.join(["python", "baseline.py", "--config", str(run.folder / "config.json")]),
+        "again": f"python baseline.py --config {shlex.quote(str(run.folder / 'config.json'))}",
         "provenance": provenance_table(run),
         "timing": timing_table(run),
     }

@@ -53,7 +53,7 @@ def imported_distributions(path: Path) -> set[str]:
             "requirements-extra.txt",
         ),
         (["bench/*.py"], "requirements.txt"),
-        (["tests/**/*.py", "tools/*.py"], "requirements-dev.txt"),
+        (["tests/**/*.py", "tools/**/*.py"], "requirements-dev.txt"),
     ],
     ids=["programs and rooms", "benchmarks", "tests and tools"],
 )

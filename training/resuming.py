@@ -97,7 +97,7 @@ def failure(
 
     Args:
         samples: what they are called -> names of those of the step.
-        program: that is run again.
+        program: the command that is run again.
     """
     return {
         "error": str(error),
@@ -106,7 +106,7 @@ def failure(
         "epoch": progress.epoch,
         "step": error.step,
         **samples,
-        "repeat": shlex.join(["python", program, "--resume", str(folder)]),
+        "repeat": f"{program} --resume {shlex.quote(str(folder))}",
     }
 
 

@@ -181,7 +181,8 @@ class RunFolder:
 def environment() -> dict[str, Any]:
     """Versions of Python and the packages that matter, and the git revision of the code ("" outside git)."""
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    installed = (__package__.partition(".")[0],) if "." in __package__ else ()  # in a checkout the code has no version
+    for package in (*PACKAGES, *installed):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -211,13 +212,17 @@ def changes_since(before: Mapping[str, Any], folder: Path, fingerprint: str) -> 
 
 def git_revision() -> str:
     """The commit this code is at, with "+changes" if it was edited since; "" if that cannot be told."""
-    here = Path(__file__).parent
-    # The lock that status would take can fail a commit that somebody makes at the same moment.
-    commands = ("git rev-parse HEAD", "git --no-optional-locks status --porcelain --untracked-files=no")
+    here = Path(__file__)
+    commands = (
+        f"git ls-files --error-unmatch {here.name}",  # installed, it may lie within somebody else's repository
+        "git rev-parse HEAD",
+        # The lock that status would take can fail a commit that somebody makes at the same moment.
+        "git --no-optional-locks status --porcelain --untracked-files=no",
+    )
     try:
-        revision, changes = (
+        _, revision, changes = (
             subprocess.run(
-                command.split(), cwd=here, capture_output=True, text=True, check=True, timeout=10
+                command.split(), cwd=here.parent, capture_output=True, text=True, check=True, timeout=10
             ).stdout.strip()
             for command in commands
         )

@@ -312,10 +312,10 @@ def test_a_demo_that_freezes_otherwise_is_read_back(layers, more):
         assert read_back(presets.command_line(partly)) == partly
 
 
-def test_a_command_takes_changes_and_another_program():
+def test_a_command_takes_changes():
     config = TrainingConfig(epochs=3, freeze_clip=True)
-    command = presets.command_line(config, "search.py", freeze_clip=False, lr=0.5, test=False)
-    assert command == "python search.py --epochs 3 --lr 0.5 --no_test"
+    command = presets.command_line(config, freeze_clip=False, lr=0.5, test=False)
+    assert command == "python baseline.py --epochs 3 --lr 0.5 --no_test"
     assert read_back(command) == TrainingConfig(epochs=3, lr=0.5, test=False)
     with pytest.raises(ValueError, match="--lr -1"):
         presets.command_line(config, lr=-1)

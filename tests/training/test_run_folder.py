@@ -146,6 +146,12 @@ def test_outside_git_the_revision_is_empty(tmp_path, monkeypatch):
     assert run_folder.git_revision() == ""
 
 
+def test_within_the_repository_of_somebody_else_the_revision_is_empty(repository, monkeypatch):
+    fill(repository, "environment/site-packages/run_folder.py")
+    monkeypatch.setattr(run_folder, "__file__", str(repository / "environment" / "site-packages" / "run_folder.py"))
+    assert run_folder.git_revision() == ""
+
+
 def test_without_git_installed_the_revision_is_empty(repository, monkeypatch):
     assert run_folder.git_revision() != ""
     monkeypatch.setenv("PATH", str(repository))

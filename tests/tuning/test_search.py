@@ -23,6 +23,7 @@ import optuna
 import pandas as pd
 import pytest
 from conftest import ROOT, scored_rows
+from folders import fill
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 from stand_in import BEST_LR, LR, Trainer, examples, flags_of, in_place, interrupt, parabola, refusal, values
@@ -407,6 +408,15 @@ def test_how_a_worker_ended_is_said(ends, failure, note, tmp_path, monkeypatch, 
     said = capfd.readouterr()
     assert said.out == (note + "\n" if note else "")
     assert said.err == ("error: the disk is gone\n" if failure else "")
+
+
+def test_an_installed_search_runs_its_workers_by_the_name_of_its_module(tmp_path, monkeypatch, capfd):
+    package = fill(tmp_path / "image_scores", "__init__.py")
+    (package / "search.py").write_text("import sys\nprint(__spec__.name, sys.path.count(sys.argv[1]))\n")
+    monkeypatch.setattr(search, "__package__", "image_scores")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run_workers(arguments.parse_search_args([*flags_of(tmp_path), "--workers", "2"]), [str(package)])
+    assert capfd.readouterr().out == "image_scores.search 0\n" * 2  # whose folder is no place to import from
 
 
 # -- two at once
