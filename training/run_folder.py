@@ -179,7 +179,7 @@ class RunFolder:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of Python and the packages that matter, and the git revision of the code ("" outside git)."""
+    """Versions of Python, the packages that matter and, installed, this one; the git revision of a checkout, or ""."""
     versions = {"python": platform.python_version()}
     installed = (__package__.partition(".")[0],) if "." in __package__ else ()  # in a checkout the code has no version
     for package in (*PACKAGES, *installed):
