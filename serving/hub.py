@@ -85,7 +85,8 @@ def reason(error: Exception, repository: str) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it"
     if isinstance(error, LocalEntryNotFoundError):
-        return f"is not in the cache, and {hub} cannot be reached: check the network, and HF_HUB_OFFLINE"
+        way = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached: check the network"
+        return f"is not in the cache, and {way}"
     if isinstance(error, HfHubHTTPError):
         code, said = error.response.status_code, one_line(error.server_message or error)
         if code == 401:

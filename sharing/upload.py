@@ -35,7 +35,7 @@ def push(args: argparse.Namespace) -> None:
         user = api.whoami()["name"]
         found = find(api, repository)
     refuse_foreign(repository, found, public=args.public)
-    with TemporaryDirectory(prefix="image-scores-") as made:
+    with TemporaryDirectory(prefix="shared-scorer-") as made:
         folder = Path(made) / "scorer"
         write_public(place, folder)
         (folder / CARD).write_text(card, encoding="utf-8", errors="replace")

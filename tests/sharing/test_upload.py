@@ -95,6 +95,7 @@ def test_a_scorer_that_was_sent_comes_back_to_the_bit_privately_and_without_path
     for name in ("README.md", "model.safetensors", "scorer.json"):
         assert f"file      {name}, {len(sent.files[name]):,} bytes" in said
         assert str(run.parent).encode() not in sent.files[name]
+        assert min(demo_set[1].iterdir()).stem.encode() not in sent.files[name]
     assert said.index("new, private; as me") < said.index(f"sent: {hub.url}/{NAME}")
 
     images = sorted(demo_set[1].iterdir())[:3]
