@@ -34,6 +34,7 @@ if __name__ == "__main__":
 import gradio as gr
 
 from cli.errors import one_line_errors
+from serving import hub
 from serving.answers import Answers, read_test_fold
 from serving.commands import parse_app_args
 from serving.page import build_page, serve
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page of the checkpoint that the command line names until Ctrl-C ends it."""
     with one_line_errors():
         args = parse_app_args(argv)
-        checkpoint = Path(args.checkpoint)
+        checkpoint = hub.local_folder(args.checkpoint)
         scorer = SharedScorer.load(checkpoint, device=args.device)
         folder = Path(gr.utils.get_upload_folder())
         answers = Answers(scorer, read_test_fold(checkpoint), folder, args.max_pixels)

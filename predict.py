@@ -20,6 +20,7 @@ if __name__ == "__main__":
         parse_predict_args()
 
 from cli.errors import one_line_errors
+from serving import hub
 from serving.batch_scoring import evaluate, join_shards, names_given, print_scores, write_scores, write_shard
 from serving.commands import parse_predict_args
 from serving.scorer import Scorer
@@ -29,13 +30,19 @@ __all__ = ["Scorer", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score what the command line names; print the table, or write it to --out. Or write the scorer itself."""
+    """Score what the command line names; print the table, or write it to --out. Or give the scorer itself away."""
     with one_line_errors():
         args = parse_predict_args(argv)
         if args.evaluate:
             evaluate(args)
             return
+        if args.push_to_hub:
+            from sharing.upload import push
+
+            push(args)
+            return
         names = names_given(args)
+        args.checkpoint = hub.local_folder(args.checkpoint)
         if args.export:
             from sharing.export import export  # with libraries that scoring does without
 

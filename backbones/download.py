@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LOCAL_DIR, HF_HUB = "local-dir:", "hf-hub:"
@@ -16,14 +17,22 @@ OFFLINE_WAYS = (
 
 def download(what: str, fetch: Callable[[], Any], ways: str = OFFLINE_WAYS) -> Any:
     """Run what may need a network; any failure becomes one line that names the ways without one."""
-    noisy = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
-    levels = [logger.level for logger in noisy]
-    for logger in noisy:  # retries, reports of what was loaded: what matters is told in our one line
-        logger.setLevel(logging.CRITICAL)
     try:
-        return fetch()
+        with quiet():
+            return fetch()
     except Exception as error:  # hub, HTTP and socket errors share no base; the cause is kept
         raise ValueError(f"cannot get {what}: {first_line(error)}. {ways}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without retries and reports of what was loaded in the libraries' logs: what matters is told in our one line."""
+    noisy = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
     finally:
         for logger, level in zip(noisy, levels, strict=True):
             logger.setLevel(level)

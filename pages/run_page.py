@@ -61,8 +61,6 @@ def run_content(run: Run, pictures: Pictures) -> dict[str, Any]:
 
 def about(options: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
     """What was trained on what, in a few words each."""
-    data = "demo set" if options.get("demo") else options.get("dataset", "")
-    data = options.get("data_csv_path", "") if data == "csv" else data
     weights = options.get("init_from") or f"{options.get('clip_model')} ({options.get('clip_pretrained')})"
     how = "all layers trained"
     if options.get("unfreeze_schedule"):
@@ -71,8 +69,16 @@ def about(options: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str
         how = f"{options.get('freeze_layers')} blocks frozen"
     how = "CLIP frozen" if options.get("freeze_clip") else how
     how += f", LoRA of rank {options['lora_rank']}" if options.get("lora_rank") else ""
-    words = (data, weights, how, f"seed {options.get('seed')}", provenance.get("machine"))
+    words = (data_name(options), weights, how, f"seed {options.get('seed')}", provenance.get("machine"))
     return [truncate(word) for word in words if word]
+
+
+def data_name(options: Mapping[str, Any]) -> str:
+    """The data of a run: names of data sets, or the path of a CSV."""
+    if options.get("demo"):
+        return "demo set"
+    name = str(options.get("dataset", ""))
+    return str(options.get("data_csv_path", "")) if name == "csv" else name
 
 
 def intervals_of(run: Run, task: str) -> dict[str, Sequence[float]]:

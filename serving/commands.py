@@ -10,12 +10,14 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from backbones.download import HF_HUB
 from cli.options import split_list
 from cli.parser import OneLineParser
 from configs import DATASET_NAMES, OPTIONS, check_dataset_name
 
 PRECISIONS = ("float32", "float16", "int8")
 EXPORT_NEEDS = ("onnx", "onnxscript", "onnxruntime")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 PILLOW_MAX_PIXELS = 178_956_970  # above which Pillow itself refuses an image
 
 
@@ -25,7 +27,8 @@ def build_predict_parser() -> argparse.ArgumentParser:
         prog="predict.py",
         usage="python predict.py --checkpoint RUN/best (IMAGE... | --csv FILE | --image_dir DIR) [flags]\n"
         "       python predict.py --checkpoint RUN --evaluate (--csv FILE | --dataset NAME --data_root DIR) [flags]\n"
-        "       python predict.py --checkpoint RUN/best --export DIR [IMAGE... | --image_dir DIR] [--precision P]",
+        "       python predict.py --checkpoint RUN/best --export DIR [IMAGE... | --image_dir DIR] [--precision P]\n"
+        "       python predict.py --checkpoint RUN/best --push_to_hub ORG/NAME [--public] [--license L] [--yes]",
         description="Score images with a trained run, in the MOS units of its training data.",
         allow_abbrev=False,
     )
@@ -34,7 +37,7 @@ def build_predict_parser() -> argparse.ArgumentParser:
         required=True,
         action="append",
         metavar="DIR",
-        help="RUN/best, or RUN itself; several times with --evaluate",
+        help="RUN/best, RUN itself, or hf-hub:ORG/NAME; several times with --evaluate",
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     parser.add_argument("--prompt", metavar="TEXT", help="what the images should show; without it: quality alone")
@@ -69,7 +72,7 @@ def build_predict_parser() -> argparse.ArgumentParser:
 
 
 def add_other_uses(parser: argparse.ArgumentParser) -> None:
-    """The flags of --evaluate and --export."""
+    """The flags of --evaluate, --export and --push_to_hub."""
     parser.add_argument(
         "--evaluate",
         action="store_true",
@@ -101,6 +104,16 @@ def add_other_uses(parser: argparse.ArgumentParser) -> None:
         help="with --export: float16 stores and computes CLIP with half the bits, int8 its linear layers with a "
         "quarter (default: float32)",
     )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="ORG/NAME",
+        help="share the checkpoint with a model card on the Hugging Face hub, privately; shown before, and asked for",
+    )
+    parser.add_argument("--public", action="store_true", help="with --push_to_hub: for everybody")
+    parser.add_argument(
+        "--license", metavar="L", help="with --push_to_hub: the hub's name of a licence, such as mit (default: none)"
+    )
+    parser.add_argument("--yes", action="store_true", help="with --push_to_hub: do not ask")
 
 
 def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -117,10 +130,13 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.checkpoints, args.checkpoint = args.checkpoint, args.checkpoint[0]
     check_evaluation(args)
     check_export(args)
+    check_push(args)
     check_shard(args)
+    for name in args.checkpoints:
+        check_hub_checkpoint(name)
     if args.images and (args.csv or args.image_dir):
         raise ValueError(f"{args.images[0]}: image files or {'--csv' if args.csv else '--image_dir'}, not both")
-    if not (args.images or args.csv or args.image_dir or args.evaluate or args.export):
+    if not (args.images or args.csv or args.image_dir or args.evaluate or args.export or args.push_to_hub):
         raise ValueError("no images to score: give IMAGE..., --csv FILE or --image_dir DIR; see --help")
     if args.csv and args.prompt is not None:
         raise ValueError("--prompt: the prompts come from --csv, drop one of the two")
@@ -213,6 +229,35 @@ def read_accounts(args: argparse.Namespace) -> dict[str, str]:
     return accounts
 
 
+def check_push(args: argparse.Namespace) -> None:
+    """Rules around --push_to_hub. Raises ValueError."""
+    if not args.push_to_hub:
+        for flag in ("public", "license", "yes"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag}: works with --push_to_hub only")
+        return
+    if args.images:
+        raise ValueError(f"{args.images[0]}: --push_to_hub scores no images, drop one of the two")
+    for flag in ("csv", "image_dir", "prompt", "out", "evaluate", "export", "shard", "join"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag}: does not go with --push_to_hub, drop one of the two")
+    if not HUB_NAME.fullmatch(args.push_to_hub):
+        raise ValueError(f"--push_to_hub {args.push_to_hub}: must be ORG/NAME, ORG being you or an organisation")
+    if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
+        raise ValueError(f"--license {args.license}: must be a name such as mit, apache-2.0, cc-by-4.0 or other")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--push_to_hub: runs in one process; leave torchrun out")
+
+
+def check_hub_checkpoint(name: str) -> bool:
+    """Whether a checkpoint is named as one on the hub. Raises ValueError for a name that is none."""
+    if not name.startswith(HF_HUB):
+        return False
+    if not HUB_NAME.fullmatch(name.removeprefix(HF_HUB)):
+        raise ValueError(f"--checkpoint {name}: must be {HF_HUB}ORG/NAME")
+    return True
+
+
 def build_app_parser() -> argparse.ArgumentParser:
     """The command line of app.py."""
     parser = OneLineParser(
@@ -222,7 +267,7 @@ def build_app_parser() -> argparse.ArgumentParser:
         "What is uploaded stays here and is deleted when the page ends.",
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="RUN/best, or RUN itself")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="RUN/best, RUN itself, or hf-hub:ORG/NAME")
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -264,7 +309,8 @@ def parse_app_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not 1 <= args.max_pixels <= PILLOW_MAX_PIXELS:
         raise ValueError(f"--max_pixels {args.max_pixels}: must lie in 1..{PILLOW_MAX_PIXELS}, Pillow reads no more")
     folder = Path(args.checkpoint)
-    if not any((folder / name).is_file() for name in ("scorer.json", "best/scorer.json")):
+    is_here = any((folder / name).is_file() for name in ("scorer.json", "best/scorer.json"))
+    if not check_hub_checkpoint(args.checkpoint) and not is_here:
         raise ValueError(f"--checkpoint {folder}: not a checkpoint, scorer.json is missing; name RUN/best or RUN")
     if not 1 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: must lie in 1..65535")

@@ -20,6 +20,7 @@ from inputs.batches import Batch, BatchOrder, Feed
 from inputs.decoding import decode, decode_all
 from inputs.texts import LevelledTexts, TextTable
 from inputs.views import Views
+from serving import hub
 from sources import examples
 from sources.scores import TASKS, columns_of
 from storage.image_files import read_file
@@ -95,9 +96,10 @@ class Scorer:
 
     @classmethod
     def load(cls: type[AnyScorer], path: str | Path, *, device: str = "auto", amp: str = "off") -> AnyScorer:
-        """Load a checkpoint folder (RUN/best, or RUN itself). Raises ValueError if it is none or is damaged."""
-        models.check_checkpoint(Path(path))
-        folder, state, description = checkpoints.load_weights(Path(path))
+        """Load RUN/best, RUN itself, or hf-hub:ORG/NAME. Raises ValueError if it is no checkpoint, or is damaged."""
+        place = hub.local_folder(path)
+        models.check_checkpoint(place)
+        folder, state, description = checkpoints.load_weights(place)
         try:
             backbone = loading.rebuild_backbone(description["clip"], folder, image_size=description["image_size"])
             model = models.build_model(backbone.clip, **description["model"])

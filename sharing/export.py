@@ -9,26 +9,22 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
 
 import models
 from evaluation.metrics import srocc
 from inputs.views import grid_shape
-from pages import elements, run_page
-from pages.run_data import Run, read_run
+from pages.run_data import Run
 from serving.scorer import Scorer
+from sharing.card import CARD, TEMPLATES, card_text, run_of
 from sharing.graph import DISABLED, DTYPES, GRAPH_FILE, ScoreGraph, write_graph
 from sharing.tokenizer import portable
-from sources.scores import TASKS, columns_of, title_of
+from sources.scores import columns_of
 from storage.atomic import temporary_name, write_errors
 from storage.image_files import FORMATS
 from storage.json_files import write_json
-from training import checkpoints
 
-TEMPLATES = Path(__file__).with_name("templates")
 SCRIPT = "score.py"
 MOST_COMPARED = 100  # images
 AT_ONCE = 16  # of them
@@ -67,20 +63,22 @@ def export(args: argparse.Namespace, names: Sequence[str]) -> dict[str, tuple[fl
             write_scorer(scorer, temporary, precision)
         found = compare(scorer, temporary, samples)
         with write_errors(target):
-            write_card(scorer, run, temporary, precision, samples, found)
+            card = card_text(
+                scorer,
+                run,
+                name=target.name,
+                graph=GRAPH_FILE,
+                precision=precision,
+                compared=compared_lines(samples, found) if found else [],
+            )
+            (temporary / CARD).write_text(card, encoding="utf-8", errors="replace")
             os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(path.stat().st_size for path in target.iterdir())
-    print(f"{target}: {precision}, {size / 1e6:.1f} MB; see its README.md")
+    print(f"{target}: {precision}, {size / 1e6:.1f} MB; see its {CARD}")
     print("\n".join(compared_lines(samples, found)))
     return found
-
-
-def run_of(checkpoint: Path) -> Run | None:
-    """The finished run that a checkpoint belongs to; None if it lies alone. Raises ValueError if that is damaged."""
-    folder = checkpoints.weights_folder(checkpoint).resolve().parent
-    return read_run(folder) if (folder / "results.json").exists() else None
 
 
 def samples_of(args: argparse.Namespace, names: Sequence[str], run: Run | None) -> Samples:
@@ -150,43 +148,3 @@ def compared_lines(samples: Samples, found: Mapping[str, tuple[float, float]]) -
         return ["compared with nothing: no images of the run's test fold are here; IMAGE... or --image_dir names some"]
     head = f"compared with the float32 scorer it was made from, on {len(samples.paths)} {samples.source}:"
     return [head, *(f"  {name}: SROCC {rank:.4f}, off by at most {far:.1g} MOS" for name, (rank, far) in found.items())]
-
-
-def write_card(
-    scorer: Scorer,
-    run: Run | None,
-    folder: Path,
-    precision: str,
-    samples: Samples,
-    found: Mapping[str, tuple[float, float]],
-) -> None:
-    """README.md: what the scorer is, what it is worth, and how it is used."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=False,  # it is no page; what came with the data goes through `cell`
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = cell
-    text = environment.get_template("model_card.md.j2").render(
-        run=run,
-        about=run_page.about(run.options, run.provenance) if run else [],
-        tables=[table for table in (run_page.score_table(run), run_page.certainty_table(run)) if table] if run else [],
-        source=scorer.description.get("source", "a CLIP"),
-        graph=GRAPH_FILE,
-        precision=precision,
-        scores=[
-            (columns_of(task)[1], title_of(task), scale, task in TASKS and task != "q")
-            for task, scale in scorer.scales.items()
-        ],
-        compared=compared_lines(samples, found) if found else [],
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
-
-
-def cell(value: Any) -> str:
-    """A text of somebody else's in a Markdown table or line."""
-    text = elements.truncate(value, 200)
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -94,15 +94,28 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
 def read_tensors_once(path: Path) -> tuple[dict[str, Tensor], Any]:
     """As `read_tensors`, but of a file that is not replaced meanwhile."""
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+        text, digest = metadata_of(file, path)
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
+    if digest_of(tensors, text) != digest:
+        raise ValueError(f"{path.name} is not as it was written: its checksum does not match")
+    return tensors, json.loads(text)
+
+
+def read_note(path: Path) -> Any:
+    """The JSON value beside the tensors of a file, which stay unread and unchecked. Raises as `read_tensors` does."""
+    weight_shapes(path)  # a stricter reader of headers than the next
+    with safe_open(path, framework="pt") as file:
+        return json.loads(metadata_of(file, path)[0])
+
+
+def metadata_of(file: Any, path: Path) -> tuple[str, str]:
+    """The JSON text that `write_tensors` put beside the tensors, and the digest of all. Raises ValueError."""
+    metadata = file.metadata() or {}
     checked = json.loads(metadata["checked"]) if "checked" in metadata else metadata  # older files have two entries
     if not isinstance(checked, dict) or not isinstance(text := checked.get("note", ""), str) or "sha256" not in checked:
         raise ValueError(f"{path.name} carries no checksum: this program did not write it")
-    if digest_of(tensors, text) != checked["sha256"]:
-        raise ValueError(f"{path.name} is not as it was written: its checksum does not match")
-    return tensors, json.loads(text)
+    return text, checked["sha256"]
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

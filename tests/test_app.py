@@ -80,6 +80,13 @@ def test_flags_that_cannot_work_are_refused(run, flags, message):
         commands.parse_app_args(["--checkpoint", str(run), *flags])
 
 
+def test_a_checkpoint_on_the_hub_is_named_by_two_parts():
+    port = ["--port", str(free_port())]
+    assert commands.parse_app_args(["--checkpoint", "hf-hub:me/scorer", *port]).checkpoint == "hf-hub:me/scorer"
+    with pytest.raises(ValueError, match="--checkpoint hf-hub:scorer: must be hf-hub:ORG/NAME"):
+        commands.parse_app_args(["--checkpoint", "hf-hub:scorer", *port])
+
+
 def test_a_port_that_is_taken_is_refused(run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import hub_server
 import pandas as pd
 import pytest
 from conftest import ROOT
@@ -209,6 +210,11 @@ def test_a_command_in_the_docs_works(command: str, world: Path, monkeypatch: pyt
         own, flags = words[: words.index("--")], words[words.index("--") + 1 :]
         sides = [word for word in own if word.startswith("--with_flags")]
         module.main([sides[0], "--seeds", "1", "2", "--", *fitted(flags, world)])
+    elif "me/my-scorer" in " ".join(words):
+        with hub_server.served() as hub:
+            hub_server.use(hub, world / "hub", monkeypatch)
+            module.main(["--checkpoint", "runs/demo/best", "--push_to_hub", "me/my-scorer", "--yes"])
+            module.main([*words, "--yes"] if "--push_to_hub" in words else words)
     elif script == "search.py" and "--program" in words:
         monkeypatch.setattr("regions.demo_set.NUM_IMAGES", 32)
         module.main([*words, "--cache_dir", str(world / "small"), "--epochs", "1", "--trials", "2", "--seeds", "0"])

@@ -25,6 +25,7 @@ from pages.run_data import Run
 from serving import commands
 from serving.scorer import Scorer
 from sharing import export
+from sharing.card import card_text
 from sharing.graph import ScoreGraph
 from storage.image_files import FORMATS
 
@@ -193,11 +194,10 @@ def test_a_tower_that_cannot_be_followed_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_card_says_what_is_not_known_and_repeats_no_markup(tmp_path):
+def test_a_card_says_what_is_not_known_and_repeats_no_markup():
     own = SMALL["probe, another score"]()
     own.description["source"] = "a | <script>`\nCLIP"
-    export.write_card(own, None, tmp_path, "int8", export.Samples("", [], []), {})
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    card = card_text(own, None, name="x", graph="scorer.onnx", precision="int8")
     assert "Not known: no `results.json` lay beside the checkpoint." in card
     assert "not compared with those of the run." in card
     assert "a \\| &lt;script>' CLIP with small heads on its embeddings, as ONNX in int8." in card
