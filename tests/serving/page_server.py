@@ -37,10 +37,11 @@ def form(image: bytes | None = None, name: str = "a.jpg", **fields: str) -> byte
 class Server:
     """A page that is served. `asked` holds whom this process has asked for anything beside it, which is refused."""
 
-    def __init__(self, url: str, asked: list[object], answers: Answers) -> None:
+    def __init__(self, url: str, asked: list[object], answers: Answers, accounts: Mapping[str, str]) -> None:
         self.url = url
         self.asked = asked
         self.answers = answers
+        self.accounts = accounts
         self.clients: dict[tuple[str, str] | None, Client] = {}
 
     def get(
@@ -122,7 +123,7 @@ def served(scorer: SharedScorer, run: Path, folder: Path, **accounts: str) -> It
         page = build_page(answers)
         routes = build_routes(answers, describe(scorer, run), accounts)
         url = serve(page, "127.0.0.1", port, routes=routes, accounts=accounts)
-        server = Server(url.rstrip("/"), asked, answers)
+        server = Server(url.rstrip("/"), asked, answers, accounts)
         yield server
         for client in server.clients.values():
             client.close()
