@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_without_gradio_it_is_asked_for(run):
         (["--max_pixels", "178956971"], "--max_pixels 178956971: must lie in"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1 --port 7860: cannot listen there"),
         (["--prot", "1"], "did you mean --port?"),
+        (["--auth", "me"], "--auth: must be USER:PASSWORD, neither empty"),
+        (["--auth", ":s3cret"], "--auth: must be USER:PASSWORD"),
+        (["--auth", "me :s3cret"], "no space around USER"),
+        (["--auth", "me:s3cret", "--auth_file", "x"], "--auth_file: drop either it or --auth"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(run, flags, message):
@@ -85,6 +90,30 @@ def test_a_checkpoint_on_the_hub_is_named_by_two_parts():
     assert commands.parse_app_args(["--checkpoint", "hf-hub:me/scorer", *port]).checkpoint == "hf-hub:me/scorer"
     with pytest.raises(ValueError, match="--checkpoint hf-hub:scorer: must be hf-hub:ORG/NAME"):
         commands.parse_app_args(["--checkpoint", "hf-hub:scorer", *port])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\n", "must have a line USER:PASSWORD"),
+        (b"me:s3cret\ns3cret\n", " line 2: must be USER:PASSWORD"),
+        (b"me:s3cret\nme:other\n", " line 2: the user me has a line above already"),
+        (b"me:s3cret\xff", "must be text in UTF-8"),
+    ],
+)
+def test_a_file_of_passwords_that_cannot_be_used_is_refused_without_telling_any(run, tmp_path, text, message):
+    (tmp_path / "passwords").write_bytes(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        commands.parse_app_args(["--checkpoint", str(run), "--auth_file", str(tmp_path / "passwords")])
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_file_of_passwords_has_a_user_in_each_line(run, tmp_path):
+    (tmp_path / "passwords").write_text("me:s3cret\n\nyou:with: colon\n", encoding="utf-8")
+    args = commands.parse_app_args(
+        ["--checkpoint", str(run), "--port", str(free_port()), "--auth_file", str(tmp_path / "passwords")]
+    )
+    assert args.accounts == {"me": "s3cret", "you": "with: colon"}
 
 
 def test_a_port_that_is_taken_is_refused(run):
@@ -161,3 +190,33 @@ def test_the_program_asks_no_other_machine_and_ends_quietly(demo_set, tmp_path):
     time.sleep(0.5)  # for what is asked in another thread
     assert found.end(signal.SIGINT) == (0, "\n", "")
     assert (found.asked, list(tmp_path.iterdir())) == ([], [])
+
+
+WARM, MOST_GROWN = 500, 10_000  # requests before memory is measured; kB that all others together may add to it
+
+
+def memory_kb(process: int) -> int:
+    """Memory of a process that is its own and in use."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])
+
+
+@pytest.mark.slow
+@pytest.mark.torture
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_memory_stays_flat_over_requests(demo_set, tmp_path, is_torture, figure):
+    number = 5000 if is_torture else 1000
+    image = min(demo_set[1].glob("*.jpg")).read_bytes()
+    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
+    found = Server(finished_run(demo_set), tmp_path)
+    request = urllib.request.Request(
+        f"{found.url}/score", head + image + b"\r\n--x--\r\n", {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda _: ask(request, timeout=60).read(), range(WARM)))
+        before = memory_kb(found.process.pid)
+        assert all(pool.map(lambda _: ask(request, timeout=60).read(), range(number)))
+    grown = memory_kb(found.process.pid) - before
+    figure("memory of a server", f"{grown / number:.2f} kB more per request over {number}")
+    assert found.end(signal.SIGINT)[0] == 0
+    assert grown < MOST_GROWN  # an image that stayed would be 33 kB as a file, more when decoded

@@ -71,6 +71,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (best / "scorer.json").write_text("{}")
         (best.parent / "config.json").write_text(json.dumps(TrainingConfig().to_json()))
     (place / "space.json").write_text(spaces()[-1], encoding="utf-8")
+    (place / "passwords").write_text("me:s3cret\n", encoding="utf-8")
     return place
 
 
@@ -274,7 +275,13 @@ def test_the_python_in_the_readme_runs(demo_set, tmp_path: Path, monkeypatch: py
 
 
 def test_every_flag_in_the_docs_exists() -> None:
-    known = {"--with_flags", "--seeds"} | {"--model", "--num_images", "--cases", "--ours_only"}  # of tools/ and bench/
+    known = {"--with_flags", "--seeds"} | {
+        "--model",
+        "--num_images",
+        "--cases",
+        "--ours_only",
+        "--before",
+    }  # of tools/ and bench/
     parsers = (
         *(arguments.build_parser(), tuning_arguments.build_search_parser()),
         *(commands.build_predict_parser(), commands.build_app_parser(), vqa_configs.parser()),

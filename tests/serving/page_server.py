@@ -37,11 +37,12 @@ def form(image: bytes | None = None, name: str = "a.jpg", **fields: str) -> byte
 class Server:
     """A page that is served. `asked` holds whom this process has asked for anything beside it, which is refused."""
 
-    def __init__(self, url: str, asked: list[object], answers: Answers) -> None:
+    def __init__(self, url: str, asked: list[object], answers: Answers, accounts: Mapping[str, str]) -> None:
         self.url = url
         self.asked = asked
         self.answers = answers
-        self.clients: list[Client] = []
+        self.accounts = accounts
+        self.clients: dict[tuple[str, str] | None, Client] = {}
 
     def get(
         self,
@@ -66,11 +67,11 @@ class Server:
         assert self.get("/gradio_api/queue/join", body)[0] == 200
         return self.get(f"/gradio_api/queue/data?session_hash={session}")[1]
 
-    def client(self, **options: Any) -> Client:
+    def client(self, auth: tuple[str, str] | None = None) -> Client:
         """Gradio's client of the page."""
-        client = Client(self.url, verbose=False, **options)
-        self.clients.append(client)
-        return client
+        if auth not in self.clients:
+            self.clients[auth] = Client(self.url, verbose=False, analytics_enabled=False, auth=auth)
+        return self.clients[auth]
 
     def config(self) -> dict[str, Any]:
         """The page's parts and events."""
@@ -113,18 +114,18 @@ def served(scorer: SharedScorer, run: Path, folder: Path, **accounts: str) -> It
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
         for name in ("get", "async_validate_url"):  # which serving replaces
             patch.setattr(gr.processing_utils.sh, name, getattr(gr.processing_utils.sh, name))
-        patch.setattr(
-            "gradio_client.client.build_hf_headers", lambda **options: {}
-        )  # asks huggingface.co for something
+        # Gradio's client, not the page, would ask huggingface.co for something, and tell it something.
+        patch.setattr("gradio_client.client.build_hf_headers", lambda **options: {})
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
         port = free_port()
         asked = refuse_others(patch, port)
         answers = Answers(scorer, read_test_fold(run), folder, max_pixels=1_000_000)
         page = build_page(answers)
         routes = build_routes(answers, describe(scorer, run), accounts)
         url = serve(page, "127.0.0.1", port, routes=routes, accounts=accounts)
-        server = Server(url.rstrip("/"), asked, answers)
+        server = Server(url.rstrip("/"), asked, answers, accounts)
         yield server
-        for client in server.clients:
+        for client in server.clients.values():
             client.close()
         page.close(verbose=False)
 
