@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import os
 import runpy
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
 
 import models
 from evaluation.metrics import srocc
-from inputs.views import grid_shape
-from pages import elements, run_page
+from pages import run_page
 from pages.run_data import Run, read_run
 from serving.scorer import Scorer
-from sharing.graph import DISABLED, DTYPES, GRAPH_FILE, ScoreGraph, write_graph
+from sharing.folder import CARD, PIXELS, copy_scripts, importable, new_folder, pixel_settings, rendered, summary
+from sharing.graph import GRAPH_FILE, ScoreGraph, write_graph
+from sharing.onnx_files import DISABLED, DTYPES
 from sharing.tokenizer import portable
 from sources.scores import TASKS, columns_of, title_of
-from storage.atomic import temporary_name, write_errors
-from storage.image_files import FORMATS
+from storage.atomic import write_errors
 from storage.json_files import write_json
 from training import checkpoints
 
-TEMPLATES = Path(__file__).with_name("templates")
 SCRIPT = "score.py"
 MOST_COMPARED = 100  # images
 AT_ONCE = 16  # of them
@@ -60,19 +55,13 @@ def export(args: argparse.Namespace, names: Sequence[str]) -> dict[str, tuple[fl
     scorer = Scorer.load(args.checkpoint, device="cpu")
     run = run_of(Path(args.checkpoint))
     samples = samples_of(args, names, run)
-    temporary = temporary_name(target)
-    try:
+    with new_folder(target) as folder:
         with write_errors(target):
-            temporary.mkdir()
-            write_scorer(scorer, temporary, precision)
-        found = compare(scorer, temporary, samples)
+            write_scorer(scorer, folder, precision)
+        found = compare(scorer, folder, samples)
         with write_errors(target):
-            write_card(scorer, run, temporary, precision, samples, found)
-            os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    size = sum(path.stat().st_size for path in target.iterdir())
-    print(f"{target}: {precision}, {size / 1e6:.1f} MB; see its README.md")
+            write_card(scorer, run, folder, precision, samples, found)
+    print(summary(target, precision))
     print("\n".join(compared_lines(samples, found)))
     return found
 
@@ -104,25 +93,17 @@ def write_scorer(scorer: Scorer, folder: Path, precision: str) -> None:
         made.save(str(folder / "tokenizer.json"))
         levels = models.LEVEL_TEXTS["consistency"] if scorer.has_levels else []
         text = {"patterns": ["{prompt}", *levels], **before}
-    views = scorer.views()
     settings = {
         "scores": {
             columns_of(task)[1]: {"low": scale.low, "high": scale.high} for task, scale in scorer.scales.items()
         },
-        "decode": {"formats": list(FORMATS), "size": views.decode_size},
-        "views": {
-            "size": views.image_size,
-            "mode": views.resize_mode,
-            "interpolation": views.interpolation.value,
-            "whole": views.global_view,
-            "crops": list(grid_shape(views.test_crops)) if views.test_crops else None,
-        },
+        **pixel_settings(scorer.views()),
         "text": text,
         "session": {"disabled_optimizers": DISABLED.get(precision, [])},
     }
     write_json(folder / "preprocess.json", settings)
     write_graph(graph, folder, precision)
-    shutil.copyfile(TEMPLATES / SCRIPT, folder / SCRIPT)
+    copy_scripts(folder, SCRIPT, PIXELS)
 
 
 def compare(scorer: Scorer, folder: Path, samples: Samples) -> dict[str, tuple[float, float]]:
@@ -130,7 +111,8 @@ def compare(scorer: Scorer, folder: Path, samples: Samples) -> dict[str, tuple[f
     if not samples.paths:
         return {}
     expected = scorer.score(samples.paths, samples.prompts)
-    other = runpy.run_path(str(folder / SCRIPT))["Scorer"](folder)
+    with importable(folder):
+        other = runpy.run_path(str(folder / SCRIPT))["Scorer"](folder)
     parts = [
         other.score(samples.paths[start : start + AT_ONCE], samples.prompts[start : start + AT_ONCE])
         for start in range(0, len(samples.paths), AT_ONCE)
@@ -160,17 +142,9 @@ def write_card(
     samples: Samples,
     found: Mapping[str, tuple[float, float]],
 ) -> None:
-    """README.md: what the scorer is, what it is worth, and how it is used."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=False,  # it is no page; what came with the data goes through `cell`
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = cell
-    text = environment.get_template("model_card.md.j2").render(
+    """The card: what the scorer is, what it is worth, and how it is used."""
+    text = rendered(
+        "model_card.md.j2",
         run=run,
         about=run_page.about(run.options, run.provenance) if run else [],
         tables=[table for table in (run_page.score_table(run), run_page.certainty_table(run)) if table] if run else [],
@@ -183,10 +157,4 @@ def write_card(
         ],
         compared=compared_lines(samples, found) if found else [],
     )
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
-
-
-def cell(value: Any) -> str:
-    """A text of somebody else's in a Markdown table or line."""
-    text = elements.truncate(value, 200)
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    (folder / CARD).write_text(text, encoding="utf-8", errors="replace")
