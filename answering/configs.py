@@ -464,8 +464,6 @@ def check_exporting(config: VQAConfig) -> None:
     for flag, value in (("--image", config.image), ("--question", config.question), ("--answers", config.answers)):
         if value:
             raise ValueError(f"{flag}: belongs to --mode ask")
-    if config.branches not in (None, "fine"):
-        raise ValueError(f"--branches {config.branches}: of a run, the fine branch alone can be exported")
     check_export("--mode export", "--output", config.output, config.device)
 
 

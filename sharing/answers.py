@@ -73,7 +73,7 @@ def export(config: VQAConfig) -> dict[str, float]:
     """
     target = Path(str(config.output))
     loaded = asking.load(replace(config, device="cpu"))
-    answerer = alone(loaded, asked_for=config.branches is not None)
+    answerer = alone(loaded, config.branches)
     folder = checkpoints.weights_folder(Path(str(config.checkpoint))).resolve().parent
     run = read_answers_run(folder) if (folder / run_folder.RESULTS_FILE).exists() else None
     branch = cast(FineBranch, answerer.model.branches["fine"])
@@ -93,12 +93,23 @@ def export(config: VQAConfig) -> dict[str, float]:
     return {} if found is None else {name: value for name, value in vars(found).items() if name != "source"}
 
 
-def alone(answerer: Answerer, *, asked_for: bool) -> Answerer:
-    """The same with its fine branch alone. Raises ValueError if there is none, or others nobody asked to leave out."""
+def alone(answerer: Answerer, wanted: str | None) -> Answerer:
+    """The same with its fine branch alone.
+
+    Args:
+        wanted: the branch that was asked for by name; None: the run.
+
+    Raises:
+        ValueError: that is another one, or several.
+    """
     names = list(answerer.model.branches)
+    if wanted not in (None, "fine"):
+        raise ValueError(f"--branches {wanted}: the fine branch alone can be exported")
     if "fine" not in names:
-        raise ValueError(f"--mode export: this run has no fine branch, which alone can be exported, but {names[0]}")
-    if len(names) > 1 and not asked_for:
+        raise ValueError(
+            f"--mode export: this run answers by {' and '.join(names)}; the fine branch alone can be exported"
+        )
+    if len(names) > 1 and wanted is None:
         raise ValueError(
             f"--mode export: this run answers by {', '.join(names[:-1])} and {names[-1]} together, which cannot be "
             "exported; --branches fine exports the fine branch alone, whose answers are others"
