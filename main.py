@@ -3,6 +3,7 @@
     python main.py --demo                                # works without data or network
     python main.py --dataset VQA --data_root VQA --features VQA/trainval_36.zip
     python main.py --mode ask --checkpoint RUN/best --image cat.jpg --question "What is it?"
+    python main.py --mode export --checkpoint RUN/best --output exported
     python main.py --help
 
 `run(config)` is the whole story: data, model, optimiser, epochs, the test fold once, results.
@@ -106,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         signals.Signals() as stop_signals,
     ):
         config = parse_args(argv)
+        if config.mode == "export":
+            from sharing.answers import export  # with libraries that training does without
+
+            return export(config)
         if config.mode != "train":
             return asking.ASKING[config.mode](config)
         with run_files.with_folder(config) as config:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from answering import images, outcome, remarks
-from answering.configs import CLIP, VQAConfig
+from answering.configs import CLIP, ONE_BY_ONE, VQAConfig
 from answering.experiment import Experiment
 from answering.folds import read_questions, sources, with_regions
 from answering.run_files import DESCRIPTION
@@ -95,7 +95,7 @@ def trained_options(config: VQAConfig, description: Mapping[str, Any]) -> dict[s
         options["features"] = config.features or (CLIP if by_clip else None)
     if config.sg_source not in ("none", options["sg_source"]):
         raise ValueError(f"--sg_source {config.sg_source}: this run was trained with {options['sg_source']}; drop it")
-    if options["sg_source"] == "predicted" and not config.scene_graphs and config.mode != "ask":
+    if options["sg_source"] == "predicted" and not config.scene_graphs and config.mode not in ONE_BY_ONE:
         raise ValueError(
             "--sg_source predicted --scene_graphs DIR: this run was trained with such scene graphs, so it needs those "
             "of the images asked about"

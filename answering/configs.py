@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cli.exports import PRECISIONS, check_export
 from cli.options import Config, option, options_of, split_list
 from cli.parser import OneLineParser, build_parser, flag_words, load_options, parse_flags, refuse_another_run
 
 DATASET_NAMES = ("GQA", "VQA", "csv")
 BRANCHES = ("fine", "coarse", "graph")
 CLIP = "clip"  # of --features: no files, but the patches of a CLIP
-MODES = ("train", "evaluate", "predict", "ask")
+ONE_BY_ONE = ("ask", "export")  # modes that read no fold of questions, and scene graphs only if there are any
+MODES = ("train", "evaluate", "predict", "ask", "export")
 
 GROUPS = {
     "data": "questions, answers, and what is known of the images",
@@ -58,7 +60,10 @@ DEMO_SETTINGS: dict[str, Any] = {
 }
 
 # Facts about a place, not about an experiment: a run that is gone on with may have others.
-NOT_SAVED = ("output", "overwrite", "resume", "dry_run", "mode", "image", "question", "answers", "explain", "fold")
+NOT_SAVED = (
+    *("output", "overwrite", "resume", "dry_run", "mode", "image", "question", "answers", "explain", "fold"),
+    "precision",
+)
 # Options that only decide where and how fast something is computed, or what is said and kept of it.
 FREE = ("cache_dir", "device", "advice", "report", "tensorboard", "tracker", "save_every_minutes", "keep_states")
 
@@ -258,7 +263,8 @@ class VQAConfig(Config):
         "train",
         "meta",
         "evaluate, predict: answer the questions of --fold by --checkpoint, and write the official result file; ask: "
-        "answer --question about --image",
+        "answer --question about --image; export: write the fine branch as ONNX into --output, a new folder, with an "
+        "answer.py that needs no torch, and compare both on questions of the run's test fold",
         choices=MODES,
     )
     checkpoint: str | None = option(
@@ -279,10 +285,17 @@ class VQAConfig(Config):
     explain: bool = option(
         False, "meta", "with --mode ask: also print what the answer rests on, and draw it on the image into --output"
     )
+    precision: str = option(
+        "float32",
+        "meta",
+        "with --mode export: float16 stores and computes with half the bits, int8 linear layers with a quarter",
+        choices=PRECISIONS,
+    )
     output: str | None = option(
         None,
         "meta",
-        "folder of the run (default: runs/<time>-<data set>-<branches>), or file of the answers or the picture",
+        "folder of the run (default: runs/<time>-<data set>-<branches>) or of an export, or file of the answers or the "
+        "picture",
         metavar="PATH",
     )
     overwrite: bool = option(False, "meta", "replace what is there")
@@ -352,9 +365,11 @@ class VQAConfig(Config):
             check_answering(self)
         if self.explain and self.mode != "ask":
             raise ValueError("--explain: belongs to --mode ask")
+        if self.precision != "float32" and self.mode != "export":
+            raise ValueError(f"--precision {self.precision}: belongs to --mode export")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite starts again: drop one")
-        if self.sg_source == "predicted" and not (self.scene_graphs or self.demo) and self.mode != "ask":
+        if self.sg_source == "predicted" and not (self.scene_graphs or self.demo) and self.mode not in ONE_BY_ONE:
             raise ValueError("--sg_source predicted: needs --scene_graphs, the folder of their files")
         if self.scene_graphs and self.sg_source == "none":
             raise ValueError("--scene_graphs: say by --sg_source whether they are gt (people's) or predicted")
@@ -430,6 +445,8 @@ def check_answering(config: VQAConfig) -> None:
             raise ValueError(f"--output {config.output}: --explain draws a PNG; name a file that ends in .png")
         if config.output and not config.explain:
             raise ValueError(f"--output {config.output}: --mode ask writes only what --explain draws; add it")
+    elif config.mode == "export":
+        check_exporting(config)
     elif not (config.data_csv_path if config.dataset == "csv" else config.data_root):
         flag = "--data_csv_path" if config.dataset == "csv" else "--data_root"
         raise ValueError(f"--mode {config.mode}: needs {flag}, where the questions are")
@@ -438,6 +455,16 @@ def check_answering(config: VQAConfig) -> None:
             raise ValueError(f"--{name}: belongs to training; drop it, or --mode {config.mode}")
     if config.repeats > 1:
         raise ValueError(f"--repeats {config.repeats}: belongs to training; drop it, or --mode {config.mode}")
+
+
+def check_exporting(config: VQAConfig) -> None:
+    """Rules between the options of --mode export. Raises ValueError."""
+    if not config.output:
+        raise ValueError("--mode export: needs --output DIR, a new folder")
+    for flag, value in (("--image", config.image), ("--question", config.question), ("--answers", config.answers)):
+        if value:
+            raise ValueError(f"{flag}: belongs to --mode ask")
+    check_export("--mode export", "--output", config.output, config.device)
 
 
 OPTIONS = options_of(VQAConfig)

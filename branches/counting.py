@@ -26,7 +26,7 @@ class PiecewiseLinear(nn.Module):
         """(...) -> (...)."""
         rise = self.rise.abs() / self.rise.abs().sum()
         heights = torch.cat([rise.new_zeros(1), rise.cumsum(0)])
-        place = x.clamp(0, 1) * len(rise)
+        place = (x * len(rise)).clamp(0, len(rise))
         piece = place.detach().long().clamp(max=len(rise) - 1)
         return heights[piece] + (place - piece) * rise[piece]
 

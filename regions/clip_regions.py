@@ -148,7 +148,7 @@ class PatchRegions(ClipImages):
             ValueError: the tower cannot be taken apart.
         """
         super().__init__(backbone, runtime, paths, cache, stages_with_patches(backbone.clip.visual))
-        _, self.width, side, _ = self.maps([self.black()]).shape
+        _, self.width, side, _ = as_map(self.maps([self.black()])).shape
         self.rows = max(1, min(side, math.isqrt(most)))
         self.boxes = grid(self.rows)
         self.open((self.rows**2, self.width), torch.float16, "patches")
@@ -157,17 +157,9 @@ class PatchRegions(ClipImages):
         """See `features.RegionFiles`."""
         return len(self.boxes)
 
-    def maps(self, images: Sequence[Tensor]) -> Tensor:
-        """Decoded images -> (B, F, rows, columns), what leaves the tower's last stage that has patches."""
-        x = super().maps(images)
-        if x.ndim == 3:  # tokens, the class token first
-            side = math.isqrt(x.shape[1] - 1)
-            x = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        return x
-
     def look(self, images: Sequence[Tensor]) -> Tensor:
         """Decoded images -> (B, K, F) float16. Raises ValueError for numbers that this cannot hold."""
-        x = F.adaptive_avg_pool2d(self.maps(images).float(), self.rows).flatten(2).transpose(1, 2).half()
+        x = pooled(self.maps(images), self.rows)
         if not x.isfinite().all():
             raise ValueError(f"{FLAG}: this CLIP's patches are not finite in half precision; choose another")
         return x
@@ -198,6 +190,19 @@ def stages_with_patches(visual: Any) -> int:
     if num < 1:
         raise ValueError(f"{FLAG}: this CLIP's image tower has no patches that can be read; choose another")
     return num
+
+
+def as_map(x: Tensor) -> Tensor:
+    """What leaves a stage that has patches, tokens (B, 1 + N, F) or already a map -> (B, F, rows, columns)."""
+    if x.ndim == 4:
+        return x
+    side = math.isqrt(x.shape[1] - 1)
+    return x[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # the class token comes first
+
+
+def pooled(x: Tensor, rows: int) -> Tensor:
+    """The same -> (B, K, F) float16, averaged to a grid of that many rows."""
+    return F.adaptive_avg_pool2d(as_map(x).float(), rows).flatten(2).transpose(1, 2).half()
 
 
 def grid(rows: int) -> NDArray[np.float32]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import socket
@@ -11,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backbones.download import HF_HUB
+from cli.exports import PRECISIONS, check_export
 from cli.options import split_list
 from cli.parser import OneLineParser
 from configs import DATASET_NAMES, OPTIONS, check_dataset_name
 
-PRECISIONS = ("float32", "float16", "int8")
-EXPORT_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 PILLOW_MAX_PIXELS = 178_956_970  # above which Pillow itself refuses an image
 
@@ -129,7 +127,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--chunk_size {args.chunk_size}: must be at least 1")
     args.checkpoints, args.checkpoint = args.checkpoint, args.checkpoint[0]
     check_evaluation(args)
-    check_export(args)
+    check_exporting(args)
     check_push(args)
     check_shard(args)
     for name in args.checkpoints:
@@ -184,7 +182,7 @@ def check_shard(args: argparse.Namespace) -> None:
         args.shard = int(found[1]), int(found[2])
 
 
-def check_export(args: argparse.Namespace) -> None:
+def check_exporting(args: argparse.Namespace) -> None:
     """Rules around --export. Raises ValueError."""
     if not args.export:
         if args.precision:
@@ -195,14 +193,7 @@ def check_export(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag}: does not go with --export, drop one of the two")
     if args.prompt is not None and not (args.images or args.image_dir):
         raise ValueError("--prompt: belongs to IMAGE... or --image_dir; without them the run's own prompts are used")
-    if args.device not in ("auto", "cpu"):
-        raise ValueError(f"--device {args.device}: an export is made on the CPU, drop it")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--export: runs in one process; leave torchrun out")
-    if os.path.lexists(args.export) or not Path(args.export).parent.is_dir():
-        raise ValueError(f"--export {args.export}: must be a new folder, in one that exists")
-    if missing := [name for name in EXPORT_NEEDS if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--export: needs {', '.join(missing)}: pip install -r requirements-extra.txt")
+    check_export("--export", "--export", args.export, args.device)
 
 
 def read_accounts(args: argparse.Namespace) -> dict[str, str]:

@@ -8,20 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from backbones.download import HF_HUB, LOCAL_DIR
 from cli.options import split_list
 from configs import DATASET_NAMES
-from pages import elements, run_page
+from pages import run_page
 from pages.run_data import Run, read_run
 from serving.scorer import Scorer
+from sharing.folder import rendered
 from sources.scores import TASKS, columns_of, title_of
 from training import checkpoints
 
-TEMPLATES = Path(__file__).with_name("templates")
-CARD = "README.md"
 METRICS = {"srocc": "spearmanr", "plcc": "pearsonr"}  # measures -> the hub's names of them
 TASK_TYPE = "image-classification"  # the nearest: the hub knows no task that ends in a number
 
@@ -40,18 +38,10 @@ def card_text(scorer: Scorer, run: Run | None, *, name: str, license_name: str =
         license_name: the hub's name of a licence; "" if none was stated.
         form: `graph`, `precision` and `compared` of an exported scorer, or `repository` on the hub.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=False,  # it is no page; what came with the data goes through `cell`
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = cell
     known = {"graph": "", "precision": "", "compared": [], "repository": "", **form}
-    return environment.get_template("model_card.md.j2").render(
-        known,
+    return rendered(
+        "model_card.md.j2",
+        **known,
         metadata=metadata(scorer, run, name, license_name, library="onnx" if known["graph"] else "pytorch").to_yaml(),
         license=license_name,
         run=run,
@@ -134,9 +124,3 @@ def public_name(text: str) -> str:
     path = Path(text.removeprefix(LOCAL_DIR))
     is_meant = text.startswith((LOCAL_DIR, ".", "~", "/")) or len(path.parts) > 2
     return path.name if is_meant or os.path.exists(path) else text
-
-
-def cell(value: Any) -> str:
-    """A text of somebody else's in a Markdown table or line."""
-    text = elements.truncate(value, 200)
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

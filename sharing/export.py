@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import runpy
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +12,15 @@ import numpy as np
 
 import models
 from evaluation.metrics import srocc
-from inputs.views import grid_shape
 from pages.run_data import Run
 from serving.scorer import Scorer
-from sharing.card import CARD, TEMPLATES, card_text, run_of
-from sharing.graph import DISABLED, DTYPES, GRAPH_FILE, ScoreGraph, write_graph
+from sharing.card import card_text, run_of
+from sharing.folder import CARD, PIXELS, copy_scripts, importable, new_folder, pixel_settings, summary
+from sharing.graph import GRAPH_FILE, ScoreGraph, write_graph
+from sharing.onnx_files import DISABLED, DTYPES
 from sharing.tokenizer import portable
 from sources.scores import columns_of
-from storage.atomic import temporary_name, write_errors
-from storage.image_files import FORMATS
+from storage.atomic import write_errors
 from storage.json_files import write_json
 
 SCRIPT = "score.py"
@@ -56,12 +54,10 @@ def export(args: argparse.Namespace, names: Sequence[str]) -> dict[str, tuple[fl
     scorer = Scorer.load(args.checkpoint, device="cpu")
     run = run_of(Path(args.checkpoint))
     samples = samples_of(args, names, run)
-    temporary = temporary_name(target)
-    try:
+    with new_folder(target) as folder:
         with write_errors(target):
-            temporary.mkdir()
-            write_scorer(scorer, temporary, precision)
-        found = compare(scorer, temporary, samples)
+            write_scorer(scorer, folder, precision)
+        found = compare(scorer, folder, samples)
         with write_errors(target):
             card = card_text(
                 scorer,
@@ -71,12 +67,8 @@ def export(args: argparse.Namespace, names: Sequence[str]) -> dict[str, tuple[fl
                 precision=precision,
                 compared=compared_lines(samples, found) if found else [],
             )
-            (temporary / CARD).write_text(card, encoding="utf-8", errors="replace")
-            os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    size = sum(path.stat().st_size for path in target.iterdir())
-    print(f"{target}: {precision}, {size / 1e6:.1f} MB; see its {CARD}")
+            (folder / CARD).write_text(card, encoding="utf-8", errors="replace")
+    print(summary(target, precision))
     print("\n".join(compared_lines(samples, found)))
     return found
 
@@ -102,25 +94,17 @@ def write_scorer(scorer: Scorer, folder: Path, precision: str) -> None:
         made.save(str(folder / "tokenizer.json"))
         levels = models.LEVEL_TEXTS["consistency"] if scorer.has_levels else []
         text = {"patterns": ["{prompt}", *levels], **before}
-    views = scorer.views()
     settings = {
         "scores": {
             columns_of(task)[1]: {"low": scale.low, "high": scale.high} for task, scale in scorer.scales.items()
         },
-        "decode": {"formats": list(FORMATS), "size": views.decode_size},
-        "views": {
-            "size": views.image_size,
-            "mode": views.resize_mode,
-            "interpolation": views.interpolation.value,
-            "whole": views.global_view,
-            "crops": list(grid_shape(views.test_crops)) if views.test_crops else None,
-        },
+        **pixel_settings(scorer.views()),
         "text": text,
         "session": {"disabled_optimizers": DISABLED.get(precision, [])},
     }
     write_json(folder / "preprocess.json", settings)
     write_graph(graph, folder, precision)
-    shutil.copyfile(TEMPLATES / SCRIPT, folder / SCRIPT)
+    copy_scripts(folder, SCRIPT, PIXELS)
 
 
 def compare(scorer: Scorer, folder: Path, samples: Samples) -> dict[str, tuple[float, float]]:
@@ -128,7 +112,8 @@ def compare(scorer: Scorer, folder: Path, samples: Samples) -> dict[str, tuple[f
     if not samples.paths:
         return {}
     expected = scorer.score(samples.paths, samples.prompts)
-    other = runpy.run_path(str(folder / SCRIPT))["Scorer"](folder)
+    with importable(folder):
+        other = runpy.run_path(str(folder / SCRIPT))["Scorer"](folder)
     parts = [
         other.score(samples.paths[start : start + AT_ONCE], samples.prompts[start : start + AT_ONCE])
         for start in range(0, len(samples.paths), AT_ONCE)

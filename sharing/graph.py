@@ -5,13 +5,8 @@ Shapes: B images, V views of each, S pixels per side, P distinct texts, N tokens
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,13 +15,10 @@ from torch import Tensor, nn
 import models
 from backbones import towers
 from serving.scorer import Scorer
+from sharing.onnx_files import write_onnx
 from sources.scores import columns_of
-from storage.messages import one_line
 
 GRAPH_FILE = "scorer.onnx"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.float32}  # in which the towers compute
-# Of onnxruntime's optimisers, those that a graph crashes in: this one lays out convolutions of 16 bits on CPUs.
-DISABLED = {"float16": ["NchwcTransformer"]}
 
 
 class ScoreGraph(nn.Module):
@@ -114,63 +106,8 @@ class ScoreGraph(nn.Module):
 
 
 def write_graph(graph: ScoreGraph, folder: Path, precision: str) -> None:
-    """Write a graph into a folder, in a second file too where the weights are large. Raises ValueError."""
-    inputs, free = graph.example()
-    try:
-        with silence(), torch.no_grad():
-            program = torch.export.export(graph, (), inputs, dynamic_shapes=free)
-            written = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=list(inputs),
-                output_names=graph.names,
-                dynamic_shapes=free,
-                verbose=False,
-            )
-    except Exception as error:  # whatever torch.export meets in a tower that it cannot follow
-        towers_of = {type(tower).__name__ for tower in (graph.model.clip.visual, graph.model.clip.text)}
-        raise ValueError(
-            f"--export: {' or '.join(sorted(towers_of))} cannot be exported by torch.onnx ({one_line(error)[:200]})"
-        ) from error
-    assert written is not None
-    if precision != "int8":
-        written.save(str(folder / GRAPH_FILE))
-        return
-    with TemporaryDirectory(dir=folder) as whole, silence():
-        written.save(str(Path(whole) / GRAPH_FILE))
-        quantize(Path(whole) / GRAPH_FILE, folder / GRAPH_FILE)
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Without the exporters' own warnings, which are about their insides."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def quantize(path: Path, target: Path) -> None:
-    """Store the weights of CLIP's linear layers in 8 bits, one scale per row; activations are quantised as they come.
-
-    Convolutions stay as they are: the range of what enters them would have to be measured on images first.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    nodes = onnx.load(str(path), load_external_data=False).graph.node
-    scope = "pkg.torch.onnx.name_scopes"
-    inside = {node.name: next((p.value for p in node.metadata_props if p.key == scope), "") for node in nodes}
-    quantize_dynamic(
-        path,
-        target,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        nodes_to_exclude=[name for name, scopes in inside.items() if "clip." not in scopes],
-        use_external_data_format=path.with_name(f"{path.name}.data").exists(),
-    )
+    """Write a graph into a folder. Raises ValueError."""
+    towers_of = {type(tower).__name__ for tower in (graph.model.clip.visual, graph.model.clip.text)}
+    named = f"--export: {' or '.join(sorted(towers_of))}"
+    path = folder / GRAPH_FILE
+    write_onnx(graph, *graph.example(), path, precision, outputs=graph.names, named=named, within="clip.")

@@ -16,7 +16,8 @@ from backbones.download import HF_HUB
 from backbones.tokenizers import TOKENIZER_DIR
 from serving import hub
 from serving.scorer import Scorer
-from sharing.card import CARD, card_text, public_source, run_of
+from sharing.card import card_text, public_source, run_of
+from sharing.folder import CARD
 from training import checkpoints
 
 

@@ -1,4 +1,4 @@
-"""The script of an exported scorer, and an environment that has only what it needs. No tests: these import it."""
+"""The scripts of exported folders, and an environment that has only what they need. No tests: these import it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ import numpy as np
 import onnxruntime
 import PIL
 import tokenizers
-from conftest import ROOT
 
-TEMPLATE = ROOT / "sharing" / "templates" / "score.py"
-NEEDED = (np, PIL, onnxruntime, tokenizers)
+from sharing.folder import TEMPLATES, importable
 
-
-@cache
-def script() -> dict[str, Any]:
-    """What score.py defines."""
-    return runpy.run_path(str(TEMPLATE))
+NEEDED = {"score.py": (np, PIL, onnxruntime, tokenizers), "answer.py": (np, onnxruntime), "pixels.py": (np, PIL)}
 
 
 @cache
-def bare_python(place: Path) -> Path:
-    """An interpreter that finds NumPy, Pillow, onnxruntime and tokenizers, and no other library."""
+def script(name: str) -> dict[str, Any]:
+    """What one of them defines."""
+    with importable(TEMPLATES):
+        return runpy.run_path(str(TEMPLATES / name))
+
+
+@cache
+def bare_python(place: Path, *scripts: str) -> Path:
+    """An interpreter that finds the libraries which these scripts need, and no others."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     packages = next(place.glob("lib/python*/site-packages"))
-    for module in NEEDED:
+    for module in {module for name in scripts for module in NEEDED[name]}:
         folder = Path(str(module.__file__)).parent
         for found in (folder, *folder.parent.glob(f"{folder.name.lower().replace('pil', 'pillow')}.libs")):
             (packages / found.name).symlink_to(found)

@@ -26,7 +26,8 @@ from serving import commands
 from serving.scorer import Scorer
 from sharing import export
 from sharing.card import card_text
-from sharing.graph import ScoreGraph
+from sharing.folder import importable
+from sharing.graph import GRAPH_FILE, ScoreGraph
 from storage.image_files import FORMATS
 
 CLOSE = 1e-4  # MOS units
@@ -62,7 +63,9 @@ def test_a_real_run_scores_the_same_without_torch(lite_run, tmp_path, capsys):
     expected = Scorer.load(lite_run, device="cpu").score(rows["path"], rows["prompt"])
     assert expected["pred_quality"].nunique() > 90
     pd.Series(rows).to_json(tmp_path / "rows.json")
-    found = run_bare(bare_python(tmp_path / "venv"), SCORE, str(tmp_path / "out"), str(tmp_path / "rows.json"))
+    found = run_bare(
+        bare_python(tmp_path / "venv", "score.py"), SCORE, str(tmp_path / "out"), str(tmp_path / "rows.json")
+    )
     assert not found["torch"]
     for name in ("pred_quality", "pred_align"):
         np.testing.assert_allclose(found["scores"][name], expected[name], atol=CLOSE, rtol=0)
@@ -133,12 +136,17 @@ def test_scores_beyond_the_scale_are_clamped_as_the_scorer_clamps_them(pictures)
         own.model.heads.base_c.bias.sub_((known.mean() - 3) / 4)
     expected = own.score(pictures, prompts)["pred_align"]
     assert {1, 5} <= set(expected)
-    take, decode = script()["take_views"], script()["decode"]
+    take, decode = script("score.py")["take_views"], script("score.py")["decode"]
     views = [take(decode(path, FORMATS, 32), 32, "shortest", "bicubic", True, None) for path in pictures]
     with torch.no_grad():
         pixels = torch.from_numpy(np.stack(views))
         found = ScoreGraph(own, torch.float32)(pixels, own.tokenize(prompts), torch.arange(7)[:, None])[1]
     np.testing.assert_allclose(found, expected, atol=1e-3)  # 300 times as steep
+
+
+def exported_scorer(folder: Path) -> Any:
+    with importable(folder):
+        return runpy.run_path(str(folder / "score.py"))["Scorer"](folder)
 
 
 @pytest.fixture
@@ -163,7 +171,7 @@ def test_all_kinds_of_scorers_score_the_same(kind, tmp_path, pictures):
     folder = tmp_path / "out"
     folder.mkdir()
     export.write_scorer(own, folder, "float32")
-    other = runpy.run_path(str(folder / "score.py"))["Scorer"](folder)
+    other = exported_scorer(folder)
     prompts = ["a cat", "two dogs, don’t bark", "", "a cat", " ", "x " * 99, "a &amp; b"]
     expected = own.score(pictures, prompts)
     for rows in (slice(0, 7), slice(3, 4), slice(5, 7)):
@@ -222,7 +230,7 @@ def test_images_to_compare_on_are_those_named_or_of_the_test_fold(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_smaller_variants_rank_as_the_whole_one(precision, lite_run, tmp_path, capsys):
-    whole = export.GRAPH_FILE
+    whole = GRAPH_FILE
     words = ["--checkpoint", str(lite_run), "--precision", precision, "--export", str(tmp_path / "out")]
     predict.main([*words, "--image_dir", str(DEMO / "images"), "--prompt", "a cat"])
     said = capsys.readouterr().out
@@ -230,7 +238,7 @@ def test_smaller_variants_rank_as_the_whole_one(precision, lite_run, tmp_path, c
     own = Scorer.load(lite_run, device="cpu")
     names = sorted(path.name for path in (DEMO / "images").iterdir())[:40]
     paths = [str(DEMO / "images" / name) for name in names]
-    found = runpy.run_path(str(tmp_path / "out" / "score.py"))["Scorer"](tmp_path / "out").score(paths, ["a cat"] * 40)
+    found = exported_scorer(tmp_path / "out").score(paths, ["a cat"] * 40)
     expected = own.score(paths, "a cat")
     for name, values in found.items():
         assert 0 < np.abs(values - expected[name]).max() < 0.5

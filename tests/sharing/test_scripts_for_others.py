@@ -1,4 +1,4 @@
-"""`sharing/templates/score.py`: short, of four libraries, and to the bit what the Scorer does with an image."""
+"""`sharing/templates`: short scripts of few libraries, which do to the bit what is done here with an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import TEMPLATE, script
+from exported import NEEDED, script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,19 +19,22 @@ from torchvision.transforms.v2 import functional as F
 
 from inputs.decoding import as_tensor, decode
 from inputs.views import INTERPOLATIONS, RESIZE_MODES, Views, grid_shape
+from sharing.folder import TEMPLATES
 from storage.image_files import FORMATS
 
 SIZE = 24
 SIDES = st.integers(1, 150)
 
 
-def test_it_is_short_and_needs_four_libraries_alone():
-    text = TEMPLATE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_script_is_short_and_needs_few_libraries(name):
+    text = (TEMPLATES / name).read_text(encoding="utf-8")
     assert len(text.splitlines()) < 100
     nodes = list(ast.walk(ast.parse(text)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert names - sys.stdlib_module_names - {"pathlib"} == {"numpy", "onnxruntime", "PIL", "tokenizers"}
+    needed = {module.__name__ for module in NEEDED[name]}
+    assert names - sys.stdlib_module_names - {"pixels"} == needed - ({"PIL"} if "pixels" in names else set())
 
 
 @settings(max_examples=60)
@@ -39,7 +42,7 @@ def test_it_is_short_and_needs_four_libraries_alone():
 def test_it_resizes_as_torchvision_to_the_bit(height, width, new_height, new_width, kind, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = F.resize(as_tensor(pixels), [new_height, new_width], interpolation=v2.InterpolationMode(kind))
-    found = script()["resize"](pixels, (new_height, new_width), kind)
+    found = script("pixels.py")["resize"](pixels, (new_height, new_width), kind)
     np.testing.assert_array_equal(found, expected.permute(1, 2, 0).numpy())
 
 
@@ -57,7 +60,7 @@ def test_it_takes_the_views_that_the_scorer_takes(sides, mode, interpolation, cr
     views = Views(image_size=SIZE, mean=[0, 0, 0], std=[1, 1, 1], device=torch.device("cpu"), **settings_)
     expected = (views([as_tensor(pixels)], [], None).reshape(-1, 3, SIZE, SIZE) * 255).round()
     grid = grid_shape(crops) if crops else None
-    found = script()["take_views"](pixels, SIZE, mode, interpolation, views.global_view, grid)
+    found = script("pixels.py")["take_views"](pixels, SIZE, mode, interpolation, views.global_view, grid)
     np.testing.assert_array_equal(found, expected.permute(0, 2, 3, 1).numpy().astype(np.uint8))
 
 
@@ -107,7 +110,7 @@ KINDS = ("jpeg", "cmyk jpeg", "grey jpeg", "png", "transparent", "transparent gr
 def test_it_decodes_what_the_scorer_decodes(tmp_path, kind, size):
     path = tmp_path / "image"
     path.write_bytes(images(kind))
-    np.testing.assert_array_equal(script()["decode"](path, FORMATS, size), decode(path, size))
+    np.testing.assert_array_equal(script("pixels.py")["decode"](path, FORMATS, size), decode(path, size))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -118,14 +121,14 @@ def test_it_turns_images_upright(tmp_path, orientation, kind):
     path = tmp_path / "image"
     path.write_bytes(encoded(picture(303, 201), kind, exif=exif))
     for size in (None, 15):
-        np.testing.assert_array_equal(script()["decode"](path, FORMATS, size), decode(path, size))
+        np.testing.assert_array_equal(script("pixels.py")["decode"](path, FORMATS, size), decode(path, size))
 
 
 def test_it_refuses_what_the_scorer_refuses(tmp_path):
     path = tmp_path / "image"
     path.write_bytes(encoded(Image.fromarray(np.zeros((9, 9), np.float32)), "TIFF"))
     with pytest.raises(AssertionError, match="of PNG alone"):
-        script()["decode"](path, FORMATS, None)
+        script("pixels.py")["decode"](path, FORMATS, None)
     path.write_bytes(encoded(picture(30, 20), "EPS"))
     with pytest.raises(OSError, match="cannot identify"):
-        script()["decode"](path, FORMATS, None)
+        script("pixels.py")["decode"](path, FORMATS, None)
