@@ -130,6 +130,15 @@ def vqa_dir() -> Path:
     return data_folder("vqa", "VQA_DIR", "gqa/sceneGraphs.json", "VQA data (vqa-v2/, vqa-v2-60k/, gqa/) are not")
 
 
+def needed(package: str, found: str | None) -> str:
+    """The path of a program that a package of Debian's brings; a test that needs one that is not there is skipped."""
+    if found is None and os.environ.get("REQUIRE_DEBIAN"):
+        pytest.fail(f"REQUIRE_DEBIAN is set, but Debian's {package} is not installed")
+    if found is None:
+        pytest.skip(f"needs Debian's {package}")
+    return found
+
+
 @pytest.fixture
 def ends_in_time() -> Iterator[None]:
     """Ends the process of a test that hangs: a thread that waits for a pipe hears nothing else."""
@@ -204,11 +213,7 @@ def make_dataset(tmp_path: Path) -> Callable[..., DataFiles]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium, as playwright's sync API drives it."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail("REQUIRE_BROWSER is set, but there is no chromium")
-        pytest.skip("needs Debian's chromium")
+    chromium = needed("chromium", shutil.which("chromium"))
     from playwright.sync_api import sync_playwright
 
     quiet = ("background-networking", "component-update", "sync", "gpu", "quic")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ import numpy as np
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cli.memo import Memo
@@ -29,6 +30,7 @@ STARTUP_TRIALS = 10  # drawn at random before TPE begins to learn
 PRUNE_FROM_TRIALS = 5  # finished trials, before which none is stopped early
 POLL_SECONDS = 1.0
 BUSY_SECONDS = 100.0  # how long SQLite waits for other workers
+CONNECT_SECONDS = 10  # how long a server may take to answer
 OPENINGS = 5  # of a server's database, whose tables several may be making at once
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 STORAGE_ERRORS = (optuna.exceptions.OptunaError, SQLAlchemyError)
@@ -111,20 +113,40 @@ def open_study(request: Request) -> optuna.Study:
                 ),
             )
         except (*STORAGE_ERRORS, ImportError, OSError) as error:
-            if not tries or not isinstance(error, DBAPIError):
+            if not tries or not isinstance(error, DBAPIError) or not error.statement:  # none: it does not answer
                 shown = without_password(request.storage)
                 raise ValueError(f"--storage {shown}: cannot be used ({reason_of(error)})") from None
         time.sleep(POLL_SECONDS)
 
 
-def storage_at(url: str) -> Any:
-    """The storage of a URL."""
-    if url.startswith(JOURNAL):
-        path = Path(url.removeprefix(JOURNAL))
+def storage_at(storage: str) -> Any:
+    """The storage of --storage. Raises ValueError, and what a database raises."""
+    if storage.startswith(JOURNAL):
+        path = Path(storage.removeprefix(JOURNAL))
         path.parent.mkdir(parents=True, exist_ok=True)
         return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-    wait = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(url, engine_kwargs=wait)
+    url = database_url(storage)
+    engine: dict[str, Any] = {"pool_pre_ping": True}  # a server may have been started again meanwhile
+    if url.drivername.startswith("sqlite"):
+        engine = {"connect_args": {"timeout": BUSY_SECONDS}}
+    elif url.drivername == "postgresql":  # for which SQLAlchemy has another driver in each release
+        if importlib.util.find_spec("psycopg") is None:
+            raise ImportError("it needs psycopg: pip install -r requirements-extra.txt")
+        url = url.set(drivername="postgresql+psycopg", query={"connect_timeout": str(CONNECT_SECONDS), **url.query})
+    return optuna.storages.RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine)
+
+
+def database_url(storage: str) -> URL:
+    """A storage that is no journal. Raises ValueError, without the password that may be in it."""
+    try:
+        url = make_url(storage)
+    except (SQLAlchemyError, ValueError):  # ValueError: its port is no number
+        raise ValueError(
+            "--storage: must be a database URL such as postgresql://USER@HOST/NAME, or journal:PATH"
+        ) from None
+    if "@" in (url.host or ""):
+        raise ValueError("--storage: has an @ too many; within a password it is written %40")
+    return url
 
 
 def reason_of(error: Exception) -> str:
@@ -132,12 +154,11 @@ def reason_of(error: Exception) -> str:
     return str(error.__cause__ or error).splitlines()[0]
 
 
-def without_password(url: str) -> str:
-    """A storage, fit to be printed."""
-    try:
-        return url if url.startswith(JOURNAL) else make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return "(no database URL)"
+def without_password(storage: str) -> str:
+    """A storage, fit to be printed. Raises ValueError if it is none."""
+    if storage.startswith(JOURNAL):
+        return storage
+    return database_url(storage).difference_update_query(["password"]).render_as_string(hide_password=True)
 
 
 def check_same_search(study: optuna.Study, request: Request, space: Space, result_options: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import shlex
+import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -129,7 +131,8 @@ def in_place(*, findings: bool = False) -> Iterator[Callable[..., Trainer]]:
         return trainer
 
     def trust_the_memory(connection: Any, record: object) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
 
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((baseline, "run"), (experiment, "read_examples"), (initial_model, "num_blocks")):
@@ -143,6 +146,20 @@ def in_place(*, findings: bool = False) -> Iterator[Callable[..., Trainer]]:
             yield install
         finally:
             event.remove(Engine, "connect", trust_the_memory)
+
+
+def process(
+    folder: Path, flags: list[str], *, together: int = 1, hang_at: int = -1, pause: float = 0.3
+) -> subprocess.Popen[str]:
+    """A search in a process of its own, one of so many that begin `together`; `folder` is where it works."""
+    return subprocess.Popen(
+        [sys.executable, __file__, str(pause), str(hang_at), str(together), *flags],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(baseline.__file__).parent)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def main_together(pause: str, hang_at: str, count: str, *flags: str) -> None:

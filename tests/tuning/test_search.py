@@ -26,7 +26,19 @@ from conftest import ROOT, scored_rows
 from folders import fill
 from optuna.trial import TrialState
 from safetensors.torch import load_file
-from stand_in import BEST_LR, LR, Trainer, examples, flags_of, in_place, interrupt, parabola, refusal, values
+from stand_in import (
+    BEST_LR,
+    LR,
+    Trainer,
+    examples,
+    flags_of,
+    in_place,
+    interrupt,
+    parabola,
+    process,
+    refusal,
+    values,
+)
 
 import baseline
 import data
@@ -113,12 +125,20 @@ def test_a_space_that_cannot_be_searched_is_refused_in_one_line(content, flags, 
         ("--epochz 5 --output_dir a", "did you mean --epochs"),
         ("--space no.json --output_dir a", "--space no.json: no such file"),
         ("--storage mysqll://me:secret@h/db --output_dir a", "--storage mysqll://me:***@h/db"),
+        ("--storage study.db --output_dir a", "--storage: must be a database URL such as postgresql://"),
+        ("--storage postgresql://me:secret@h:p/db --output_dir a", "--storage: must be a database URL such as"),
+        ("--storage postgresql://me:sec@ret@h/db --output_dir a", "--storage: has an @ too many; within a password"),
+        (
+            "--storage postgresql://me:secret@127.0.0.1:1/db?password=secret --output_dir a",
+            "--storage postgresql://me:***@127.0.0.1:1/db: cannot be used (connection failed: connection to server at",
+        ),
     ],
 )
 def test_flags_that_cannot_work_are_refused_in_one_line(flags, words, train, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train()
-    assert words in refusal(shlex.split(flags), capsys)
+    said = refusal(shlex.split(flags), capsys)
+    assert words in said and "sec" not in said
 
 
 def test_every_kind_of_option_comes_back_as_it_was_chosen(tmp_path, train):
@@ -331,29 +351,12 @@ def test_changed_data_is_refused(tmp_path, train, capsys):
     assert "the data has changed" in refusal(flags_of(tmp_path, LR, "--trials 20"), capsys)
 
 
-def processes(folder: Path, flags: list[str], count: int, hang_at: int = -1) -> list[subprocess.Popen[str]]:
-    """The same search in several processes at once, with the stand-in for training."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).with_name("stand_in.py")), "0.3", str(hang_at), str(count), *flags]
-    return [
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for _ in range(count)
-    ]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["", "--storage journal:shared/journal.log"])
 def test_processes_share_a_study_and_make_no_trial_too_many(storage, tmp_path, train, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = flags_of(tmp_path, LR, f"--trials 12 {storage}")
-    workers = processes(tmp_path, flags, 2)
+    workers = [process(tmp_path, flags, together=2) for _ in range(2)]
     said = [worker.communicate(timeout=200) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
     train()
@@ -367,14 +370,14 @@ def test_processes_share_a_study_and_make_no_trial_too_many(storage, tmp_path, t
 @pytest.mark.slow
 def test_a_trial_whose_process_was_killed_is_run_again(tmp_path, train):
     flags = flags_of(tmp_path, LR, "--trials 6")
-    (process,) = processes(tmp_path, flags, 1, hang_at=2)
+    worker = process(tmp_path, flags, hang_at=2)
     logs = tmp_path / "out" / "trials"
     deadline = time.monotonic() + 120
     while len(list(logs.glob("*.log"))) < 4:  # of the plan, of two trials, and of one that does not end
-        assert process.poll() is None and time.monotonic() < deadline
+        assert worker.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    worker.kill()
+    worker.communicate()
     before = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path}/out/study.db")
     running = [trial for trial in before.trials if trial.state == TrialState.RUNNING]
     assert len(running) == 1
@@ -641,6 +644,15 @@ def test_without_optuna_it_says_what_to_install(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "error: search.py needs Optuna: pip install -r requirements-extra.txt\n"
+
+
+def test_without_the_driver_of_postgresql_it_says_what_to_install(tmp_path, train, capsys, monkeypatch):
+    train()
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    said = refusal(flags_of(tmp_path, LR, "--storage postgresql://me:secret@h/db"), capsys)
+    assert said == (
+        "--storage postgresql://me:***@h/db: cannot be used (it needs psycopg: pip install -r requirements-extra.txt)"
+    )
 
 
 def test_trials_share_what_they_do_not_change_and_score_as_single_runs_do(make_dataset, tmp_path, monkeypatch):
