@@ -3,9 +3,9 @@
     python bench/page_speed.py --checkpoint runs/demo/best
     python bench/page_speed.py --checkpoint runs/demo/best --before ../older
 
-A way is "form" (POST /score), "client" (what Gradio's client sends: the upload, /score, the question for the answer) or
-"button" (what the page sends; one visitor at a time). Each server is a process of its own; the clients are threads of
-this process, on the same cores. Images are pictures of noise, 512 x 512.
+A way is "form" (POST /score), "client" (what Gradio's client sends: the upload, the call, the question for the answer)
+or "button" (what the page sends; one visitor at a time). Each server is a process of its own; the clients are threads
+of this process, on the same cores. Images are pictures of noise, 512 x 512.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import secrets
 import signal
 import socket
 import subprocess
@@ -128,22 +127,26 @@ def uploaded(connection: http.client.HTTPConnection, image: bytes) -> dict[str, 
 
 def client(connection: http.client.HTTPConnection, image: bytes) -> None:
     """What Gradio's client does."""
-    data = [uploaded(connection, image), "a red circle"]
-    event = json.loads(call(connection, "POST", f"{API}/call/score", {"data": data}))["event_id"]
-    assert b"pred_quality" in call(connection, "GET", f"{API}/call/score/{event}")
+    [event] = [event for event in events(connection.port) if event["api_visibility"] == "public"]
+    press(connection, event, [uploaded(connection, image), "a red circle"])
 
 
 def button(connection: http.client.HTTPConnection, image: bytes) -> None:
     """What the page does when Score is pressed."""
-    event = next(event["id"] for event in config(connection.port) if len(event["inputs"]) == 3)
-    session = secrets.token_hex(8)
-    data = [[uploaded(connection, image)], "a red circle", "q"]
-    call(connection, "POST", f"{API}/queue/join", {"data": data, "fn_index": event, "session_hash": session})
+    event = next(event for event in events(connection.port) if len(event["inputs"]) == 3)
+    press(connection, event, [[uploaded(connection, image)], "a red circle", "q"])
+
+
+def press(connection: http.client.HTTPConnection, event: dict[str, Any], data: list[Any]) -> None:
+    """Let an event happen, and wait for what comes of it. A connection is a session."""
+    session = f"session{id(connection)}"
+    body = {"data": data, "fn_index": event["id"], "session_hash": session}
+    call(connection, "POST", f"{API}/queue/join", body)
     assert b'"success":true' in call(connection, "GET", f"{API}/queue/data?session_hash={session}")
 
 
 @cache
-def config(port: int) -> list[dict[str, Any]]:
+def events(port: int) -> list[dict[str, Any]]:
     """The events of the page."""
     found: dict[str, Any] = json.loads(call(http.client.HTTPConnection("127.0.0.1", port), "GET", "/config"))
     return found["dependencies"]

@@ -14,6 +14,7 @@ from serving.answers import EMPTY, MAX_FILE_SIZE, MAX_PROMPT, MAX_WAITING, SUFFI
 from serving.shared_scorer import MOST_AT_ONCE
 from sources.scores import title_of
 
+MAX_SESSIONS = 500  # whose tables Gradio keeps; each takes some 70 kB, and a call without its client is a session
 STYLE = Path(__file__).with_name("app.css")
 
 
@@ -173,6 +174,7 @@ def serve(
         app_kwargs={"routes": list(routes)},
         auth=list(accounts.items()) if accounts else None,
         max_file_size=MAX_FILE_SIZE,
+        state_session_capacity=MAX_SESSIONS,
         show_error=True,
         footer_links=[],
         run_history=False,

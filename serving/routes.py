@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 
 from serving.answers import MAX_PROMPT, MAX_WAITING, Answers, Busy
@@ -51,6 +52,8 @@ def build_routes(answers: Answers, about: Mapping[str, Any], accounts: Mapping[s
             raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
+        except ClientDisconnect:
+            raise HTTPException(400, "the rest of the request did not come") from None
 
     @router.get("/health")
     async def health() -> JSONResponse:

@@ -158,7 +158,21 @@ def test_whoever_comes_when_as_many_wait_as_may_is_told_so(server, files, hold, 
     assert server.get("/health")[0] == 200
 
 
-def test_clients_that_go_away_hold_up_nobody(server, files, hold):
+@pytest.mark.slow
+def test_gradios_queue_is_bounded_too(server, files, hold):
+    image = uploaded(server, files[0])
+    for asked in range(1, MOST_AT_ONCE + answers_module.MAX_WAITING + 1):
+        status, last = server.get("/gradio_api/call/score", {"data": [image, ""]})
+        assert status == 200
+        until(lambda asked=asked: server.answers.num_waiting == min(asked, MOST_AT_ONCE))
+    status, text = server.get("/gradio_api/call/score", {"data": [image, ""]})
+    assert status == 503 and "Queue is full" in text
+    hold.set()
+    assert "event: complete" in server.get(f"/gradio_api/call/score/{json.loads(last)['event_id']}")[1]
+    until(lambda: server.answers.num_waiting == 0)
+
+
+def test_clients_that_go_away_hold_up_nobody(server, files, hold, caplog):
     place = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     body = form(files[0].read_bytes())
     head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -170,6 +184,7 @@ def test_clients_that_go_away_hold_up_nobody(server, files, hold):
         hold.set()
         assert server.get("/score", body, FORM)[0] == 200
         until(lambda: server.answers.num_waiting == 0)
+    assert server.get("/health")[0] == 200 and caplog.records == []  # nor a traceback of the half one
 
 
 def test_a_job_ends_when_its_page_is_closed(server, files, hold, monkeypatch):
