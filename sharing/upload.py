@@ -45,7 +45,8 @@ def push(args: argparse.Namespace) -> None:
             raise ValueError("--push_to_hub: nothing was sent")
         with hub.hub_errors(f"--push_to_hub {repository}"):
             send(api, repository, folder, found, public=args.public)
-    print(f"sent: {api.endpoint}/{repository}\npython predict.py --checkpoint {HF_HUB}{repository} IMAGE...")
+    print(f"sent: {api.endpoint}/{repository}")
+    print(f"python predict.py --checkpoint {HF_HUB}{repository} IMAGE...")
 
 
 def find(api: HfApi, repository: str) -> ModelInfo | None:

@@ -216,6 +216,7 @@ def test_the_wheel_holds_one_package_and_nothing_of_the_checkout(wheel: Path) ->
     assert not {name.split("/")[1] for name in names} & {"tests", "tools", "bench", "docs", "__pycache__"}
     commands = "|".join(name.rpartition("-")[2] for name in SCRIPTS)
     assert [name for name, text in code.items() if re.search(rf"python[\"', ]+({commands})\.py", text)] == []
+    assert "from image_scores.predict import Scorer" in code["image_scores/sharing/templates/model_card.md.j2"]
     assert [name for name, text in code.items() if "requirements-extra" in text] == []
     assert "Requires-Dist: torch>=" in metadata and "Requires-Dist: pytest" not in metadata
     assert re.search("^Requires-Dist: optuna.*; extra == 'extra'$", metadata, re.MULTILINE)

@@ -85,6 +85,10 @@ def write_package(root: Path, folder: Path) -> None:
         shutil.copytree(root / name, folder / name, ignore=without_caches)
     for path in folder.rglob("*.py"):
         path.write_bytes(with_commands(with_package(path.read_bytes(), {*modules, *rooms}), modules))
+    imports = re.compile(rf"\bfrom ({'|'.join(modules)}) import\b".encode())
+    for path in folder.rglob("*.md.j2"):  # which show code, too, but are none
+        code = imports.sub(rf"from {PACKAGE}.\1 import".encode(), path.read_bytes())
+        path.write_bytes(with_commands(code, modules))
 
 
 def with_commands(code: bytes, modules: Collection[str]) -> bytes:
