@@ -36,11 +36,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hypothesis tries the same every time, and more and other cases with --torture; tests may say how many."""
+    """What holds for all tests, before any is imported.
+
+    Hypothesis tries the same every time, and more and other cases with --torture; tests may say how many. Tests, and
+    the processes that they start, have a temporary folder of their own.
+    """
     # No deadline: a busy machine may stop for a while at any place.
     settings.register_profile("short", derandomize=True, deadline=None)
     settings.register_profile("torture", max_examples=10_000, deadline=None)
     settings.load_profile("torture" if config.getoption("--torture") else "short")
+    temporary = tempfile.TemporaryDirectory(prefix="tests-")  # now, as importing a library may leave something there
+    config.add_cleanup(temporary.cleanup)
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(TEMPORARY))  # where pytest keeps what the last tests wrote
+    os.environ["TMPDIR"] = temporary.name
+    tempfile.tempdir = None  # so that it is looked up again
 
 
 @pytest.fixture
@@ -90,11 +99,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests, and the processes that they start, leave nothing in the repository or the system's temporary folder."""
+    """Tests, and the processes that they start, leave nothing in the repository."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("cwd"))
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
-        patch.setattr(tempfile, "tempdir", None)  # so that it is looked up again
         yield
 
 
