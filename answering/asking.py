@@ -114,11 +114,16 @@ def open_for(answerer: Answerer) -> RegionFiles | None:
         )
     known = images.open_regions(answerer.config, answerer.runtime)
     assert known is not None
-    if known.width != wanted:
+    check_width(answerer, known)
+    return known
+
+
+def check_width(answerer: Answerer, known: RegionFiles) -> None:
+    """Raise ValueError if regions are others than a model was trained on."""
+    if known.width != (wanted := answerer.model.feature_width):
         raise ValueError(
             f"--features {answerer.config.features}: {known.width} numbers a region; the run was trained on {wanted}"
         )
-    return known
 
 
 def build(

@@ -144,6 +144,7 @@ def write_branch(answerer: Answerer, branch: FineBranch, folder: Path) -> None:
     copy_scripts(folder, SCRIPT)
     if branch.looks and config.features == CLIP:
         known = images.clip_regions(config, answerer.runtime, {})
+        asking.check_width(answerer, known)
         write_regions(known, folder, config.precision)
         settings |= {**pixel_settings(known.views), "boxes": known.boxes.tolist()}
         copy_scripts(folder, PIXELS)
@@ -158,6 +159,8 @@ def write_branch(answerer: Answerer, branch: FineBranch, folder: Path) -> None:
 def compare(answerer: Answerer, folder: Path, config: VQAConfig) -> Compared:
     """Ask both the first questions of the run's test fold. Raises ValueError if these cannot be read."""
     known = images.open_regions(config, answerer.runtime)
+    if known is not None:
+        asking.check_width(replace(answerer, config=config), known)
     name = config.measured_fold
     questions = read_folds(config, images.usable(known, None)).questions[name]
     questions = questions.of(range(min(len(questions), MOST_COMPARED)))

@@ -163,6 +163,19 @@ def test_of_a_mixture_the_fine_branch_is_exported_if_asked_for(tmp_path, capsys)
 
 
 @pytest.mark.slow
+def test_features_of_another_width_are_refused_or_not_compared(tmp_path, capsys):
+    words = ["--mode", "export", "--checkpoint", str(finished("GQA")), "--output", str(tmp_path / "out")]
+    said = error_of(*words, "--features", "clip", "--cache_dir", str(drawn_cache()), capsys=capsys)
+    assert said.startswith("error: --features clip: ") and said.endswith(
+        "numbers a region; the run was trained on 320\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    np.savez(tmp_path / "1.npz", features=np.zeros((2, 5)), boxes=np.zeros((2, 4)))
+    assert exported(finished("GQA"), tmp_path / "out", "--features", str(tmp_path)) == {}
+    assert f"not compared with the run: --features {tmp_path}: 5 numbers a region;" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_smaller_variants_answer_nearly_the_same(precision, tmp_path, capsys):
     shutil.copytree(finished("GQA") / "best", tmp_path / "alone")
