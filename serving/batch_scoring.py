@@ -158,16 +158,19 @@ def describe_job(args: argparse.Namespace, names: Sequence[str]) -> dict[str, An
 def score_piece(
     scorer: Scorer, args: argparse.Namespace, piece: pd.DataFrame, progress: Callable[[int], object] | None = None
 ) -> pd.DataFrame:
-    """name, pred_quality, pred_align. Raises ValueError, OSError."""
+    """name, pred_quality, pred_align; an image is scored with a prompt once. Raises ValueError, OSError."""
+    keys = ["name", "prompt"]
+    pairs = piece.drop_duplicates(keys, ignore_index=True)
     scores = scorer.score(
-        image_paths(args, piece),
-        piece["prompt"].tolist(),
+        image_paths(args, pairs),
+        pairs["prompt"].tolist(),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         progress=progress,
     )
-    scores.insert(0, "name", piece["name"].to_numpy())
-    return scores
+    if progress:
+        progress(len(piece) - len(pairs))
+    return piece[keys].merge(pairs[keys].join(scores), on=keys, how="left").drop(columns="prompt")
 
 
 def score_share(
@@ -271,7 +274,7 @@ def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
             parts.join(num_pieces)
             note_cut_prompts(num_cut)
             seconds, num_new = time.monotonic() - start, num_rows - num_before
-            print(f"{num_new} images scored in {seconds:.0f} s ({num_new / seconds:.0f} per second): {args.out}")
+            print(f"{num_new} rows scored in {seconds:.0f} s ({num_new / seconds:.0f} per second): {args.out}")
 
 
 def print_scores(args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -16,8 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training import signals
+
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
+
+ARRIVAL = timedelta(minutes=15)  # until all processes have to be there at the start
+BEAT_SECONDS = 5.0  # how often a process says that it is alive
+SILENT_SECONDS = 300.0  # without a word, after which another process counts as gone
 
 RandomState = dict[str, Any]
 T = TypeVar("T")
@@ -189,13 +198,84 @@ def start_runtime(device: str, amp: str, deterministic: bool | None = None) -> R
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        # The usual ten minutes are too few where one process waits for what another computes for a cache.
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None, timeout=timedelta(hours=12)
-        )
+        join_processes("nccl" if on_gpu else "gloo", chosen if on_gpu else None)
     scaler = torch.amp.GradScaler(chosen.type, enabled=amp == "fp16")
     rank, local_world = (dist.get_rank(), int(os.environ["LOCAL_WORLD_SIZE"])) if world > 1 else (0, 1)
     return Runtime(chosen, amp, scaler, rank=rank, world=world, local_world=local_world)
+
+
+def join_processes(backend: str, device: torch.device | None) -> None:
+    """Join the other processes, and watch over them. Raises ValueError if they cannot be reached."""
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=ARRIVAL))
+        pulse = Pulse(dist.PrefixStore("pulse", store.clone()), rank, world)
+        pulse.watch()
+        # The usual ten minutes are too few where one process waits for what another computes for a cache.
+        how: dict[str, Any] = {"device_id": device, "timeout": timedelta(hours=12)}
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, **how)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the processes cannot reach each other ({str(error).splitlines()[0]}); on several machines, say by "
+            f"{backend.upper()}_SOCKET_IFNAME which network card they share"
+        ) from error
+
+
+class Pulse:
+    """Lets the other processes know that this one is alive, and ends it when one of them is no longer heard.
+
+    What waits for another process would go on waiting for hours: a machine that is switched off, or cut from the
+    network, closes no connection.
+    """
+
+    over = threading.Event()  # this process has taken leave of the others
+
+    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
+        """`store`: of this object alone, since one that waits for an answer lets nobody else ask."""
+        self.store = store
+        self.rank = rank
+        self.silence = dict.fromkeys(set(range(world)) - {rank}, 0.0)  # seconds, by rank
+        self.heard: dict[int, bytes] = {}
+        self.beat()
+
+    def beat(self) -> None:
+        """Say that this process is alive."""
+        self.store.set(str(self.rank), f"{time.monotonic()} {socket.gethostname()}")
+
+    def watch(self) -> None:
+        """Wait for all to be there, then beat and judge until the processes take leave. Raises RuntimeError."""
+        self.store.wait([str(rank) for rank in self.silence], ARRIVAL)
+        self.listen()
+        self.over.clear()
+        for work in (self.talk, self.judge):
+            threading.Thread(target=work, daemon=True).start()
+
+    def talk(self) -> None:
+        """Beat and listen; without a network this may hang, which is why another thread judges."""
+        while not self.over.wait(BEAT_SECONDS):
+            with suppress(RuntimeError):
+                self.beat()
+                self.listen()
+
+    def listen(self) -> None:
+        """Note who has beaten since it was last looked at."""
+        ranks = list(self.silence)
+        for rank, value in zip(ranks, self.store.multi_get([str(rank) for rank in ranks]), strict=True):
+            if value != self.heard.get(rank):
+                self.heard[rank], self.silence[rank] = value, 0.0
+
+    def judge(self) -> None:
+        """End this process when another one has been silent for too long, while this one was awake."""
+        while not self.over.wait(1.0):
+            for rank in self.silence:
+                self.silence[rank] += 1.0
+            gone = [rank for rank, seconds in self.silence.items() if seconds > SILENT_SECONDS]
+            if gone:
+                host = self.heard.get(gone[0], b"").decode(errors="replace").partition(" ")[2]
+                signals.tell(
+                    f"stopped: process {gone[0]} ({host}) has not been heard for {SILENT_SECONDS:.0f} s, its machine "
+                    "or the network must be gone; the same command goes on from what was saved, with --resume if needed"
+                )
+                os._exit(signals.EXIT_TRY_AGAIN)
 
 
 def allow_kernels(*, deterministic: bool) -> None:
@@ -214,8 +294,11 @@ def allow_kernels(*, deterministic: bool) -> None:
 
 
 def stop_runtime() -> None:
-    """Take leave of the other processes, if there are any."""
+    """Take leave of the other processes, if there are any, when all are ready to."""
     if dist.is_initialized():
+        with suppress(RuntimeError):  # one that has failed has said so
+            dist.barrier()
+        Pulse.over.set()
         dist.destroy_process_group()
 
 

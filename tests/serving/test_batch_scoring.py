@@ -146,10 +146,20 @@ def test_a_table_in_pieces_gets_the_scores_it_gets_at_once(command, table, expec
     assert [len(names) for names in scored] == [8, 8, 8, 4]
     assert list(chain(*scored)) == table.rows["name"].tolist()
     printed = capsys.readouterr().out
-    assert printed.startswith("28 images scored in ") and printed.endswith(f"per second): {table.out}\n")
+    assert printed.startswith("28 rows scored in ") and printed.endswith(f"per second): {table.out}\n")
     in_pieces = table.out.read_bytes()
     predict.main([*command, "--chunk_size", "1000"])
     assert table.out.read_bytes() == in_pieces
+
+
+def test_an_image_and_a_prompt_that_meet_again_in_a_piece_are_scored_once(trained, command, table, scored):
+    rows = table.rows.head(4)
+    rows = pd.concat([rows, rows.head(1).assign(prompt="a blue square"), rows[3:0:-1]], ignore_index=True)
+    rows.to_csv(table.csv, index=False)
+    predict.main(command)
+    assert scored == [rows["name"].tolist()[:5]]
+    alone = Scorer.load(trained).score([table.images / name for name in rows["name"]], rows["prompt"].tolist())
+    assert_scores(table.out, pd.concat([rows["name"], alone], axis=1))
 
 
 def test_a_table_as_a_spreadsheet_writes_it_gets_the_same_scores_under_its_own_names(command, table, expected, capsys):
@@ -249,7 +259,7 @@ def test_the_same_command_goes_on_and_scores_no_finished_piece_again(stopped, ta
     assert_scores(table.out, expected)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "going on: 16 rows were scored before"
-    assert second.startswith("12 images scored in ")
+    assert second.startswith("12 rows scored in ")
 
 
 @pytest.mark.parametrize("number", [0, 2])
@@ -506,7 +516,7 @@ def under_torchrun(argv: list[str]) -> subprocess.CompletedProcess[str]:
 def test_two_processes_write_the_file_that_one_writes(command, table, expected, scored):
     done = under_torchrun(command)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1 and done.stdout.startswith("28 images scored in ")
+    assert done.stdout.count("\n") == 1 and done.stdout.startswith("28 rows scored in ")
     assert_scores(table.out, expected)
 
 

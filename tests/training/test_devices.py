@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import os
 import random
+import socket
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_models import CPU, Batch, batches_of, linear, split, train, weights
@@ -257,3 +262,24 @@ def test_seeding_reaches_every_library(draw):
     assert draw() == first
     devices.seed_everything(6)
     assert draw() != first
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_process_that_is_no_longer_heard_ends_the_others_in_a_line(is_alive, monkeypatch, capfd):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    store, seconds = dist.HashStore(), iter(range(2000))
+    mine, others = devices.Pulse(store, 0, 2), devices.Pulse(store, 1, 2)
+    mine.listen()
+
+    def wait(timeout: float) -> bool:
+        if is_alive:
+            others.beat()
+        mine.listen()
+        return next(seconds, None) is None
+
+    monkeypatch.setattr(devices.Pulse, "over", SimpleNamespace(wait=wait))
+    with nullcontext() if is_alive else pytest.raises(SystemExit, match="75"):
+        mine.judge()
+    said = capfd.readouterr().err
+    assert said.count("\n") == (not is_alive)
+    assert is_alive or f"process 1 ({socket.gethostname()}) has not been heard for 300 s" in said
