@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Before torch is imported, and for the processes that tests start: on small images threads only get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 COLUMNS = ("name", "prompt", "mos_quality", "mos_align")
-TEMPORARY = Path(tempfile.gettempdir())  # the system's own folder, in which tests must leave nothing
+TEMPORARY = Path(
+    os.environ.get("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+)  # the system's own, in which tests must leave nothing
 # What libraries leave there that know no better. Only these, as others may use that folder meanwhile.
 LEFT_BY_LIBRARIES = ("torchelastic_*", "torchinductor_*", "pymp-*", "gradio*", "image-scores-*", "playwright*")
 

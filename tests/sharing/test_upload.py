@@ -270,7 +270,11 @@ def test_the_programs_send_and_score_as_their_environment_says(run, demo_set, tm
     image = str(min(demo_set[1].iterdir()))
 
     def call(*words: str, **more: str) -> str:
-        own = hub_server.environment(hub, tmp_path) | {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"} | more
+        own = (
+            hub_server.environment(hub, tmp_path)
+            | {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+            | more
+        )
         command = [sys.executable, str(ROOT / "predict.py"), *words]
         done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
