@@ -334,7 +334,7 @@ class TrainingConfig(Config):
     amp: str = option(
         "auto",
         "optimisation",
-        "mixed precision; auto: bf16 or fp16 on a GPU, off on a CPU",
+        "mixed precision; auto: bf16 or fp16 on a GPU, on a CPU bf16 for a large CLIP where that is fast",
         choices=("auto", "bf16", "fp16", "off"),
     )
     select_by: str = option(

@@ -68,6 +68,7 @@ def build_experiment(config: TrainingConfig, runtime: devices.Runtime, memo: Mem
     examples = read_examples(config, memo)
     backbone, model, arguments = initial_model.start_model(config, examples, memo)
     model.to(runtime.device)
+    runtime = devices.settle_precision(runtime, config.amp, model.clip.visual)
     feed, num_truncated = feeds.build_feed(config, examples, backbone, runtime, memo)
     orders = feeds.build_orders(config, examples)
     return Experiment(config, runtime, examples, backbone, model, arguments, feed, orders, num_truncated, memo)

@@ -152,6 +152,7 @@ def describe_job(args: argparse.Namespace, names: Sequence[str]) -> dict[str, An
         "images": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         "prompt": args.prompt or "",
         "chunk_size": args.chunk_size,
+        "amp": args.amp,
     }
 
 
@@ -224,7 +225,7 @@ def write_shard(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score the pieces of one shard; those of all lie in one folder until `join_shards`. Raises ValueError, OSError."""
     parts, (shard, count) = open_parts(args, names), args.shard
     parts.check()
-    scorer = Scorer.load(args.checkpoint, device=args.device)
+    scorer = Scorer.load(args.checkpoint, device=args.device, amp=args.amp)
     parts.begin()
     done, start = set(parts.finished()), time.monotonic()
     num_pieces, _, num_cut = score_share(scorer, args, names, parts, done, lambda number: number % count == shard - 1)
@@ -252,7 +253,7 @@ def join_shards(args: argparse.Namespace, names: Sequence[str]) -> None:
 def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score piece by piece, each process its share, and join the pieces into --out. Raises ValueError, OSError."""
     parts = open_parts(args, names)
-    scorer = Scorer.load(args.checkpoint, device=args.device)
+    scorer = Scorer.load(args.checkpoint, device=args.device, amp=args.amp)
     runtime = scorer.runtime
     with parts.alone() if runtime.is_main else nullcontext():
         done = set(runtime.of_main(parts.finished))
@@ -281,7 +282,7 @@ def print_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score all at once and print the table. Raises ValueError, OSError."""
     table = pd.concat(pieces(args, names), ignore_index=True)
     image_paths(args, table, lambda text: None)  # complains before the model is loaded
-    scorer = Scorer.load(args.checkpoint, device=args.device)
+    scorer = Scorer.load(args.checkpoint, device=args.device, amp=args.amp)
     scores = score_piece(scorer, args, table)
     note_cut_prompts(scorer.num_truncated)
     print(scores.dropna(axis=1, how="all").to_string(index=False, float_format="%.4f"))
@@ -290,7 +291,7 @@ def print_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
 def evaluate(args: argparse.Namespace) -> pd.DataFrame:
     """Score every labelled set with every run; print and return the table. Raises ValueError, OSError."""
     columns = csv_files.Columns.from_options(args)
-    scorers = {run: Scorer.load(run, device=args.device) for run in args.checkpoints}
+    scorers = {run: Scorer.load(run, device=args.device, amp=args.amp) for run in args.checkpoints}
     extra = sorted({task for scorer in scorers.values() for task in scorer.scales} - set(TASKS))
     named = list(zip(split_list(args.dataset), split_list(args.data_root), strict=True))
     folder = image_folder(args)

@@ -367,6 +367,10 @@ def another_size(table, command):
     command[command.index("--chunk_size") + 1] = "7"
 
 
+def another_precision(table, command):
+    command += ["--amp", "bf16"]
+
+
 def another_column(table, command):
     command += ["--prompt_column", "name"]
 
@@ -377,6 +381,7 @@ def another_column(table, command):
         (another_csv, "csv"),
         (another_folder, "image_dir"),
         (another_checkpoint, "checkpoint"),
+        (another_precision, "amp"),
         (another_size, "chunk_size"),
         (another_column, "columns"),
     ],

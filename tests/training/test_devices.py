@@ -104,6 +104,26 @@ def test_auto_without_a_gpu_is_float32_on_the_cpu(monkeypatch):
         assert linear()(torch.ones(1, 3)).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("is_fast", "least", "precision"), [(True, 6, "bf16"), (True, 7, "off"), (False, 6, "off")])
+def test_auto_on_a_cpu_is_bf16_for_large_networks_where_that_is_fast(monkeypatch, is_fast, least, precision):
+    monkeypatch.setattr(devices, "has_fast_bf16", lambda: is_fast)
+    monkeypatch.setattr(devices, "LEAST_WEIGHTS", least)
+    network = nn.Linear(2, 2)  # of 6 weights
+    assert devices.settle_precision(CPU, "auto", network).precision == precision
+    assert devices.settle_precision(CPU, "off", network) == CPU
+
+
+@pytest.mark.parametrize(("bf16", "is_fast"), [(1.0, True), (1.5, True), (1.6, False), (9.0, False)])
+def test_bf16_is_fast_from_one_and_a_half_times_on(monkeypatch, bf16, is_fast):
+    monkeypatch.setattr(devices, "seconds_of_product", {torch.float32: 2.25, torch.bfloat16: bf16}.__getitem__)
+    assert devices.has_fast_bf16.__wrapped__() == is_fast
+
+
+def test_a_larger_product_takes_longer():
+    small, large = (devices.seconds_of_product(torch.float32, size) for size in (16, 512))
+    assert 0 < small < large
+
+
 @pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "fp16")])
 def test_auto_with_a_gpu_takes_the_best_precision_it_has(pretended_gpu, has_bf16, precision):
     pretended_gpu.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
