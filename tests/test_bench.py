@@ -33,3 +33,16 @@ def test_an_epoch_of_questions_is_measured_beside_a_plain_loop(capfd):
     subprocess.run([*command, "--num_hid", "16", "--AOA_layers", "1"], check=True)
     row = capfd.readouterr().out.splitlines()[-1].split("|")
     assert row[1].strip() == "200" and all(float(cell.strip(" *")) > 0 for cell in row[2:-1])
+
+
+@pytest.mark.slow
+def test_scoring_is_measured_beside_a_plain_loop(capfd):
+    command = [sys.executable, str(ROOT / "bench" / "predict_speed.py"), "--model", "ViT-S-32", "--num_images", "24"]
+    subprocess.run([*command, "--repeats", "1"], check=True)
+    said = capfd.readouterr().out
+    rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("| p")]
+    assert [row[0].strip() for row in rows] == ["predict.py --amp off", "predict.py --amp bf16", "plain loop"]
+    for _, seconds, rate, ratio in rows:
+        assert float(rate) == pytest.approx(24 / float(seconds), rel=0.05)
+        assert float(ratio) == pytest.approx(float(rows[-1][1]) / float(seconds), rel=0.05)
+    assert said.count("SROCC to float32 0.9") == 2
