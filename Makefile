@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard *.py) $(wildcard tools/*.py tools/wheel/*.py tools/wheel/package/*.py) $(wildcard bench/*.py) $(dir $(wildcard */__init__.py))
 
-.PHONY: help $(VENV) demo demo-vqa test test-slow test-all torture bench bench-vqa bench-page lint audit clean
+.PHONY: help $(VENV) demo demo-vqa test test-slow test-all torture bench bench-vqa bench-page bench-predict lint audit clean
 .DEFAULT_GOAL := help
 
 help:  ## one line
@@ -29,7 +29,7 @@ $(STAMP): requirements.txt requirements-extra.txt requirements-dev.txt constrain
 	@touch $@
 
 ifneq ($(origin PYTHON),file)  # asked for by name: an environment of another version must not stand in for it
-$(VENV) demo demo-vqa test test-slow torture bench bench-vqa bench-page lint audit: same-python
+$(VENV) demo demo-vqa test test-slow torture bench bench-vqa bench-page bench-predict lint audit: same-python
 .PHONY: same-python
 VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 same-python: $(STAMP)
@@ -65,6 +65,9 @@ bench-vqa: $(STAMP)
 
 bench-page: $(STAMP)
 	$(BIN)/python bench/page_speed.py $(ARGS)
+
+bench-predict: $(STAMP)
+	$(BIN)/python bench/predict_speed.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
