@@ -82,7 +82,7 @@ class Scorer:
         device: str,
         amp: str,
     ) -> None:
-        self.runtime = devices.start_runtime(device, amp)
+        self.runtime = devices.settle_precision(devices.start_runtime(device, amp), amp, model.clip.visual)
         self.model = model.to(self.runtime.device)
         self.tokenizer = tokenizer
         self.description = description

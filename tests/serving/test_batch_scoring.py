@@ -18,13 +18,14 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from PIL import Image
-from tiny_run import finished_run, loaded
+from tiny_run import finished_run, load, loaded
 
 import predict
 from inputs import decoding
 from serving import batch_scoring, commands
 from serving.scorer import Scorer
 from storage.chunks import Chunks
+from training import devices
 
 CHUNK = 8  # rows in a piece, and in a batch, so that batches are the same in pieces and at once
 NUM_ROWS = 28  # three whole pieces and a half
@@ -150,6 +151,13 @@ def test_a_table_in_pieces_gets_the_scores_it_gets_at_once(command, table, expec
     in_pieces = table.out.read_bytes()
     predict.main([*command, "--chunk_size", "1000"])
     assert table.out.read_bytes() == in_pieces
+
+
+@pytest.mark.parametrize(("amp", "precision"), [("auto", "bf16"), ("off", "off")])
+def test_auto_is_for_scoring_what_it_is_for_training(trained, monkeypatch, amp, precision):
+    monkeypatch.setattr(devices, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(devices, "LEAST_WEIGHTS", 1)
+    assert load(trained, device="cpu", amp=amp).runtime.precision == precision
 
 
 def test_an_image_and_a_prompt_that_meet_again_in_a_piece_are_scored_once(trained, command, table, scored):
