@@ -105,8 +105,7 @@ def trained_options(config: VQAConfig, description: Mapping[str, Any]) -> dict[s
 
 def open_for(answerer: Answerer) -> RegionFiles | None:
     """The regions that a trained model looks at. Raises ValueError if these are others than it was trained on."""
-    wanted = answerer.model.feature_width
-    if wanted == 0:
+    if answerer.model.feature_width == 0:
         return None
     if answerer.config.features is None:
         raise ValueError(

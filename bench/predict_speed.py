@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="ViT-B-32", help="of open_clip, with random weights (default: ViT-B-32)")
     parser.add_argument("--num_images", type=int, default=500, help="(default: 500)")
     parser.add_argument("--repeats", type=int, default=2, help="(default: 2)")
-    parser.add_argument("--plain", nargs=3, metavar=("CSV", "DIR", "OUT"), help="be the plain loop")
+    parser.add_argument("--plain", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.plain:
         plain_loop(args.model, *map(Path, args.plain))

@@ -24,10 +24,10 @@ from training import signals
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
+LEAST_WEIGHTS = 20_000_000  # of a network, from which bf16 is faster on a CPU; smaller ones spend their time elsewhere
 
 ARRIVAL = timedelta(minutes=15)  # until all processes have to be there at the start
 BEAT_SECONDS = 5.0  # how often a process says that it is alive
-LEAST_WEIGHTS = 20_000_000  # of a network, from which bf16 is faster on a CPU; smaller ones spend their time elsewhere
 SILENT_SECONDS = 300.0  # without a word, after which another process counts as gone
 
 RandomState = dict[str, Any]
