@@ -30,7 +30,6 @@ from answering.task import Answers, answer, answers_of, probabilities
 from branches.attended import Attended, attended
 from branches.fusion import AnswerModel
 from evaluation.metrics import mean_interval
-from pages import report
 from storage.atomic import atomic_write
 from storage.json_files import read_json
 from training import checkpoints, devices, resuming, run_folder
@@ -378,6 +377,8 @@ def finished_results(folder: Path, runtime: devices.Runtime) -> dict[str, Any]:
 def write_report(config: VQAConfig, folder: Path, runtime: devices.Runtime) -> None:
     """Write the page of a finished run, or of repeated ones, unless it is not wanted."""
     if config.report and runtime.is_main:
+        from pages import report  # here, as matplotlib takes half a second to import
+
         report.write_report(folder)
 
 

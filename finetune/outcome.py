@@ -17,7 +17,6 @@ from evaluation import agreement, floors, probes, text_tables
 from finetune.experiment import Experiment, Scores
 from finetune.task import evaluate
 from guidance import advice, diagnosis
-from pages import report, run_data
 from sources.examples import Examples
 from storage.json_files import read_json
 from training import checkpoints, devices, resuming, run_folder
@@ -28,7 +27,7 @@ def finished_results(config: TrainingConfig, folder: Path, runtime: devices.Runt
     runtime.say(f"{folder} is finished; nothing is left to do")
     if runtime.is_main:
         with run_folder.RunFolder(folder, resume=True) as writer:
-            if not (folder / run_data.REPORT_FILE).exists():
+            if not (folder / run_folder.REPORT_FILE).exists():
                 write_report(config, folder, runtime)
             writer.forget_states()
     return read_json(folder / run_folder.RESULTS_FILE)
@@ -37,6 +36,8 @@ def finished_results(config: TrainingConfig, folder: Path, runtime: devices.Runt
 def write_report(config: TrainingConfig, folder: Path, runtime: devices.Runtime) -> None:
     """Write the page of a finished run, or of repeated ones, unless it is not wanted."""
     if config.report and runtime.is_main:
+        from pages import report  # here, as matplotlib takes half a second to import
+
         report.write_report(folder)
 
 
