@@ -313,6 +313,8 @@ def run_blocks(
         block = transformer.resblocks[number]
         if number == depth - 1 and pooled_at_B is not None:
             step, arguments = run_last_block, [block, x_BND, pooled_at_B, mask]
+        elif type(block) is ResidualAttentionBlock and block._compiled_call_impl is None:
+            step, arguments = run_block, [block, x_BND, mask]
         else:
             step, arguments = block, [x_BND, None, None, mask]
         if transformer.grad_checkpointing and torch.is_grad_enabled():
@@ -323,10 +325,25 @@ def run_blocks(
     return x_BND
 
 
+def run_block(block: Any, x_BND: Tensor, mask: Tensor | None) -> Tensor:
+    """What the block does by itself, faster: see `tokens_first`."""
+    x_BND = x_BND + block.ls_1(block.attention(tokens_first(block.ln_1(x_BND)), attn_mask=mask))
+    return x_BND + block.ls_2(block.mlp(block.ln_2(x_BND)))
+
+
+def tokens_first(x_BND: Tensor) -> Tensor:
+    """The same tensor, laid out in memory as (N, B, D), which is how nn.MultiheadAttention multiplies it.
+
+    What neither is contiguous so nor needs a gradient becomes N small products instead of a large one, and in bf16 on
+    a CPU the weights are copied for each: a ViT-B-32 takes more than twice as long for an image.
+    """
+    return x_BND if x_BND.requires_grad else x_BND.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def run_last_block(block: Any, x_BND: Tensor, pooled_at_B: Tensor, mask: Tensor | None) -> Tensor:
     """One token of a block's output, (B, D): attention looks from it at all tokens, everything else is for it alone."""
     rows = torch.arange(x_BND.shape[0], device=x_BND.device)
-    normed_BND = block.ln_1(x_BND)
+    normed_BND = tokens_first(block.ln_1(x_BND))
     if mask is not None:  # (N, N) -> a row for each image and attention head
         mask = mask[pooled_at_B][:, None].repeat_interleave(block.attn.num_heads, dim=0)
     attended_B1D = block.attention(normed_BND[rows, pooled_at_B][:, None], normed_BND, normed_BND, attn_mask=mask)
