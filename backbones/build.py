@@ -9,12 +9,26 @@ from typing import Any
 
 import open_clip
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from backbones.download import OFFLINE_WAYS, first_line
 from backbones.towers import convolutions
 from backbones.verify import refuse_larger
 
+DRAWING = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 MOST_PATCHES = 100_000  # of an image; some position tables are computed for all of them, whatever weights there are
+
+
+class UndrawnWeights(TorchFunctionMode):
+    """Within it, modules are built without drawing their random weights: for saved ones that overwrite them all."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        if function in DRAWING:
+            return arguments[0] if arguments else (named or {})["tensor"]
+        return function(*arguments, **(named or {}))
 
 
 def check_size(

@@ -332,12 +332,13 @@ def run_block(block: Any, x_BND: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def tokens_first(x_BND: Tensor) -> Tensor:
-    """The same tensor, laid out in memory as (N, B, D), which is how nn.MultiheadAttention multiplies it.
+    """The same tensor; under autocast laid out in memory as (N, B, D), which is how nn.MultiheadAttention multiplies it.
 
-    What neither is contiguous so nor needs a gradient becomes N small products instead of a large one, and in bf16 on
-    a CPU the weights are copied for each: a ViT-B-32 takes more than twice as long for an image.
+    Otherwise torch makes N small products of a large one where the weights need no gradient. On a CPU in bf16 it copies
+    the weights for each, and a ViT-B-32 takes more than twice as long for an image.
     """
-    return x_BND if x_BND.requires_grad else x_BND.transpose(0, 1).contiguous().transpose(0, 1)
+    autocast = torch.is_autocast_enabled(x_BND.device.type)
+    return x_BND.transpose(0, 1).contiguous().transpose(0, 1) if autocast else x_BND
 
 
 def run_last_block(block: Any, x_BND: Tensor, pooled_at_B: Tensor, mask: Tensor | None) -> Tensor:

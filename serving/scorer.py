@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import models
-from backbones import loading, tokenizers, towers
+from backbones import build, loading, tokenizers, towers
 from inputs import image_sources, transfer
 from inputs.batches import Batch, BatchOrder, Feed
 from inputs.decoding import decode, decode_all
@@ -101,8 +101,9 @@ class Scorer:
         models.check_checkpoint(place)
         folder, state, description = checkpoints.load_weights(place)
         try:
-            backbone = loading.rebuild_backbone(description["clip"], folder, image_size=description["image_size"])
-            model = models.build_model(backbone.clip, **description["model"])
+            with build.UndrawnWeights():  # loaded next; drawing them would take a second for a ViT-L-14
+                backbone = loading.rebuild_backbone(description["clip"], folder, image_size=description["image_size"])
+                model = models.build_model(backbone.clip, **description["model"])
             model.load_state_dict(state)
             return cls(model, backbone.tokenizer, description, device=device, amp=amp)
         except models.BUILD_ERRORS as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import open_clip
 import pytest
+import torch
 from small_clips import SMALL, refusal
+from torch import Tensor, nn
 
 from backbones import build
 from backbones.names import resolve
@@ -28,3 +30,28 @@ def test_coca_is_refused():
     with pytest.raises(ValueError, match="CoCa") as error:
         build.build_clip(resolve("coca_ViT-B-32", "none").config, image_size=224)
     assert "\n" not in str(error.value)
+
+
+DRAWN = {
+    "nn.Linear": lambda: nn.Linear(5, 5).weight,
+    "nn.Embedding": lambda: nn.Embedding(5, 5).weight,
+    "nn.init.normal_": lambda: nn.init.normal_(torch.zeros(5)),
+    "nn.init.trunc_normal_": lambda: nn.init.trunc_normal_(torch.zeros(5)),
+    "nn.init.xavier_uniform_": lambda: nn.init.xavier_uniform_(torch.zeros(5, 5)),
+    "Tensor.uniform_": lambda: torch.zeros(5).uniform_(1, 2),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
+def test_weights_that_will_be_overwritten_are_not_drawn(draw):
+    before = torch.get_rng_state()
+    with build.UndrawnWeights():
+        undrawn = draw()
+    assert isinstance(undrawn, Tensor) and torch.equal(torch.get_rng_state(), before)
+    assert draw().std() > 0 and not torch.equal(torch.get_rng_state(), before)  # outside, they are
+
+
+def test_weights_that_are_not_random_are_as_ever_where_none_is_drawn():
+    with build.UndrawnWeights():
+        assert torch.equal(nn.LayerNorm(3).weight, torch.ones(3))
+        assert torch.equal(nn.init.constant_(torch.zeros(3), 7), torch.full((3,), 7.0))

@@ -34,6 +34,7 @@ from small_models import (
     trained_names,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from backbones.freezing import add_lora, freeze_backbone
@@ -509,6 +510,34 @@ def test_the_last_block_is_computed_for_the_token_that_is_read_where_there_is_on
     left = run(entry(kind), 0, depth)
     hook.remove()
     assert (left.ndim == 2) == pools_one_token(tower) == (seen[0][1] == 1)
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_frozen_weights_are_not_copied_for_every_token():
+    clip = build_clip().eval().requires_grad_(False)
+    pixels, tokens = images(2), prompts(3, 10)
+    with Operations() as done, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        image = run_image(clip.visual, pixels, 0, num_stages(clip.visual))
+        text = run_text(clip.text, tokens, tokens, 0, num_stages(clip.text))
+        assert "aten.addmm.default" in done.names and "aten.bmm.default" not in done.names
+        whole = (
+            F.normalize(clip.encode_image(pixels).float(), dim=-1),
+            F.normalize(clip.encode_text(tokens).float(), dim=-1),
+        )
+        assert "aten.bmm.default" in done.names  # which open_clip's own way comes to
+    for found, expected in zip((image, text), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)  # bf16
 
 
 # -- memory
