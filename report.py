@@ -19,7 +19,7 @@ from cli.errors import one_line_errors
 from cli.parser import OneLineParser
 from pages.comparison_page import COMPARISON_FILE, compare_folders, default_page
 from pages.report import write_report
-from training.run_folder import REPORT_FILE
+from pages.run_data import REPORT_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> None:

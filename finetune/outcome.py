@@ -24,10 +24,12 @@ from training import checkpoints, devices, resuming, run_folder
 
 def finished_results(config: TrainingConfig, folder: Path, runtime: devices.Runtime) -> dict[str, Any]:
     """What a run found that `--resume` need not go on with; makes up for a report that was cut short."""
+    from pages.run_data import REPORT_FILE  # here, as matplotlib takes half a second to import
+
     runtime.say(f"{folder} is finished; nothing is left to do")
     if runtime.is_main:
         with run_folder.RunFolder(folder, resume=True) as writer:
-            if not (folder / run_folder.REPORT_FILE).exists():
+            if not (folder / REPORT_FILE).exists():
                 write_report(config, folder, runtime)
             writer.forget_states()
     return read_json(folder / run_folder.RESULTS_FILE)
@@ -36,7 +38,7 @@ def finished_results(config: TrainingConfig, folder: Path, runtime: devices.Runt
 def write_report(config: TrainingConfig, folder: Path, runtime: devices.Runtime) -> None:
     """Write the page of a finished run, or of repeated ones, unless it is not wanted."""
     if config.report and runtime.is_main:
-        from pages import report  # here, as matplotlib takes half a second to import
+        from pages import report  # here, as above
 
         report.write_report(folder)
 

@@ -20,11 +20,10 @@ from multirun import answer_comparison, comparison, summaries
 from pages.answers_page import read_answers_run
 from pages.elements import NOTHING, Picture, Pictures, Table, interval_text, number, truncate, value_text, write_page
 from pages.repeated_page import spread
-from pages.run_data import Run, is_of_answers, read_json, read_run
+from pages.run_data import REPORT_FILE, Run, is_of_answers, read_json, read_run
 from pages.run_page import MAX_GENERATORS, intervals_of
 from sources.scores import tasks_of, title_of, title_of_stem
 from storage.messages import one_line
-from training.run_folder import REPORT_FILE
 
 DRAWN = ("data_csv_path", "image_base_dir", "data_root", "features", "scene_graphs")  # that a demo fills in
 COMPARISON_FILE = "comparison.html"

@@ -10,10 +10,9 @@ from drawing import figures
 from multirun import summaries
 from pages.elements import NOTHING, Pictures, Table, interval_text, number, seconds_text
 from pages.repeated_answers import repeated_answers_content
-from pages.run_data import check_results, read_json
+from pages.run_data import REPORT_FILE, check_results, read_json
 from pages.run_page import about, options_table
 from sources.scores import MEASURES, tasks_of, title_of
-from training.run_folder import REPORT_FILE
 
 
 def repeated_content(folder: Path, pictures: Pictures) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from multirun import summaries
 from pages.answers_page import answers_content, read_answers_run
 from pages.elements import FIGURES_DIR, Pictures, write_page, write_pictures
 from pages.repeated_page import repeated_content
-from pages.run_data import is_of_answers, read_run
+from pages.run_data import REPORT_FILE, is_of_answers, read_run
 from pages.run_page import run_content
-from training.run_folder import REPORT_FILE
 
 
 def write_report(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from storage import json_files, tables
 from storage.json_files import NUMBER
 from storage.messages import one_line
 
+REPORT_FILE = "report.html"
 MEASURED = {str: NUMBER}
 CERTAINTY = {
     "intervals": {str: [NUMBER, NUMBER]},

@@ -22,7 +22,6 @@ from training.checkpoints import BEST_DIR, STATE_DIR, save_weights
 from training.devices import Runtime
 
 RESULTS_FILE = "results.json"
-REPORT_FILE = "report.html"
 METRICS_FILE = "metrics.csv"
 CONFIG_FILE = "config.json"
 SPLITS_FILE = "splits.csv"
@@ -30,7 +29,7 @@ FAILURE_FILE = "failure.json"
 SKIPPED_FILE = "skipped.csv"
 RUN_FILES = (
     *(CONFIG_FILE, SPLITS_FILE, SKIPPED_FILE, METRICS_FILE, FAILURE_FILE, RESULTS_FILE),
-    *("predictions.csv", "examples.json", REPORT_FILE),
+    *("predictions.csv", "examples.json", "report.html"),
 )
 RUN_FOLDERS = (STATE_DIR, BEST_DIR, "figures", "tensorboard", "wandb")
 PACKAGES = (
