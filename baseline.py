@@ -61,7 +61,7 @@ def run(
         signals.Stopped: a signal has stopped the run; its state is saved.
     """
     started = time.perf_counter()
-    runtime, folder, found = run_files.start(config)
+    config, runtime, folder, found = run_files.start(config)
     if found == "finished":
         return outcome.finished_results(config, folder, runtime)
 

@@ -33,11 +33,12 @@ def open_folder(experiment: Experiment, folder: Path, *, resume: bool) -> run_fo
     return run_folder.RunFolder(folder, active=active, overwrite=overwrite, resume=resume)
 
 
-def start(config: TrainingConfig) -> tuple[devices.Runtime, Path, str]:
+def start(config: TrainingConfig) -> tuple[TrainingConfig, devices.Runtime, Path, str]:
     """Join the other processes, if any, and agree on the run folder.
 
     Returns:
-        runtime, folder, and what `--resume` finds in it: "finished", "interrupted", or "" for nothing.
+        The options, for an interrupted run with the precision it had on a CPU, where `--amp auto` is measured; runtime;
+        folder; and what `--resume` finds in it: "finished", "interrupted", or "" for nothing.
 
     Raises:
         ValueError: for what cannot work.
@@ -46,15 +47,24 @@ def start(config: TrainingConfig) -> tuple[devices.Runtime, Path, str]:
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
     tracking.check_installed(tracker_names(config))
-    folder, found = name_run_folder(config), ""
+    folder, found, amp = name_run_folder(config), "", config.amp
     if runtime.is_main:
         found = find_run(config, folder)
+        if found == "interrupted" and amp == "auto" and runtime.device.type == "cpu":
+            amp = precision_on_cpu(folder)
         if not found:
             run_folder.refuse_occupied(folder, overwrite=config.overwrite)
         if folder.is_dir():
             with locks.exclusive_folder(folder):  # or it would be refused only after the data is read
                 pass
-    return runtime, *runtime.agree((folder, found))
+    folder, found, amp = runtime.agree((folder, found, amp))
+    return replace(config, amp=amp), devices.start_runtime(config.device, amp), folder, found
+
+
+def precision_on_cpu(folder: Path) -> str:
+    """What a run was computed in, if that was on a CPU; "auto" otherwise."""
+    resolved = read_json(folder / run_folder.CONFIG_FILE)["provenance"]["resolved"]
+    return resolved["amp"] if resolved["device"] == "cpu" else "auto"
 
 
 def find_run(config: TrainingConfig, folder: Path) -> str:

@@ -74,6 +74,17 @@ def stop_and_go_on(argv: list[str], whole: Path, part: Path, place: int, num_loo
     assert len(resumed) == 1 + (second > 1)
 
 
+@pytest.mark.parametrize(("first", "then"), [(True, False), (False, True)])
+def test_a_run_goes_on_in_the_precision_that_it_began_in(demo_set, tmp_path, monkeypatch, capsys, first, then):
+    """On a CPU, where auto tries what is fast: another machine may say something else."""
+    argv = flags_of(demo_set, FROZEN)
+    monkeypatch.setattr(devices, "LEAST_WEIGHTS", 1)
+    for is_fast, place in ((first, 4), (then, None)):
+        monkeypatch.setattr(devices, "has_fast_bf16", lambda is_fast=is_fast: is_fast)
+        run_until([*argv, "--resume", "auto"], tmp_path / "run", place)
+        assert ("bf16 autocast" in capsys.readouterr().out) == first
+
+
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(demo_set, tmp_path):
     """In the first epoch, after which layers thaw, and while the test fold is scored."""
     argv = flags_of(demo_set, *KINDS["thawed step by step, averaged"], "--use_test", "--keep_states", "1")
