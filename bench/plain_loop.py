@@ -116,6 +116,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     examples = read_examples(config, NO_MEMO)
     backbone, model, _ = initial_model.start_model(config, examples, NO_MEMO)
     model.to(runtime.device)
+    runtime = devices.settle_precision(runtime, config.amp, model.clip.visual)
     prompts = examples.table["prompt"].tolist()
     tokens, _ = tokenizers.tokenize(backbone.tokenizer, prompts, backbone.clip.context_length)
     preprocess = backbone.config["preprocess_cfg"]

@@ -128,7 +128,8 @@ def ours(flags: list[str]) -> dict[str, Any]:
     """Train with baseline.py."""
     config = parse_args(flags)
     results = baseline.run(config)
-    runtime = devices.start_runtime(config.device, config.amp)
+    resolved = json.loads(Path(str(config.output_dir), "config.json").read_text())["provenance"]["resolved"]
+    runtime = devices.start_runtime(config.device, resolved["amp"])
     history = pd.read_csv(Path(str(config.output_dir)) / "metrics.csv")
     return {
         "losses": history["loss"].tolist(),

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_images", type=int, nargs="+", default=[1000, 3000], help="(default: 1,000 and 3,000)")
     parser.add_argument("--num_hid", type=int, default=256, help="(default: 256)")
     parser.add_argument("--AOA_layers", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.run is not None:
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     for num_images in args.num_images:
         with tempfile.TemporaryDirectory() as folder:
             draw(Path(folder), args.num_questions, num_images)
-            flags = [f"--num_hid={args.num_hid}", f"--AOA_layers={args.AOA_layers}"]
+            flags = [f"--num_hid={args.num_hid}", f"--AOA_layers={args.AOA_layers}", f"--device={args.device}"]
             ours, plain = (in_process(flags, side, folder) for side in ("ours", "plain"))
         if abs(ours["loss"] - plain["loss"]) > 0.02 * plain["loss"]:
             raise SystemExit(f"the two do not compute the same: mean losses {ours['loss']} and {plain['loss']}")
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace, side: str, folder: str) -> dict[str, float]:
         test_size=0.01,
         dropout=0.0,
     )
-    experiment = build_experiment(config, devices.start_runtime("cpu", "off"))
+    experiment = build_experiment(config, devices.start_runtime(args.device, "off"))
     state = task.build_train_state(experiment)
     started = time.perf_counter()
     if side == "ours":
@@ -157,7 +158,8 @@ def run(args: argparse.Namespace, side: str, folder: str) -> dict[str, float]:
     else:
         loss = plain_epoch(experiment, torch.optim.AdamW(plain_groups(state.optimizer)))
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "loss": loss, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    peak = experiment.runtime.peak_memory() / 1e9 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {"seconds": seconds, "loss": loss, "peak_gb": peak}  # of the GPU, or of the process
 
 
 def plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -208,7 +210,8 @@ def plain_epoch(experiment: Experiment, optimizer: torch.optim.Optimizer) -> flo
     order = torch.Generator().manual_seed(config.seed)
     samples = Samples(experiment)
     total = 0.0
-    for *inputs, targets in DataLoader(samples, config.batch_size, shuffle=True, generator=order):
+    for batch in DataLoader(samples, config.batch_size, shuffle=True, generator=order):
+        *inputs, targets = (part.to(experiment.runtime.device) for part in batch)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(model(*inputs), targets, reduction="sum")
         (loss / len(targets)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)

@@ -9,10 +9,15 @@
 # PYTHON        the interpreter
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
 cd "$here"
 
 case "$*" in
-    "") device=cuda scores=(--model ViT-L-14 --freeze_layers 18 --num_images 1000 --epochs 4) questions=() ;;
+    "")
+        device=cuda
+        scores=(--model ViT-L-14 --freeze_layers 18 --num_images 1000 --epochs 4)
+        questions=(--device cuda --num_questions 5000 --num_images 1000)
+        ;;
     "--device cpu")
         device=cpu
         scores=(--model RN50 --freeze_layers 3 --num_images 24 --epochs 1 --ours_only)
