@@ -43,6 +43,7 @@ MAX_FILE_SIZE = "100mb"
 MAX_IMAGES = 500  # at once; more are for predict.py
 MAX_PROMPT = 2000  # characters
 MAX_WAITING = 64  # requests for one image that are worked on or wait for that; more are refused
+MAX_WAITING_PIXELS = 250_000_000  # of their decoded images together, a gigabyte
 MAX_SHEET = 4 * 2**20  # bytes of a CSV, which is room for prompts of that length
 MAX_ROWS_SHOWN = 100
 THUMB_SIDE, PICTURE_SIDE = 160, 720  # pixels of what the page shows
@@ -187,7 +188,8 @@ class Answers:
         self.test = test
         self.folder = folder
         self.max_pixels = max_pixels
-        self.num_waiting = 0  # changed in the server's event loop alone
+        self.num_waiting = 0  # changed in the server's event loop alone, as is the next
+        self.pixels_waiting = 0
         self.left: dict[str, threading.Event] = {}  # by session, while something is computed for it: its page is gone
 
     @property
@@ -214,12 +216,18 @@ class Answers:
             raise ValueError(f"the prompt has more than {MAX_PROMPT} characters")
         self.check_room()
         self.num_waiting += 1
+        size = 0
         try:
             side = self.scorer.views().decode_size
             image = await asyncio.to_thread(checked_image, name, source, self.max_pixels, side)
+            if self.pixels_waiting + image.width * image.height > MAX_WAITING_PIXELS:
+                raise Busy("busy: many large images are waiting already; try again in a moment")
+            size = image.width * image.height
+            self.pixels_waiting += size
             answer = await asyncio.wrap_future(self.scorer.ask(image, text))
         finally:
             self.num_waiting -= 1
+            self.pixels_waiting -= size
         row = self.scorer.clamped(answer.table).iloc[0]
         columns = [columns_of(task)[1] for task in self.scorer.scales]
         scores = {column: None if np.isnan(row[column]) else float(row[column]) for column in columns}

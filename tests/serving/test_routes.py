@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from gradio_client import handle_file
 from page_server import FORM, Server, form, served
+from PIL import Image
 from test_page import uploaded
 from tiny_run import finished_run, loaded, shared
 
@@ -156,6 +157,20 @@ def test_whoever_comes_when_as_many_wait_as_may_is_told_so(server, files, hold, 
         hold.set()
         assert [answer.result()[0] for answer in asked] == [200] * 3
     assert server.get("/health")[0] == 200
+
+
+def test_large_images_may_not_wait_for_more_memory_than_there_may_be(server, files, hold, monkeypatch):
+    body = form(files[0].read_bytes())
+    with Image.open(files[0]) as image:
+        monkeypatch.setattr(answers_module, "MAX_WAITING_PIXELS", 2 * image.width * image.height)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(server.get, "/score", body, FORM) for _ in range(2)]
+        until(lambda: server.answers.pixels_waiting == answers_module.MAX_WAITING_PIXELS)
+        status, text = server.get("/score", body, FORM)
+        assert status == 503 and json.loads(text)["detail"].startswith("busy: many large images are waiting")
+        hold.set()
+        assert [answer.result()[0] for answer in asked] == [200] * 2
+    assert server.answers.pixels_waiting == 0 and server.get("/score", body, FORM)[0] == 200
 
 
 @pytest.mark.slow
