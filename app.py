@@ -32,6 +32,7 @@ if __name__ == "__main__":
     os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(sys.maxsize)}
 
 import gradio as gr
+import torch
 
 from cli.errors import one_line_errors
 from serving import hub
@@ -44,7 +45,7 @@ from serving.shared_scorer import SharedScorer
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page of the checkpoint that the command line names until Ctrl-C ends it."""
-    with one_line_errors():
+    with one_line_errors(torch.OutOfMemoryError):
         args = parse_app_args(argv)
         checkpoint = hub.local_folder(args.checkpoint)
         scorer = SharedScorer.load(checkpoint, device=args.device)

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from backbones.download import HF_HUB
@@ -146,9 +147,16 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError("--prompt: the prompts come from --csv, drop one of the two")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         raise ValueError(f"--out {args.out}: must be a file in a folder that exists")
+    if args.out and any(is_same_file(args.out, path) for path in (*args.images, args.csv or "")):
+        raise ValueError(f"--out {args.out}: is what is to be read, and would be overwritten")
     if not args.out and not args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several processes need --out FILE: each scores a part of it")
     return args
+
+
+def is_same_file(one: str, other: str) -> bool:
+    """Whether both are there and are one file."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def check_evaluation(args: argparse.Namespace) -> None:
@@ -157,6 +165,9 @@ def check_evaluation(args: argparse.Namespace) -> None:
     if not args.evaluate:
         if len(args.checkpoints) > 1 or names or roots:
             raise ValueError(f"{'--dataset' if names or roots else 'several --checkpoint'}: works with --evaluate only")
+        for flag in ("duplicates", "group_column", "quality_column", "consistency_column"):
+            if getattr(args, flag) != build_predict_parser().get_default(flag):
+                raise ValueError(f"--{flag}: works with --evaluate only")
         return
     if args.images or not (args.csv or names):
         raise ValueError("--evaluate: needs human scores: --csv FILE or --dataset NAME --data_root DIR, and no IMAGE")
@@ -186,6 +197,8 @@ def check_shard(args: argparse.Namespace) -> None:
         if not found or int(found[1]) > int(found[2]):
             raise ValueError(f"--shard {args.shard}: must be such as 3/16, the third of sixteen")
         args.shard = int(found[1]), int(found[2])
+    if args.amp == "auto":
+        raise ValueError(f"{flag}: each machine would choose a precision for itself; name one for all by --amp")
 
 
 def check_exporting(args: argparse.Namespace) -> None:
@@ -202,6 +215,12 @@ def check_exporting(args: argparse.Namespace) -> None:
     check_export("--export", "--export", args.export, args.device)
 
 
+@cache
+def read_once(path: str) -> str:
+    """The text of a file, which may be a pipe: programs read their flags twice. Raises OSError, UnicodeDecodeError."""
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
 def read_accounts(args: argparse.Namespace) -> dict[str, str]:
     """Password by user, of --auth or --auth_file; empty without. Raises OSError, and ValueError, which tells none."""
     if args.auth is not None and args.auth_file is not None:
@@ -209,7 +228,7 @@ def read_accounts(args: argparse.Namespace) -> dict[str, str]:
     given = {"--auth": args.auth} if args.auth is not None else {}
     if args.auth_file is not None:
         try:
-            lines = Path(args.auth_file).read_text(encoding="utf-8").splitlines()
+            lines = read_once(args.auth_file).splitlines()
         except UnicodeDecodeError:
             raise ValueError(f"--auth_file {args.auth_file}: must be text in UTF-8") from None
         given = {f"--auth_file {args.auth_file} line {n}": line for n, line in enumerate(lines, 1) if line.strip()}

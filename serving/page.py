@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,11 @@ def serve(
         primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
     )
     refuse_downloads()
+    # Gradio asks the server whether it is there, which no proxy must come between.
+    here = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", host]
+    os.environ["no_proxy"] = ",".join(name for name in here if name)
     _, address, _ = page.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,  # an IPv6 address, as in a link
         server_port=port,
         share=False,
         quiet=True,

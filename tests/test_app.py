@@ -116,6 +116,16 @@ def test_a_file_of_passwords_has_a_user_in_each_line(run, tmp_path):
     assert args.accounts == {"me": "s3cret", "you": "with: colon"}
 
 
+def test_passwords_may_come_through_a_pipe_and_begin_with_a_byte_order_mark(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"\xef\xbb\xbfme:s3cret\n",))
+    writer.start()
+    argv = ["--checkpoint", str(run), "--port", str(free_port()), "--auth_file", str(tmp_path / "pipe")]
+    for _ in range(2):  # as the program does, early and again
+        assert commands.parse_app_args(argv).accounts == {"me": "s3cret"}
+    writer.join()
+
+
 def test_a_port_that_is_taken_is_refused(run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -140,7 +150,7 @@ class Server:
         threading.Thread(target=self.listen, daemon=True).start()
         proxy = f"http://127.0.0.1:{self.proxy.getsockname()[1]}"
         names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
-        here = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost", "TMPDIR": str(temporary)}
+        here = {"NO_PROXY": "", "no_proxy": "", "TMPDIR": str(temporary)}
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = subprocess.Popen(
