@@ -19,6 +19,8 @@ if __name__ == "__main__":
     with one_line_errors():
         parse_predict_args()
 
+import torch
+
 from cli.errors import one_line_errors
 from serving import hub
 from serving.batch_scoring import evaluate, join_shards, names_given, print_scores, write_scores, write_shard
@@ -31,7 +33,7 @@ __all__ = ["Scorer", "main"]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score what the command line names; print the table, or write it to --out. Or give the scorer itself away."""
-    with one_line_errors():
+    with one_line_errors(torch.OutOfMemoryError):
         args = parse_predict_args(argv)
         if args.evaluate:
             evaluate(args)

@@ -332,7 +332,7 @@ def run_block(block: Any, x_BND: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def tokens_first(x_BND: Tensor) -> Tensor:
-    """The same tensor; under autocast laid out in memory as (N, B, D), which is how nn.MultiheadAttention multiplies it.
+    """The same tensor; under autocast laid out in memory as (N, B, D), the shape that nn.MultiheadAttention multiplies.
 
     Otherwise torch makes N small products of a large one where the weights need no gradient. On a CPU in bf16 it copies
     the weights for each, and a ViT-B-32 takes more than twice as long for an image.

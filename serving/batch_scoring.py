@@ -156,13 +156,25 @@ def describe_job(args: argparse.Namespace, names: Sequence[str]) -> dict[str, An
     }
 
 
+def load_scorer(args: argparse.Namespace) -> Scorer:
+    """The scorer of --checkpoint. Raises ValueError, also if it needs prompts and none can come."""
+    scorer = Scorer.load(args.checkpoint, device=args.device, amp=args.amp)
+    text = args.prompt or ""
+    if args.csv:
+        with csv_files.csv_errors(args.csv):
+            header = csv_form(args.csv, [args.name_column, args.prompt_column]).header
+        text = args.prompt_column if column_places(args, header)["prompt"] is not None else ""
+    scorer.texts(1, [text])
+    return scorer
+
+
 def score_piece(
     scorer: Scorer, args: argparse.Namespace, piece: pd.DataFrame, progress: Callable[[int], object] | None = None
 ) -> pd.DataFrame:
     """name, pred_quality, pred_align; an image is scored with a prompt once. Raises ValueError, OSError."""
     keys = ["name", "prompt"]
     pairs = piece.drop_duplicates(keys, ignore_index=True)
-    scores = scorer.score(
+    scores = scorer.score_texts(
         image_paths(args, pairs),
         pairs["prompt"].tolist(),
         batch_size=args.batch_size,
@@ -225,7 +237,7 @@ def write_shard(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score the pieces of one shard; those of all lie in one folder until `join_shards`. Raises ValueError, OSError."""
     parts, (shard, count) = open_parts(args, names), args.shard
     parts.check()
-    scorer = Scorer.load(args.checkpoint, device=args.device, amp=args.amp)
+    scorer = load_scorer(args)
     parts.begin()
     done, start = set(parts.finished()), time.monotonic()
     num_pieces, _, num_cut = score_share(scorer, args, names, parts, done, lambda number: number % count == shard - 1)
@@ -253,7 +265,7 @@ def join_shards(args: argparse.Namespace, names: Sequence[str]) -> None:
 def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score piece by piece, each process its share, and join the pieces into --out. Raises ValueError, OSError."""
     parts = open_parts(args, names)
-    scorer = Scorer.load(args.checkpoint, device=args.device, amp=args.amp)
+    scorer = load_scorer(args)
     runtime = scorer.runtime
     with parts.alone() if runtime.is_main else nullcontext():
         done = set(runtime.of_main(parts.finished))
@@ -282,7 +294,7 @@ def print_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score all at once and print the table. Raises ValueError, OSError."""
     table = pd.concat(pieces(args, names), ignore_index=True)
     image_paths(args, table, lambda text: None)  # complains before the model is loaded
-    scorer = Scorer.load(args.checkpoint, device=args.device, amp=args.amp)
+    scorer = load_scorer(args)
     scores = score_piece(scorer, args, table)
     note_cut_prompts(scorer.num_truncated)
     print(scores.dropna(axis=1, how="all").to_string(index=False, float_format="%.4f"))

@@ -1,6 +1,6 @@
 """Where a model looked: how much each score falls when a patch of the image is covered.
 
-from explain import occlusion_map, overlay, seen_box
+from serving.explain import occlusion_map, overlay, seen_box
 maps = occlusion_map(scorer, "a.png", "a red circle")
 overlay(image, maps["q"], seen_box(scorer, image.size)).save("quality.png")
 """

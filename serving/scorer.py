@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -106,6 +107,8 @@ class Scorer:
                 model = models.build_model(backbone.clip, **description["model"])
             model.load_state_dict(state)
             return cls(model, backbone.tokenizer, description, device=device, amp=amp)
+        except torch.OutOfMemoryError:
+            raise
         except models.BUILD_ERRORS as error:
             raise models.description_error(folder, error) from error
 
@@ -137,8 +140,23 @@ class Scorer:
             ValueError: the numbers of images and prompts differ, or there is nothing that can be scored.
             OSError: images cannot be read; all are counted, the first five named.
         """
-        self.num_truncated = 0
         texts = self.texts(len(images), prompts)
+        return self.score_texts(
+            images, texts, batch_size=batch_size, num_workers=num_workers, progress=progress, clamp=clamp
+        )
+
+    def score_texts(
+        self,
+        images: Sequence[str | Path | Image.Image],
+        texts: Sequence[str],
+        *,
+        batch_size: int,
+        num_workers: int | None = None,
+        progress: Callable[[int], object] | None = None,
+        clamp: bool = True,
+    ) -> pd.DataFrame:
+        """As `score`, with a text for each image, which may all be empty: a part of a table whose others are not."""
+        self.num_truncated = 0
         columns = {task: columns_of(task)[1] for task in dict.fromkeys([*TASKS, *self.scales])}
         table = pd.DataFrame(np.nan, index=range(len(images)), columns=list(columns.values()))
         if not len(images):

@@ -118,7 +118,7 @@ class SharedScorer(Scorer):
         images = [image for request in batch for image in request.images]
         prompts = [prompt for request in batch for prompt in request.prompts]
         try:
-            table = super().score(images, prompts, clamp=False)
+            table = self.score_texts(images, prompts, batch_size=MOST_AT_ONCE, clamp=False)
             cut = self.cut_among(set(prompts)) if self.num_truncated else set()
         except Exception as error:  # noqa: BLE001  # whatever it is, whoever has asked gets it
             if len(batch) == 1:

@@ -204,7 +204,7 @@ def start_runtime(device: str, amp: str, deterministic: bool | None = None) -> R
     if world > 1 and not dist.is_initialized():
         join_processes("nccl" if on_gpu else "gloo", chosen if on_gpu else None)
     scaler = torch.amp.GradScaler(chosen.type, enabled=amp == "fp16")
-    rank, local_world = (dist.get_rank(), int(os.environ["LOCAL_WORLD_SIZE"])) if world > 1 else (0, 1)
+    rank, local_world = (dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if world > 1 else (0, 1)
     return Runtime(chosen, amp, scaler, rank=rank, world=world, local_world=local_world)
 
 

@@ -61,7 +61,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.take) for number in STOP_SIGNALS}
+            heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self.take) for number in heard}
         return self
 
     def __exit__(

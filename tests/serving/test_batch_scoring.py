@@ -16,10 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from tiny_run import finished_run, load, loaded
 
+import models
 import predict
 from inputs import decoding
 from serving import batch_scoring, commands
@@ -74,15 +76,15 @@ def expected(trained, table) -> pd.DataFrame:
 
 @pytest.fixture
 def scored(monkeypatch) -> list[list[str]]:
-    """Names of the images in every call of `Scorer.score`, as they happen."""
+    """Names of the images of every piece, as they are scored."""
     calls = []
-    original = Scorer.score
+    original = Scorer.score_texts
 
     def score(self, paths, *args, **kwargs):
         calls.append([Path(path).name for path in paths])
         return original(self, paths, *args, **kwargs)
 
-    monkeypatch.setattr(Scorer, "score", score)
+    monkeypatch.setattr(Scorer, "score_texts", score)
     return calls
 
 
@@ -151,6 +153,43 @@ def test_a_table_in_pieces_gets_the_scores_it_gets_at_once(command, table, expec
     in_pieces = table.out.read_bytes()
     predict.main([*command, "--chunk_size", "1000"])
     assert table.out.read_bytes() == in_pieces
+
+
+def test_a_full_gpu_is_not_the_checkpoints_fault(trained, table, monkeypatch, capsys):
+    def fill(model, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Scorer, "load", load)
+    monkeypatch.setattr(models.ScoreModel, "to", fill)
+    with pytest.raises(SystemExit) as caught:
+        predict.main(["--checkpoint", str(trained), "--image_dir", str(table.images)])
+    assert caught.value.code == 1 and capsys.readouterr().err == "failed: CUDA out of memory\n"
+
+
+@pytest.fixture
+def consistency_alone(trained, monkeypatch) -> None:
+    """The model knows of nothing but consistency."""
+    scorer = copy(loaded(trained))
+    scorer.scales = {"c": scorer.scales["c"]}
+    monkeypatch.setattr(Scorer, "load", lambda path, **_: scorer)
+
+
+@pytest.mark.usefixtures("consistency_alone")
+def test_a_piece_without_any_prompt_has_no_consistency_and_stops_nothing(command, table):
+    prompts = table.rows["prompt"].where(table.rows.index >= CHUNK, "")
+    table.rows.assign(prompt=prompts).to_csv(table.csv, index=False)
+    predict.main(command)
+    assert pd.read_csv(table.out)["pred_align"].isna().tolist() == [True] * CHUNK + [False] * (NUM_ROWS - CHUNK)
+
+
+@pytest.mark.usefixtures("consistency_alone")
+def test_where_no_prompt_can_come_a_model_that_needs_one_says_so(trained, command, table, refused):
+    table.rows[["name"]].to_csv(table.csv, index=False)
+    assert "trained on consistency alone: give it prompts" in refused(command)
+    folder = ["--checkpoint", str(trained), "--image_dir", str(table.images), "--out", str(table.out)]
+    assert "trained on consistency alone: give it prompts" in refused(folder)
+    predict.main([*folder, "--prompt", "a circle"])
+    assert pd.read_csv(table.out)["pred_align"].notna().all()
 
 
 @pytest.mark.parametrize(("amp", "precision"), [("auto", "bf16"), ("off", "off")])

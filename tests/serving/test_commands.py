@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from programs import run_program
@@ -25,12 +26,26 @@ from serving import commands
         (["--checkpoint", "run", "a.png", "--promt", "a cat"], "did you mean --prompt?"),
         (["--checkpoint", "run", "a.png", "--out", "nowhere/scores.csv"], "--out nowhere/scores.csv"),
         (["--checkpoint", "run", "a.png", "--out", "."], "--out .: must be a file"),
+        (["--checkpoint", "run", "a.png", "--duplicates", "mean"], "--duplicates: works with --evaluate only"),
+        (["--checkpoint", "run", "a.png", "--quality_column", "x"], "--quality_column: works with --evaluate only"),
+        (
+            ["--checkpoint", "run", "a.png", "--out", "x", "--shard", "1/2", "--amp", "auto"],
+            "--shard: each machine would",
+        ),
     ],
 )
 def test_predict_refuses_command_lines_that_cannot_work(argv, says):
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
         commands.parse_predict_args(argv)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [["--csv", "data.csv"], ["--evaluate", "--csv", "data.csv"], ["data.csv"]])
+def test_predict_does_not_write_over_what_it_reads(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data.csv").write_text("name,prompt\n")
+    with pytest.raises(ValueError, match=r"--out .*/data.csv: is what is to be read, and would be overwritten"):
+        commands.parse_predict_args(["--checkpoint", "run", *flags, "--out", str(tmp_path / "data.csv")])
 
 
 def test_predict_takes_one_source_of_images(tmp_path):

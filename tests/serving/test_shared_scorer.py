@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from tiny_run import finished_run, loaded
 
+import models
 from serving.scorer import Scorer
 from serving.shared_scorer import MOST_AT_ONCE, Request, SharedScorer
 
@@ -99,6 +100,29 @@ def test_prompts_that_were_cut_are_told_to_those_who_sent_them(held, files):
     asked = [held.ask(files[0], prompt) for prompt in ("a circle", LONG, "")]
     held.released.set()
     assert [answer.result(60).cut for answer in asked] == [set(), {LONG}, set()]
+
+
+def test_a_piece_of_a_job_may_be_without_prompts_where_the_model_needs_them(held, alone, files, monkeypatch):
+    monkeypatch.setattr(held, "scales", {"c": held.scales["c"]})
+    held.released.set()
+    many, prompts = (files * 2)[: MOST_AT_ONCE + 1], [""] * MOST_AT_ONCE + ["a circle"]
+    found = held.score(many, prompts)["pred_align"]
+    assert found[:MOST_AT_ONCE].isna().all() and found.notna().sum() == 1
+    with pytest.raises(ValueError, match="consistency alone"):
+        held.score(many, "")
+
+
+def test_a_batch_is_no_larger_than_it_may_be(held, files, monkeypatch):
+    sizes: list[int] = []
+    score_batch = models.score_batch
+    monkeypatch.setattr(
+        models, "score_batch", lambda model, batch: sizes.append(len(batch)) or score_batch(model, batch)
+    )
+    held.released.set()
+    requests = [Request(files[:1], [""]), Request((files * 2)[:MOST_AT_ONCE], [""] * MOST_AT_ONCE)]
+    held.answer_batch(requests)
+    assert [len(request.answer.result().table) for request in requests] == [1, MOST_AT_ONCE]
+    assert sum(sizes) == MOST_AT_ONCE + 1 and max(sizes) <= MOST_AT_ONCE
 
 
 def test_it_scores_as_any_scorer_does(held, alone, files):

@@ -32,6 +32,18 @@ def test_a_signal_before_training_stops_at_once_and_a_second_one_always(capfd):
         assert pool.submit(lambda: signals.Signals().__enter__().before).result() == {}
 
 
+def test_what_is_ignored_stays_so():
+    """As Ctrl-C is for what a script has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.Signals() as stop_signals:
+            signal.raise_signal(signal.SIGINT)
+            assert stop_signals.asked == ""
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_nothing_that_expects_errors_takes_a_signal_for_one():
     with signals.Signals(), pytest.raises(signals.Stopped):
         download.download("weights", lambda: signal.raise_signal(signal.SIGTERM))
