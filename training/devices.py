@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import random
 import socket
 import threading
@@ -29,6 +31,9 @@ LEAST_WEIGHTS = 20_000_000  # of a network, from which bf16 is faster on a CPU; 
 ARRIVAL = timedelta(minutes=15)  # until all processes have to be there at the start
 BEAT_SECONDS = 5.0  # how often a process says that it is alive
 SILENT_SECONDS = 300.0  # without a word, after which another process counts as gone
+
+# Of glibc's mallopt: blocks that are mapped for themselves, what is given back, and pools of memory for threads.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 RandomState = dict[str, Any]
 T = TypeVar("T")
@@ -214,6 +219,18 @@ def settle_precision(runtime: Runtime, amp: str, module: nn.Module) -> Runtime:
     if amp == "auto" and runtime.device.type == "cpu" and is_large and all(runtime.of_all(has_fast_bf16())):
         return replace(runtime, precision="bf16")
     return runtime
+
+
+def recycle_memory(runtime: Runtime) -> None:
+    """On a CPU, let the C library keep what is freed for what is asked for next, instead of giving it back.
+
+    glibc maps each large block, as activations are, anew, and the system fills its pages with zeros, which takes longer
+    than many a layer. What a process has once had it keeps until its end.
+    """
+    if runtime.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+            mallopt(option, value)
 
 
 @cache

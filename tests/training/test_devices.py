@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
 import random
+import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -117,6 +120,25 @@ def test_auto_on_a_cpu_is_bf16_for_large_networks_where_that_is_fast(monkeypatch
 def test_bf16_is_fast_from_one_and_a_half_times_on(monkeypatch, bf16, is_fast):
     monkeypatch.setattr(devices, "seconds_of_product", {torch.float32: 2.25, torch.bfloat16: bf16}.__getitem__)
     assert devices.has_fast_bf16.__wrapped__() == is_fast
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_is_freed_on_a_cpu_is_used_again():
+    def pages_filled() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(20_000_000)  # 80 MB, 20,000 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    devices.recycle_memory(CPU)
+    assert min(pages_filled() for _ in range(5)) < 20_000
+
+
+def test_with_a_gpu_the_memory_of_the_host_is_left_alone(monkeypatch):
+    asked: list[object] = []
+    monkeypatch.setattr(ctypes, "CDLL", asked.append)
+    devices.recycle_memory(replace(CPU, device=torch.device("cuda")))
+    assert asked == []
 
 
 def test_a_larger_product_takes_longer():
