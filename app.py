@@ -41,12 +41,14 @@ from serving.commands import parse_app_args
 from serving.page import build_page, serve
 from serving.routes import build_routes, describe
 from serving.shared_scorer import SharedScorer
+from training import devices
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page of the checkpoint that the command line names until Ctrl-C ends it."""
     with one_line_errors(torch.OutOfMemoryError):
         args = parse_app_args(argv)
+        devices.recycle_memory(args.device, one_pool=True)
         checkpoint = hub.local_folder(args.checkpoint)
         scorer = SharedScorer.load(checkpoint, device=args.device)
         folder = Path(gr.utils.get_upload_folder())

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Score what the command line names; print the table, or write it to --out. Or give the scorer itself away."""
     with one_line_errors(torch.OutOfMemoryError):
         args = parse_predict_args(argv)
+        devices.recycle_memory(args.device)
         if args.evaluate:
             evaluate(args)
             return

@@ -21,13 +21,14 @@ MOST_PATCHES = 100_000  # of an image; some position tables are computed for all
 
 
 class UndrawnWeights(TorchFunctionMode):
-    """Within it, modules are built without drawing their random weights: for saved ones that overwrite them all."""
+    """Within it, modules are built with zeros where weights are drawn: for saved ones that overwrite them all."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
         if function in DRAWING:
-            return arguments[0] if arguments else (named or {})["tensor"]
+            with torch.no_grad():
+                return (arguments[0] if arguments else (named or {})["tensor"]).zero_()
         return function(*arguments, **(named or {}))
 
 

@@ -139,6 +139,8 @@ def run(args: argparse.Namespace, side: str, folder: str) -> dict[str, float]:
         test_size=0.01,
         dropout=0.0,
     )
+    if side == "ours":
+        devices.recycle_memory(args.device)  # as main.py does
     experiment = build_experiment(config, devices.start_runtime(args.device, "off"))
     state = task.build_train_state(experiment)
     started = time.perf_counter()

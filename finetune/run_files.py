@@ -44,7 +44,7 @@ def start(config: TrainingConfig) -> tuple[TrainingConfig, devices.Runtime, Path
         ValueError: for what cannot work.
     """
     runtime = devices.start_runtime(config.device, config.amp, config.deterministic)
-    devices.recycle_memory(runtime)
+    devices.recycle_memory(config.device)
     if config.dynamic_batch_size and runtime.world > 1:
         raise ValueError("--dynamic_batch_size: works in one process only; leave it out, or do not use torchrun")
     tracking.check_installed(tracker_names(config))

@@ -44,6 +44,7 @@ MAX_IMAGES = 500  # at once; more are for predict.py
 MAX_PROMPT = 2000  # characters
 MAX_WAITING = 64  # requests for one image that are worked on or wait for that; more are refused
 MAX_WAITING_PIXELS = 250_000_000  # of their decoded images together, a gigabyte
+MOST_DECODED = 4  # at once, as a file of --max_pixels takes 200 MB before it is made smaller
 MAX_SHEET = 4 * 2**20  # bytes of a CSV, which is room for prompts of that length
 MAX_ROWS_SHOWN = 100
 THUMB_SIDE, PICTURE_SIDE = 160, 720  # pixels of what the page shows
@@ -190,6 +191,7 @@ class Answers:
         self.max_pixels = max_pixels
         self.num_waiting = 0  # changed in the server's event loop alone, as is the next
         self.pixels_waiting = 0
+        self.decoding = asyncio.Semaphore(MOST_DECODED)
         self.left: dict[str, threading.Event] = {}  # by session, while something is computed for it: its page is gone
 
     @property
@@ -219,7 +221,8 @@ class Answers:
         size = 0
         try:
             side = self.scorer.views().decode_size
-            image = await asyncio.to_thread(checked_image, name, source, self.max_pixels, side)
+            async with self.decoding:
+                image = await asyncio.to_thread(checked_image, name, source, self.max_pixels, side)
             if self.pixels_waiting + image.width * image.height > MAX_WAITING_PIXELS:
                 raise Busy("busy: many large images are waiting already; try again in a moment")
             size = image.width * image.height

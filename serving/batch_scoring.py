@@ -156,15 +156,11 @@ def describe_job(args: argparse.Namespace, names: Sequence[str]) -> dict[str, An
     }
 
 
-def load_scorer(args: argparse.Namespace) -> Scorer:
-    """The scorer of --checkpoint. Raises ValueError, also if it needs prompts and none can come."""
+def load_scorer(args: argparse.Namespace, names: Sequence[str]) -> Scorer:
+    """The scorer of --checkpoint. Raises ValueError, also if it needs prompts and none is given at all."""
     scorer = Scorer.load(args.checkpoint, device=args.device, amp=args.amp)
-    text = args.prompt or ""
-    if args.csv:
-        with csv_files.csv_errors(args.csv):
-            header = csv_form(args.csv, [args.name_column, args.prompt_column]).header
-        text = args.prompt_column if column_places(args, header)["prompt"] is not None else ""
-    scorer.texts(1, [text])
+    if "q" not in scorer.scales and not any((piece["prompt"].str.strip() != "").any() for piece in pieces(args, names)):
+        scorer.texts(1, [""])
     return scorer
 
 
@@ -237,7 +233,7 @@ def write_shard(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score the pieces of one shard; those of all lie in one folder until `join_shards`. Raises ValueError, OSError."""
     parts, (shard, count) = open_parts(args, names), args.shard
     parts.check()
-    scorer = load_scorer(args)
+    scorer = load_scorer(args, names)
     parts.begin()
     done, start = set(parts.finished()), time.monotonic()
     num_pieces, _, num_cut = score_share(scorer, args, names, parts, done, lambda number: number % count == shard - 1)
@@ -265,8 +261,9 @@ def join_shards(args: argparse.Namespace, names: Sequence[str]) -> None:
 def write_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score piece by piece, each process its share, and join the pieces into --out. Raises ValueError, OSError."""
     parts = open_parts(args, names)
-    scorer = load_scorer(args)
+    scorer = load_scorer(args, names)
     runtime = scorer.runtime
+    parts.job = {**parts.job, "amp": runtime.precision}  # what auto is here
     with parts.alone() if runtime.is_main else nullcontext():
         done = set(runtime.of_main(parts.finished))
         if runtime.world > 1:
@@ -294,7 +291,7 @@ def print_scores(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Score all at once and print the table. Raises ValueError, OSError."""
     table = pd.concat(pieces(args, names), ignore_index=True)
     image_paths(args, table, lambda text: None)  # complains before the model is loaded
-    scorer = load_scorer(args)
+    scorer = load_scorer(args, names)
     scores = score_piece(scorer, args, table)
     note_cut_prompts(scorer.num_truncated)
     print(scores.dropna(axis=1, how="all").to_string(index=False, float_format="%.4f"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import mimetypes
 import os
 import re
 import socket
@@ -147,6 +148,8 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError("--prompt: the prompts come from --csv, drop one of the two")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         raise ValueError(f"--out {args.out}: must be a file in a folder that exists")
+    if args.out and (mimetypes.guess_type(args.out)[0] or "").startswith("image/"):
+        raise ValueError(f"--out {args.out}: is the name of an image, and will be a table; name it .csv")
     if args.out and any(is_same_file(args.out, path) for path in (*args.images, args.csv or "")):
         raise ValueError(f"--out {args.out}: is what is to be read, and would be overwritten")
     if not args.out and not args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:

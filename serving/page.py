@@ -167,8 +167,9 @@ def serve(
     )
     refuse_downloads()
     # Gradio asks the server whether it is there, which no proxy must come between.
-    here = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", host]
-    os.environ["no_proxy"] = ",".join(name for name in here if name)
+    beside = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")).split(",")
+    if beside != ["*"]:
+        os.environ["no_proxy"] = ",".join(dict.fromkeys([*filter(None, beside), "127.0.0.1", "localhost", host]))
     _, address, _ = page.launch(
         server_name=f"[{host}]" if ":" in host else host,  # an IPv6 address, as in a link
         server_port=port,

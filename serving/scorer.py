@@ -84,7 +84,6 @@ class Scorer:
         amp: str,
     ) -> None:
         self.runtime = devices.settle_precision(devices.start_runtime(device, amp), amp, model.clip.visual)
-        devices.recycle_memory(self.runtime)
         self.model = model.to(self.runtime.device)
         self.tokenizer = tokenizer
         self.description = description

@@ -116,9 +116,11 @@ def test_a_file_of_passwords_has_a_user_in_each_line(run, tmp_path):
     assert args.accounts == {"me": "s3cret", "you": "with: colon"}
 
 
+@pytest.mark.usefixtures("ends_in_time")
 def test_passwords_may_come_through_a_pipe_and_begin_with_a_byte_order_mark(run, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"\xef\xbb\xbfme:s3cret\n",))
+    content = b"\xef\xbb\xbfme:s3cret\n"
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,), daemon=True)
     writer.start()
     argv = ["--checkpoint", str(run), "--port", str(free_port()), "--auth_file", str(tmp_path / "pipe")]
     for _ in range(2):  # as the program does, early and again

@@ -32,7 +32,7 @@ ARRIVAL = timedelta(minutes=15)  # until all processes have to be there at the s
 BEAT_SECONDS = 5.0  # how often a process says that it is alive
 SILENT_SECONDS = 300.0  # without a word, after which another process counts as gone
 
-# Of glibc's mallopt: blocks that are mapped for themselves, what is given back, and pools of memory for threads.
+# Of glibc's mallopt: what is given back, how many blocks are mapped for themselves, how many pools threads have.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 RandomState = dict[str, Any]
@@ -189,10 +189,9 @@ def start_runtime(device: str, amp: str, deterministic: bool | None = None) -> R
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
+    on_gpu = is_on_gpu(device)
+    if device == "cuda" and not on_gpu:
         raise ValueError("--device cuda: no usable GPU found; use --device cpu")
-    on_gpu = has_gpu and device != "cpu"
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise ValueError(f"process {local_rank} has no GPU of its own: start one per GPU ({torch.cuda.device_count()})")
     if amp == "fp16" and not on_gpu:
@@ -221,16 +220,27 @@ def settle_precision(runtime: Runtime, amp: str, module: nn.Module) -> Runtime:
     return runtime
 
 
-def recycle_memory(runtime: Runtime) -> None:
-    """On a CPU, let the C library keep what is freed for what is asked for next, instead of giving it back.
+def is_on_gpu(device: str) -> bool:
+    """Whether --device means a GPU here."""
+    return device != "cpu" and torch.cuda.is_available()
+
+
+def recycle_memory(device: str, *, one_pool: bool = False) -> None:
+    """For programs on a CPU: let the C library keep what is freed for what is asked for next.
 
     glibc maps each large block, as activations are, anew, and the system fills its pages with zeros, which takes longer
-    than many a layer. What a process has once had it keeps until its end.
+    than many a layer. What the process has once had it keeps until its end.
+
+    Args:
+        one_pool: also where another than the main thread computes, whose own pools hold no large blocks. They are there
+            because threads wait for one another at a single one: training in bf16 takes a fifth more time with it.
     """
-    if runtime.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+    if not is_on_gpu(device) and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
             mallopt(option, value)
+        if one_pool:
+            mallopt(M_ARENA_MAX, 1)
 
 
 @cache

@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 from small_clips import SMALL, refusal
-from torch import Tensor, nn
+from torch import nn
 
 from backbones import build
 from backbones.names import resolve
@@ -35,10 +35,10 @@ def test_coca_is_refused():
 DRAWN = {
     "nn.Linear": lambda: nn.Linear(5, 5).weight,
     "nn.Embedding": lambda: nn.Embedding(5, 5).weight,
-    "nn.init.normal_": lambda: nn.init.normal_(torch.zeros(5)),
-    "nn.init.trunc_normal_": lambda: nn.init.trunc_normal_(torch.zeros(5)),
-    "nn.init.xavier_uniform_": lambda: nn.init.xavier_uniform_(torch.zeros(5, 5)),
-    "Tensor.uniform_": lambda: torch.zeros(5).uniform_(1, 2),
+    "nn.init.normal_": lambda: nn.init.normal_(torch.full((5,), 9.0)),
+    "nn.init.trunc_normal_": lambda: nn.init.trunc_normal_(torch.full((5,), 9.0)),
+    "nn.init.xavier_uniform_": lambda: nn.init.xavier_uniform_(torch.full((5, 5), 9.0)),
+    "Tensor.uniform_": lambda: torch.full((5,), 9.0).uniform_(1, 2),
 }
 
 
@@ -47,7 +47,7 @@ def test_weights_that_will_be_overwritten_are_not_drawn(draw):
     before = torch.get_rng_state()
     with build.UndrawnWeights():
         undrawn = draw()
-    assert isinstance(undrawn, Tensor) and torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(undrawn, torch.zeros_like(undrawn)) and torch.equal(torch.get_rng_state(), before)
     assert draw().std() > 0 and not torch.equal(torch.get_rng_state(), before)  # outside, they are
 
 

@@ -535,7 +535,6 @@ def test_frozen_weights_are_not_copied_for_every_token():
             F.normalize(clip.encode_image(pixels).float(), dim=-1),
             F.normalize(clip.encode_text(tokens).float(), dim=-1),
         )
-        assert "aten.bmm.default" in done.names  # which open_clip's own way comes to
     for found, expected in zip((image, text), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0.02)  # bf16
 

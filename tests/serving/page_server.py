@@ -117,6 +117,7 @@ def served(scorer: SharedScorer, run: Path, folder: Path, **accounts: str) -> It
         # Gradio's client, not the page, would ask huggingface.co for something, and tell it something.
         patch.setattr("gradio_client.client.build_hf_headers", lambda **options: {})
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        patch.setenv("no_proxy", "127.0.0.1")  # which serving changes
         port = free_port()
         asked = refuse_others(patch, port)
         answers = Answers(scorer, read_test_fold(run), folder, max_pixels=1_000_000)

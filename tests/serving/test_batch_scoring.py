@@ -42,7 +42,13 @@ def trained(demo_set) -> Path:
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch) -> None:
     """Loading takes most of the time, and is not what is tested here."""
-    monkeypatch.setattr(Scorer, "load", lambda path, **_: loaded(Path(path)))
+
+    def load_once(path: str | Path, *, amp: str = "off", **_: object) -> Scorer:
+        scorer = copy(loaded(Path(path)))
+        scorer.runtime = replace(scorer.runtime, precision=amp)
+        return scorer
+
+    monkeypatch.setattr(Scorer, "load", load_once)
 
 
 @pytest.fixture
@@ -183,9 +189,10 @@ def test_a_piece_without_any_prompt_has_no_consistency_and_stops_nothing(command
 
 
 @pytest.mark.usefixtures("consistency_alone")
-def test_where_no_prompt_can_come_a_model_that_needs_one_says_so(trained, command, table, refused):
-    table.rows[["name"]].to_csv(table.csv, index=False)
-    assert "trained on consistency alone: give it prompts" in refused(command)
+def test_where_no_prompt_is_given_a_model_that_needs_one_says_so(trained, command, table, refused):
+    for rows in (table.rows[["name"]], table.rows.assign(prompt=" ")):
+        rows.to_csv(table.csv, index=False)
+        assert "trained on consistency alone: give it prompts" in refused(command)
     folder = ["--checkpoint", str(trained), "--image_dir", str(table.images), "--out", str(table.out)]
     assert "trained on consistency alone: give it prompts" in refused(folder)
     predict.main([*folder, "--prompt", "a circle"])

@@ -26,6 +26,7 @@ from serving import commands
         (["--checkpoint", "run", "a.png", "--promt", "a cat"], "did you mean --prompt?"),
         (["--checkpoint", "run", "a.png", "--out", "nowhere/scores.csv"], "--out nowhere/scores.csv"),
         (["--checkpoint", "run", "a.png", "--out", "."], "--out .: must be a file"),
+        (["--checkpoint", "run", "a.png", "--out", "b.JPG"], "--out b.JPG: is the name of an image"),
         (["--checkpoint", "run", "a.png", "--duplicates", "mean"], "--duplicates: works with --evaluate only"),
         (["--checkpoint", "run", "a.png", "--quality_column", "x"], "--quality_column: works with --evaluate only"),
         (
