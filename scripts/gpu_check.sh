@@ -21,7 +21,7 @@ case "$*" in
     "--device cpu")
         device=cpu
         scores=(--model RN50 --freeze_layers 3 --num_images 24 --epochs 1 --ours_only)
-        questions=(--num_questions 320 --num_images 20 --num_hid 64)
+        questions=(--num_questions 640 --num_images 200 --num_hid 64)
         export CUDA_VISIBLE_DEVICES=
         ;;
     *) echo "error: $*: only --device cpu can be given" >&2 && exit 2 ;;
