@@ -59,7 +59,9 @@ def start(config: TrainingConfig) -> tuple[TrainingConfig, devices.Runtime, Path
             with locks.exclusive_folder(folder):  # or it would be refused only after the data is read
                 pass
     folder, found, amp = runtime.agree((folder, found, amp))
-    return replace(config, amp=amp), devices.start_runtime(config.device, amp), folder, found
+    if amp != config.amp:
+        config, runtime = replace(config, amp=amp), replace(runtime, precision=amp)
+    return config, runtime, folder, found
 
 
 def precision_on_cpu(folder: Path) -> str:

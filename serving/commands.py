@@ -128,13 +128,14 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: an unknown flag, a value that breaks its rule, or not exactly one source of images.
     """
-    args = build_predict_parser().parse_args(argv)
+    parser = build_predict_parser()
+    args = parser.parse_args(argv)
     for name in ("batch_size", "num_workers"):
         OPTIONS[name].check(getattr(args, name))
     if args.chunk_size < 1:
         raise ValueError(f"--chunk_size {args.chunk_size}: must be at least 1")
     args.checkpoints, args.checkpoint = args.checkpoint, args.checkpoint[0]
-    check_evaluation(args)
+    check_evaluation(args, parser)
     check_exporting(args)
     check_push(args)
     check_shard(args)
@@ -162,14 +163,14 @@ def is_same_file(one: str, other: str) -> bool:
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
-def check_evaluation(args: argparse.Namespace) -> None:
+def check_evaluation(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Rules around --evaluate. Raises ValueError."""
     names, roots = split_list(args.dataset), split_list(args.data_root)
     if not args.evaluate:
         if len(args.checkpoints) > 1 or names or roots:
             raise ValueError(f"{'--dataset' if names or roots else 'several --checkpoint'}: works with --evaluate only")
         for flag in ("duplicates", "group_column", "quality_column", "consistency_column"):
-            if getattr(args, flag) != build_predict_parser().get_default(flag):
+            if getattr(args, flag) != parser.get_default(flag):
                 raise ValueError(f"--{flag}: works with --evaluate only")
         return
     if args.images or not (args.csv or names):
